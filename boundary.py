@@ -36,7 +36,6 @@ from typing import Callable, Iterator, NoReturn
 
 import numpy as np
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python boundary.py [flags] (--help lists them)", allow_abbrev=False)
@@ -46,7 +45,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--tie", choices=["off", "half", "skip"], default="off", help="where a tie counts (default off, as in Algorithm 1)")
     flag("--overwrite", action="store_true", help="replace an --out of another run")
     return parser.parse_args(argv)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -60,16 +58,13 @@ def verdict(row: dict, i: int, j: int, by_wins: bool) -> float | None:
     mine, other = row["responses"][i]["reward"], row["responses"][j]["reward"]
     return None if mine is None or other is None else 0.5 if mine == other else float(mine > other)
 
-
 def apply_tie(won: float, lost: float, ties: float, tie: str) -> tuple[float, float]:
     """(V_on, V_off) from comparisons that the on-policy response won, lost and tied; Algorithm 1's own rule is "off"."""
     return won + (ties / 2 if tie == "half" else 0), lost + {"off": ties, "half": ties / 2, "skip": 0}[tie]
 
-
 def boundary(v_on: float, v_off: float) -> tuple[float, str, str]:
     """(score, stage, which data to use): the end of Algorithm 1."""
     return (v_on / (v_on + v_off), *(("injection", "off") if v_off > v_on else ("fine-tuning", "on")))
-
 
 def distinctness(prompts: list[tuple[list[tuple], list[tuple]]]) -> dict | None:
     """F.1: P(on-policy response has the higher probability), macro-averaged over prompts; None where no prompt has log-probabilities.
@@ -82,7 +77,6 @@ def distinctness(prompts: list[tuple[list[tuple], list[tuple]]]) -> dict | None:
             shares[name].append(np.mean([of(mine) > of(other) for mine in on for other in off]))
     return {name: float(np.mean(values)) for name, values in shares.items()} | {"n_prompts": len(prompts)} if prompts else None
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
 
@@ -90,7 +84,6 @@ def fail(message: str) -> NoReturn:
     """A user's mistake: one sentence on standard error, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
@@ -110,20 +103,16 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
             yield f"{path}:{number}", offset, row
             offset += len(line)
 
-
 def check_prompt(row: dict, where: str) -> None:
     """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
     prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt):
+    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    row["prompt"] = prompt
-    row["id"] = hashlib.sha256(canonical.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
-
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
+    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
 def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str, list[tuple[str, int]]]:
     """{id: [(path, byte offset), ...]} of the rows of all files, in the order in which ids first came; visit(row, where) sees each."""
@@ -144,7 +133,6 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             visit(row, where)
     return places
 
-
 def merged_row(places: list[tuple[str, int]]) -> dict:
     """The row of one id: responses file after file, the matrices `wins` and `cosine` in blocks with null between them."""
     rows = []
@@ -161,14 +149,12 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
 
-
 def reward_of(response: dict, where: str) -> float | None:
     """The response's reward, null where it has none; a key that is missing or not a finite number ends the run."""
     reward = response.get("reward", "no key")
     if reward is not None and (isinstance(reward, (bool, str)) or not isinstance(reward, (int, float)) or not math.isfinite(reward)):
         fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
     return reward
-
 
 def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float]:
     """95 % percentile interval of sum(numerators) / sum(denominators) when prompts are drawn again, 1,000 times; one entry a prompt."""
@@ -177,17 +163,11 @@ def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list
     ratios = [numerators[some].sum() / denominators[some].sum() for some in drawn if denominators[some].sum()]
     return np.percentile(ratios, [2.5, 97.5]).tolist()
 
-
-def meta_path(out: str) -> Path:
-    return Path(out).with_suffix(".meta.json")
-
-
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = meta_path(out).with_suffix(".tmp")
+    beside = Path(out).with_suffix(".meta.tmp")
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, meta_path(out))
-
+    os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
@@ -201,7 +181,6 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
-
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -209,15 +188,15 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         Path(args.out).unlink(missing_ok=True)
     if not os.path.exists(args.out):
         return False
-    if not meta_path(args.out).exists():
-        fail(f"{args.out}: exists, and no {meta_path(args.out).name} says what made it; --overwrite starts anew")
-    before = json.loads(meta_path(args.out).read_text())
+    meta = Path(args.out).with_suffix(".meta.json")
+    if not meta.exists():
+        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
+    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -287,7 +266,6 @@ def main(args: argparse.Namespace) -> None:
     os.replace(beside, args.out)
     print(advice)
     print(json.dumps(result))
-
 
 if __name__ == "__main__":
     main(parse_args())

@@ -40,7 +40,6 @@ from typing import Callable, Iterator, NamedTuple, NoReturn
 
 import numpy as np
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python build_pairs.py [flags] (--help lists them)", allow_abbrev=False)
@@ -60,7 +59,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--total must be at least 1, found {args.total}")
     return args
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # selection and mixing
 
@@ -69,7 +67,6 @@ class Response(NamedTuple):
     reward: float | None
     text: int  # hash of the text without surrounding space; 0 where there is none
     cut: bool
-
 
 def best_worst(responses: dict[int, Response], truncated: str) -> tuple[int, int] | str:
     """Indices (chosen, rejected) of the highest and the lowest reward, the first of equals; or why there is no pair."""
@@ -87,13 +84,11 @@ def best_worst(responses: dict[int, Response], truncated: str) -> tuple[int, int
         return "identical" if len(texts) == 1 else "tie"
     return (chosen, rejected) if usable[chosen].text != usable[rejected].text else "identical"
 
-
 def mix(ids: list[str], on_ratio: float, total: int, seed: int) -> dict[str, str]:
     """{id: source} of `total` prompts with floor(R * total + 1/2) on-policy ones: exact, nested in R, blind to the order of ids."""
     shuffled = sorted(ids, key=lambda prompt_id: (stable_hash(seed, "mix", prompt_id), prompt_id))[:total]
     on = math.floor(on_ratio * total + 0.5 + 1e-9)
     return {prompt_id: "on" if position < on else "off" for position, prompt_id in enumerate(shuffled)}
-
 
 def pair_row(row: dict, source: str, chosen: int, rejected: int) -> dict:
     """One line of the pairs file; what the prompt's row carries besides responses is passed on."""
@@ -105,12 +100,10 @@ def pair_row(row: dict, source: str, chosen: int, rejected: int) -> dict:
         pair.update({f"{side}_{key}": response.get(key) for side, response in sides.items()})
     return pair
 
-
 def distribution(values: list[float]) -> dict[str, float]:
     """The columns of S3's Table 5; the standard deviation is the population's."""
     low, q1, median, q3, high = np.percentile(values, [0, 25, 50, 75, 100])
     return {"n": len(values), "mean": np.mean(values), "std": np.std(values), "min": low, "25%": q1, "median": median, "75%": q3, "max": high}
-
 
 def print_stats(pairs: list[tuple[str, float, float, int, int]]) -> None:
     """Rewards and lengths of chosen and rejected, per source; a pair is (source, two rewards, two lengths in characters)."""
@@ -126,7 +119,6 @@ def print_stats(pairs: list[tuple[str, float, float, int, int]]) -> None:
         longer = sum(chosen > rejected for chosen, rejected in zip(numbers[2], numbers[3]))
         print(f"{source + ' chosen is longer':28}{longer / len(margins):9.1%}")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
 
@@ -135,11 +127,9 @@ def fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 def stable_hash(*parts: object) -> int:
     """64 bits that depend on nothing but the parts: the seed of every random choice."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
-
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
@@ -159,20 +149,16 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
             yield f"{path}:{number}", offset, row
             offset += len(line)
 
-
 def check_prompt(row: dict, where: str) -> None:
     """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
     prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt):
+    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    row["prompt"] = prompt
-    row["id"] = hashlib.sha256(canonical.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
-
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
+    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
 def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str, list[tuple[str, int]]]:
     """{id: [(path, byte offset), ...]} of the rows of all files, in the order in which ids first came; visit(row, where) sees each."""
@@ -193,7 +179,6 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             visit(row, where)
     return places
 
-
 def merged_row(places: list[tuple[str, int]]) -> dict:
     """The row of one id: responses file after file, the matrices `wins` and `cosine` in blocks with null between them."""
     rows = []
@@ -210,17 +195,11 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
 
-
-def meta_path(out: str) -> Path:
-    return Path(out).with_suffix(".meta.json")
-
-
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = meta_path(out).with_suffix(".tmp")
+    beside = Path(out).with_suffix(".meta.tmp")
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, meta_path(out))
-
+    os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
@@ -234,7 +213,6 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
-
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -242,15 +220,15 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         Path(args.out).unlink(missing_ok=True)
     if not os.path.exists(args.out):
         return False
-    if not meta_path(args.out).exists():
-        fail(f"{args.out}: exists, and no {meta_path(args.out).name} says what made it; --overwrite starts anew")
-    before = json.loads(meta_path(args.out).read_text())
+    meta = Path(args.out).with_suffix(".meta.json")
+    if not meta.exists():
+        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
+    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -317,7 +295,6 @@ def main(args: argparse.Namespace) -> None:
     facts["seconds"] = round(time.time() - started, 2)
     write_meta(args.out, facts)
     print(json.dumps({"out": args.out, **facts["counts"], "seconds": facts["seconds"]}))
-
 
 if __name__ == "__main__":
     main(parse_args())

@@ -33,7 +33,6 @@ from typing import Callable, Iterator, NoReturn
 
 import numpy as np
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      usage="python evaluate.py {winrate,report} [flags] (--help lists them)")
@@ -48,7 +47,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("results", nargs="+", metavar="RESULT.json")
     report.add_argument("--out", required=True, metavar="DIR")
     return parser.parse_args(argv)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # win rates
@@ -69,7 +67,6 @@ def preference(row: dict, model: str, baseline: str, by_wins: bool) -> float | N
     verdicts = [verdict for verdict in verdicts if verdict is not None]
     return sum(verdicts) / len(verdicts) if verdicts else None
 
-
 def win_rate(preferences: list[float]) -> dict:
     """alpaca_eval's metrics of preferences in [0, 1] (its own lie in [1, 2]), and a bootstrap interval over prompts."""
     values = np.array(preferences, dtype=float)
@@ -79,12 +76,10 @@ def win_rate(preferences: list[float]) -> dict:
             "ci": bootstrap_interval(100 * values, np.ones(n)), "n_total": n, "n_wins": int(wins), "n_wins_base": int(losses),
             "n_draws": int(draws), "discrete_win_rate": 100 * (wins + draws / 2) / n}
 
-
 def mean_reward(rewards: list[float]) -> dict | None:
     """Mean of one reward per prompt, with its bootstrap interval."""
     values = np.array(rewards, dtype=float)
     return {"mean": values.mean(), "ci": bootstrap_interval(values, np.ones(len(values))), "n": len(values)} if rewards else None
-
 
 def training_of(model: str) -> dict | None:
     """What train_dpo.py says of the pairs and the time of a model, where the name is a folder that it wrote."""
@@ -95,7 +90,6 @@ def training_of(model: str) -> dict | None:
     return {"pairs": facts["counts"]["pairs"], "seconds": facts["counts"]["seconds"], "steps": facts["counts"]["steps"],
             "args": {name: facts["args"][name] for name in ("pairs", "loss", "beta", "lr", "epochs", "batch_size", "seed")
                      if name in facts["args"]}}
-
 
 def main_winrate(args: argparse.Namespace) -> None:
     started = time.time()
@@ -154,7 +148,6 @@ def main_winrate(args: argparse.Namespace) -> None:
     os.replace(beside, args.out)
     print(json.dumps(result))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # report
 
@@ -162,7 +155,6 @@ def short_names(names: list[str]) -> dict[str, str]:
     """Last part of each path, or the whole path where two end alike."""
     ends = Counter(Path(name).name for name in set(names))
     return {name: Path(name).name if ends[Path(name).name] == 1 else name for name in names}
-
 
 def report_rows(results: list[dict]) -> list[dict]:
     """One line per model, the baselines first: (setting, pairs, reward, win rate, interval, prompts, characters, seconds)."""
@@ -179,7 +171,6 @@ def report_rows(results: list[dict]) -> list[dict]:
             "ci": result["ci"], "n": result["n_total"], "characters": result["avg_length"], "seconds": training["seconds"]}
     return list(rows.values())
 
-
 def table(rows: list[dict]) -> list[list[str]]:
     """The report as text cells, header first."""
     cells = [["setting", "pairs", "reward", "win rate", "95 % interval", "prompts", "characters", "training seconds"]]
@@ -188,7 +179,6 @@ def table(rows: list[dict]) -> list[list[str]]:
             ("{}", row["pairs"]), ("{:.2f}", row["reward"] and row["reward"]["mean"]), ("{:.1f}", row["win_rate"]),
             ("{0[0]:.1f} to {0[1]:.1f}", row["ci"]), ("{}", row["n"]), ("{}", row["characters"]), ("{:.0f}", row["seconds"])))])
     return cells
-
 
 def draw(rows: list[dict], path: Path) -> None:
     """Two panels of points with 95 % intervals: mean reward of every line, win rate of those that have one."""
@@ -214,7 +204,6 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.suptitle("mean and 95 % bootstrap interval over prompts", fontsize=10)
     figure.savefig(path, dpi=150)
 
-
 def main_report(args: argparse.Namespace) -> None:
     results = []
     for path in args.results:
@@ -222,8 +211,8 @@ def main_report(args: argparse.Namespace) -> None:
             result = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             fail(f"{path}: expected a result of `evaluate.py winrate`, found {error}")
-        if not isinstance(result, dict) or result.get("kind") != "winrate":
-            fail(f'{path}: expected a result of `evaluate.py winrate` ("kind": "winrate")')
+        if not isinstance(result, dict) or result.get("kind") != "winrate" or "ci" not in result:
+            fail(f'{path}: expected a result of `evaluate.py winrate`, found no "kind": "winrate" with its numbers')
         results.append(result)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
@@ -241,7 +230,6 @@ def main_report(args: argparse.Namespace) -> None:
     print("\n".join(lines))
     print(json.dumps({"out": args.out, "results": len(results), "rows": len(rows)}))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
 
@@ -249,7 +237,6 @@ def fail(message: str) -> NoReturn:
     """A user's mistake: one sentence on standard error, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
@@ -269,20 +256,16 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
             yield f"{path}:{number}", offset, row
             offset += len(line)
 
-
 def check_prompt(row: dict, where: str) -> None:
     """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
     prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt):
+    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    row["prompt"] = prompt
-    row["id"] = hashlib.sha256(canonical.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
-
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
+    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
 def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str, list[tuple[str, int]]]:
     """{id: [(path, byte offset), ...]} of the rows of all files, in the order in which ids first came; visit(row, where) sees each."""
@@ -303,7 +286,6 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             visit(row, where)
     return places
 
-
 def merged_row(places: list[tuple[str, int]]) -> dict:
     """The row of one id: responses file after file, the matrices `wins` and `cosine` in blocks with null between them."""
     rows = []
@@ -320,14 +302,12 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
 
-
 def reward_of(response: dict, where: str) -> float | None:
     """The response's reward, null where it has none; a key that is missing or not a finite number ends the run."""
     reward = response.get("reward", "no key")
     if reward is not None and (isinstance(reward, (bool, str)) or not isinstance(reward, (int, float)) or not math.isfinite(reward)):
         fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
     return reward
-
 
 def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float]:
     """95 % percentile interval of sum(numerators) / sum(denominators) when prompts are drawn again, 1,000 times; one entry a prompt."""
@@ -336,17 +316,11 @@ def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list
     ratios = [numerators[some].sum() / denominators[some].sum() for some in drawn if denominators[some].sum()]
     return np.percentile(ratios, [2.5, 97.5]).tolist()
 
-
-def meta_path(out: str) -> Path:
-    return Path(out).with_suffix(".meta.json")
-
-
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = meta_path(out).with_suffix(".tmp")
+    beside = Path(out).with_suffix(".meta.tmp")
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, meta_path(out))
-
+    os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
@@ -360,7 +334,6 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
-
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -368,21 +341,20 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         Path(args.out).unlink(missing_ok=True)
     if not os.path.exists(args.out):
         return False
-    if not meta_path(args.out).exists():
-        fail(f"{args.out}: exists, and no {meta_path(args.out).name} says what made it; --overwrite starts anew")
-    before = json.loads(meta_path(args.out).read_text())
+    meta = Path(args.out).with_suffix(".meta.json")
+    if not meta.exists():
+        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
+    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(args: argparse.Namespace) -> None:
     {"winrate": main_winrate, "report": main_report}[args.command](args)
-
 
 if __name__ == "__main__":
     main(parse_args())

@@ -1,28 +1,23 @@
 """
 Stage 1: prompts -> responses, sampled from a model (on-policy) or imported from people's files (off-policy).
 
-Reads   --prompts       one prompt a line: {"id": "uf-17", "prompt": [{"role": "user", "content": "..."}], ...}; a plain
-                        string is one user turn, a missing id becomes a hash of the prompt, other keys are passed on
-   or   --import-data   responses that exist already (see --import-format below)
-Writes  --out           the same rows, one prompt a line, in the same order, with
-                        "responses": [{"text", "source": "on" | "off", "model", "finish": "stop" | "length" | null,
-                                       "tokens", "token_ids", "tokenizer"}, ...]
-        x.meta.json     arguments, versions, hashes of the inputs, counts; beside every output x.jsonl
+Reads   --prompts       {"id": "uf-17", "prompt": [{"role": "user", "content": "..."}], ...}; a plain string is one user turn, a
+                        missing id becomes a hash of the prompt, other keys are passed on
+   or   --import-data   responses that exist: `rows` {"prompt", "response", "model"} (lines of one prompt are merged) or {"prompt",
+                        "responses": [text or {"text", "model"}, ...]}; `ultrafeedback_binarized` as published, JSONL, parquet or
+                        hub id, chosen first, original scores under "scores"
+Writes  --out           the same rows in the same order with "responses": [{"text", "source": "on" | "off", "model",
+                        "finish": "stop" | "length" | null, "tokens", "token_ids", "tokenizer"}, ...]; x.meta.json beside x.jsonl
 
-Sampling follows SimpleMix by default (S1, section 3.1, footnote 2, and 5.1: N = 4, temperature 0.7, top-p 0.9); --preset s2
-is S2's Table 7 (N = 2, top-k 50), --preset s3 is S3's Table 6 (N = 8, temperature 0.6, at most 1024 tokens); --greedy is how
-S1's Appendix D answers AlpacaEval. Every response keeps the ids that were sampled, without the end-of-turn token.
+Sampling follows SimpleMix (S1, section 3.1 footnote 2 and 5.1: N = 4, temperature 0.7, top-p 0.9); --preset s2 is S2's Table 7 (N = 2,
+top-k 50), s3 is S3's Table 6 (N = 8, temperature 0.6, at most 1024 tokens); --greedy is S1's Appendix D. The papers do not say S1's and
+S2's longest response (2048 here, as in S1's code) and S3's top-p (1 here). token_ids are as sampled, without the end-of-turn token.
 
     python generate.py --model out/models/policy --prompts data/demo_train.jsonl --out out/on.jsonl --max-tokens 128
     python generate.py --import-format rows --import-data data/demo_train.jsonl --out out/off.jsonl
 
-Import formats: `rows` takes {"prompt", "response", "model"} with one response a line (lines of one prompt are merged) or
-{"prompt", "responses": ["text" or {"text", "model", ...}, ...]}; `ultrafeedback_binarized` takes the data set's files (JSONL or
-parquet) or its hub id, chosen first, and keeps the original scores under "scores".
-
-Where the papers are silent: S1 and S2 do not say the longest response (2048 here, as in S1's code), S3 not its top-p (1 here).
-Killed and started again with the same command, the run goes on after the last whole window of rows and ends with the same file.
-Prints one JSON line: rows, responses, tokens, share cut by --max-tokens, share of prompts whose samples are all equal, seconds.
+Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file.
+Prints one JSON line: rows, responses, tokens, how many were cut, empty, or all equal for a prompt, seconds.
 """
 
 import argparse
@@ -52,7 +47,6 @@ DEFAULTS = {"preset": "s1", "greedy": False, "seed": 0, "backend": "auto", "dtyp
             "tensor_parallel": 1, "shard": "0/1", "revision": None, "chat_template": None, "prompts": None, "model": None}
 WINDOW = {"hf": 64, "vllm": 1024}  # rows sampled, sorted by length and appended together; fixed, so that resuming is exact
 CANDIDATES = 1024  # top-p is looked for among so many best tokens before the whole vocabulary is sorted
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,9 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     def refuse(names: list[str], why: str) -> None:
-        for name in names:
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} {why}")
+        if given := [name for name in names if getattr(args, name) is not None]:
+            parser.error(f"--{given[0].replace('_', '-')} {why}")
 
     if args.import_format:
         refuse([*DEFAULTS, *PRESETS["s1"]], "is about sampling, and --import-format imports")
@@ -117,14 +110,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.source = args.source or ("off" if args.import_format else "on")
     return args
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
 def draws(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
     """The uniforms in [0, 1) of one response, float64 (count,): a function of seed, prompt and sample number alone."""
     return np.random.default_rng(stable_hash(seed, "generate", prompt_id, sample)).random(count)
-
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """One token per row by the inverse of the cumulative distribution, so that a row's draw ignores its batch.
@@ -147,7 +138,6 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     choice = torch.searchsorted(cumulative, uniforms[:, None].double() * mass, right=True).minimum(kept - 1)
     return tokens.gather(-1, choice)[:, 0]
 
-
 def sampler(uniforms: Tensor, prompt_length: int, args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
     """A transformers logits processor: leaves only our own draw possible, so that greedy decoding takes it."""
     def leave_one(input_ids: Tensor, logits: Tensor) -> Tensor:
@@ -156,7 +146,6 @@ def sampler(uniforms: Tensor, prompt_length: int, args: argparse.Namespace) -> C
         return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
     return leave_one
 
-
 def finished(sampled: list[int], stop_ids: list[int]) -> tuple[list[int], str]:
     """Cut the ids at the first end token: (ids without it, "stop"), or (ids, "length") where none came."""
     for position, token in enumerate(sampled):
@@ -164,9 +153,8 @@ def finished(sampled: list[int], stop_ids: list[int]) -> tuple[list[int], str]:
             return sampled[:position], "stop"
     return sampled, "length"
 
-
 def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int) -> Callable:
-    """Load with transformers; returns sample(jobs) -> token ids per job, a job being (prompt id, sample number, prompt ids)."""
+    """Load with transformers; returns sample(jobs) -> token ids per job; a job is (prompt id, sample number, prompt ids)."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype),
@@ -193,7 +181,6 @@ def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int) -> Cal
         return [sampled[j] for j in range(len(jobs))]
     return sample
 
-
 def vllm_engine(args: argparse.Namespace, stop_ids: list[int], max_length: int) -> Callable:
     """Load with vLLM's offline engine; returns sample(jobs) as hf_engine does. One request and one seed per response."""
     only_cpu = {}
@@ -219,7 +206,6 @@ def vllm_engine(args: argparse.Namespace, stop_ids: list[int], max_length: int) 
         return [list(output.outputs[0].token_ids) for output in outputs]
     return sample
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # import
 
@@ -229,7 +215,6 @@ def imported(entry: dict, source: str, where: str) -> dict:
         fail(f"{where}: expected a response in text, found {entry.get('text')!r:.60}")
     return {"text": entry["text"], "source": source, "model": entry.get("model"), "finish": entry.get("finish"), "tokens": None,
             "token_ids": None, "tokenizer": None, "scores": entry.get("scores")}
-
 
 def import_rows(data: str, source: str) -> Iterator[dict]:
     """Rows {"prompt", "response", "model"}, or {"prompt", "responses": [text or {"text", "model", "finish"}, ...]}."""
@@ -241,7 +226,6 @@ def import_rows(data: str, source: str) -> Iterator[dict]:
         entries = [entry if isinstance(entry, dict) else {"text": entry} for entry in row["responses"]]
         check_prompt(row, where)
         yield {**row, "responses": [imported(entry, source, where) for entry in entries]}
-
 
 def import_ultrafeedback_binarized(data: str, source: str) -> Iterator[dict]:
     """HuggingFaceH4/ultrafeedback_binarized: chosen and rejected are messages that hold the prompt; chosen stays first."""
@@ -260,7 +244,6 @@ def import_ultrafeedback_binarized(data: str, source: str) -> Iterator[dict]:
         check_prompt(out, where)
         yield out
 
-
 def read_table(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     """("file:row", row) of a parquet or JSONL file that has `keys`."""
     if not path.endswith(".parquet"):
@@ -276,7 +259,6 @@ def read_table(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
     yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
 
-
 def fetch_split(hub_id: str, split: str) -> list[str]:
     """Local paths of the parquet files of one split of a data set on the hub."""
     from huggingface_hub import hf_hub_download, list_repo_files
@@ -287,9 +269,7 @@ def fetch_split(hub_id: str, split: str) -> list[str]:
         fail(f"{hub_id}: neither a file nor a data set of the hub: {str(error).splitlines()[0]}")
     return files or fail(f"{hub_id}: the hub has no parquet files of the split {split!r}")
 
-
 IMPORTERS = {"rows": import_rows, "ultrafeedback_binarized": import_ultrafeedback_binarized}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -299,11 +279,9 @@ def fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 def stable_hash(*parts: object) -> int:
     """64 bits that depend on nothing but the parts: the seed of every random choice."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
-
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
@@ -323,31 +301,22 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
             yield f"{path}:{number}", offset, row
             offset += len(line)
 
-
 def check_prompt(row: dict, where: str) -> None:
     """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
     prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt):
+    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    row["prompt"] = prompt
-    row["id"] = hashlib.sha256(canonical.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
-
-
-def meta_path(out: str) -> Path:
-    return Path(out).with_suffix(".meta.json")
-
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
+    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = meta_path(out).with_suffix(".tmp")
+    beside = Path(out).with_suffix(".meta.tmp")
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, meta_path(out))
-
+    os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
@@ -361,7 +330,6 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
-
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -369,15 +337,15 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         Path(args.out).unlink(missing_ok=True)
     if not os.path.exists(args.out):
         return False
-    if not meta_path(args.out).exists():
-        fail(f"{args.out}: exists, and no {meta_path(args.out).name} says what made it; --overwrite starts anew")
-    before = json.loads(meta_path(args.out).read_text())
+    meta = Path(args.out).with_suffix(".meta.json")
+    if not meta.exists():
+        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
+    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
-
 
 def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str], window: int) -> int:
     """How many rows of --out stand already and stay; what is behind the last whole window is cut off."""
@@ -386,9 +354,7 @@ def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str]
         Path(args.out).touch()
     ends = [0]  # byte offset behind each whole row
     with open(args.out, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # torn by a kill
+        for line in (line for line in file if line.endswith(b"\n")):  # without the newline it was torn by a kill
             found = json.loads(line)["id"]
             if len(ends) > len(ids) or found != ids[len(ends) - 1]:
                 fail(f"{args.out}:{len(ends)}: the row {found} is not the one asked for here; --overwrite starts anew")
@@ -398,14 +364,12 @@ def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str]
     os.truncate(args.out, ends[done])
     return done
 
-
 def append_rows(out: str, rows: list[dict]) -> None:
     """Append whole rows and have them on disk before going on."""
     with open(out, "ab") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
-
 
 def shard_windows(rows: list, window: int, shard: str) -> list:
     """The rows of shard "I/N": every N-th window of them, from the I-th."""
@@ -414,16 +378,13 @@ def shard_windows(rows: list, window: int, shard: str) -> list:
         fail(f"--shard {shard}: expected I/N with 0 <= I < N")
     return [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
 
-
 def load_tokenizer(name: str, revision: str | None):
     """The tokenizer of a model: a Hugging Face folder with safetensors, or a hub id. Anything else ends the run here."""
-    if os.path.isdir(name):
-        if not os.path.exists(f"{name}/config.json") or not list(Path(name).glob("*.safetensors")):
-            fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
-    elif os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if os.path.isdir(name) and not (os.path.exists(f"{name}/config.json") and list(Path(name).glob("*.safetensors"))):
+        fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
+    if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         fail(f"{name}: expected a Hugging Face model folder or a hub id, found {'a file' if os.path.exists(name) else 'nothing'}")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -431,14 +392,12 @@ def load_tokenizer(name: str, revision: str | None):
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
 
-
 def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
     """Ids of the rendered chat with the generation prompt; nothing is added to what the template renders."""
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
     return ids
-
 
 def end_of_turn(tokenizer) -> int:
     """The token that ends an assistant turn: what the chat template renders right behind the response."""
@@ -451,55 +410,42 @@ def end_of_turn(tokenizer) -> int:
         fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, not with a special token")
     return ids[0]
 
-
 def fingerprint(tokenizer) -> str:
     """Names the mapping between text and ids: tokenizers of one fingerprint may share token_ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 
-def count_responses(out: str) -> dict:
-    counts = dict.fromkeys(("rows", "responses", "tokens", "truncated", "empty", "prompts_with_equal_samples"), 0)
-    for _, _, row in read_jsonl(out, ("responses",)):
-        texts = [response["text"] for response in row["responses"]]
-        counts["rows"] += 1
-        counts["responses"] += len(texts)
-        counts["tokens"] += sum(response["tokens"] or 0 for response in row["responses"])
-        counts["truncated"] += sum(response["finish"] == "length" for response in row["responses"])
-        counts["empty"] += sum(not text.strip() for text in texts)
-        counts["prompts_with_equal_samples"] += len(texts) > 1 and len(set(texts)) == 1
-    return counts
-
-
 def finish_run(args: argparse.Namespace, facts: dict, started: float, **more: float) -> None:
-    """The meta file, now with counts, and the last line on standard output."""
-    facts["counts"] = count_responses(args.out) | more
-    facts["seconds"] = round(time.time() - started, 2)
+    """Count what --out holds, complete its meta file, and print the last line."""
+    counts = dict.fromkeys(("rows", "responses", "tokens", "truncated", "empty", "prompts_with_equal_samples"), 0)
+    for _, _, row in read_jsonl(args.out, ("responses",)):
+        responses, texts = row["responses"], [response["text"] for response in row["responses"]]
+        for name, value in zip(counts, (1, len(texts), sum(response["tokens"] or 0 for response in responses),
+                                        sum(response["finish"] == "length" for response in responses),
+                                        sum(not text.strip() for text in texts), len(texts) > 1 and len(set(texts)) == 1)):
+            counts[name] += value
+    facts.update(counts=counts | more, seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
     print(json.dumps({"out": args.out, **facts["counts"], "seconds": facts["seconds"]}))
-
 
 def main_import(args: argparse.Namespace) -> None:
     started = time.time()
     files = fetch_split(args.import_data, args.import_split) if args.import_split else [args.import_data]
     merged: dict[str, dict] = {}  # the rows of one prompt are merged, responses in the order in which they came
     read = 0
-    for row in itertools.chain.from_iterable(IMPORTERS[args.import_format](file, args.source) for file in files):
-        if args.limit is not None and len(merged) == args.limit and row["id"] not in merged:
-            continue
-        read += 1
+    for read, row in enumerate(itertools.chain.from_iterable(IMPORTERS[args.import_format](file, args.source) for file in files), 1):
         first = merged.setdefault(row["id"], row)
         if first["prompt"] != row["prompt"]:
             fail(f"{args.import_data}: the id {row['id']} stands for two prompts")
         first["responses"] += row["responses"] if first is not row else []
     facts = run_facts(args, files)
     check_out(args, facts, {"out", "overwrite", "limit"})
+    write_meta(args.out, facts)
     Path(f"{args.out}.tmp").unlink(missing_ok=True)
-    append_rows(f"{args.out}.tmp", list(merged.values()))
+    append_rows(f"{args.out}.tmp", list(merged.values())[:args.limit])
     os.replace(f"{args.out}.tmp", args.out)
     finish_run(args, facts, started, rows_merged_into_others=read - len(merged))
-
 
 def main(args: argparse.Namespace) -> None:
     if args.import_format:
@@ -522,7 +468,7 @@ def main(args: argparse.Namespace) -> None:
     config = AutoConfig.from_pretrained(args.model, revision=args.revision)
     try:
         eos = GenerationConfig.from_pretrained(args.model, revision=args.revision).eos_token_id
-    except OSError:  # the file is optional
+    except OSError:  # generation_config.json is optional
         eos = config.eos_token_id
     stop_ids = sorted({eot, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
     pad_id = eot if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -560,7 +506,6 @@ def main(args: argparse.Namespace) -> None:
             progress.update(len(batch))
     finish_run(args, facts, started, skipped_too_long=len(too_long), resumed_rows=done,
                sampling_seconds=round(time.time() - sampling_started, 2))
-
 
 if __name__ == "__main__":
     try:

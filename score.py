@@ -1,25 +1,23 @@
 """
 Stage 2: responses -> scored responses: one row per prompt, every response of every file, each with a reward.
 
-Reads   --responses  files of generate.py (or of this script), merged by id; the responses of one file follow those of the other
-Writes  --out        the same rows; each response gains
-                     "reward": 1.25 or null, "reward_error": null or why there is none, "scores": {NAME: 1.25}
-                     (rm, verify), or "logp": -212.4, "logp_tokens": 57 (logp)
+Reads   --responses  files of generate.py or of this script, merged by id; the responses of one file follow those of the other
+Writes  --out        the same rows; each response gains "reward": 1.25 or null, "reward_error": null or why there is none, and
+                     "scores": {NAME: 1.25} (rm, verify), or "logp": -212.4 and "logp_tokens": 57 (logp)
 
---scorer rm      a reward model's raw logit in float32: any AutoModelForSequenceClassification with one label. A model with a chat
-                 template reads prompt and response rendered by it (Skywork-Reward, the labeler of S1 section 4.1 and S3
-                 section 5.1); one without reads a pair of texts (OpenAssistant's DeBERTa, the demo's cross-encoder). A response that
-                 does not fit in --max-length gets no reward; nothing is cut.
---scorer verify  1 where the last boxed answer, or else the last number, equals the row's "answer", 0 where it does not (as in GSM8K).
---scorer logp    log pi(y|x): the sum over the response's tokens and its end-of-turn token, none where it was cut (S2 Table 8,
-                 S1 section 5.3 "on-policiness"). The vocabulary meets 512 tokens at a time, never the whole batch.
-
+--scorer rm      a reward model's raw logit in float32: any AutoModelForSequenceClassification with one label. With a chat template it
+                 reads prompt and response rendered by it (Skywork-Reward, the labeler of S1 section 4.1 and S3 section 5.1), without
+                 one a pair of texts (OpenAssistant's DeBERTa, the demo's cross-encoder). What does not fit in --max-length gets no
+                 reward; nothing is cut.
+--scorer verify  1 where the last boxed answer, or else the last number, equals the row's "answer", else 0 (as in GSM8K).
+--scorer logp    log pi(y|x): the sum over the response's tokens and its end-of-turn token, none where it was cut (S2 Table 8, S1
+                 section 5.3 "on-policiness"). The vocabulary meets 512 tokens at a time, never the whole batch.
 The first scorer sets "reward"; a further one only adds to "scores", unless --primary. Equal responses of a prompt are scored once.
 
     python score.py --scorer rm --model out/models/reward --responses out/on.jsonl out/off.jsonl --out out/scored.jsonl
 
-Killed and started again with the same command, the run goes on after the last whole window of rows and ends with the same file.
-Prints one JSON line: rows, responses, without reward by reason, mean reward by source, share of padding, seconds.
+Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file.
+Prints one JSON line: rows, responses, without a score by reason, mean score by source, share of padding, seconds.
 """
 
 import argparse
@@ -39,12 +37,12 @@ from pathlib import Path
 from typing import Callable, Iterator, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 WINDOW = 256  # rows scored, sorted by length and appended together; fixed, so that resuming is exact
 CHUNK = 512  # tokens that meet the vocabulary at once
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,18 +66,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     def refuse(names: list[str], why: str) -> None:
-        for name in names:
-            if getattr(args, name) not in (None, False):
-                parser.error(f"--{name.replace('_', '-')} {why}")
+        if given := [name for name in names if getattr(args, name) not in (None, False)]:
+            parser.error(f"--{given[0].replace('_', '-')} {why}")
 
     if args.scorer == "verify":
         refuse(["model", "revision", "max_length", "backend", "dtype", "batch_tokens"], "does nothing with --scorer verify")
     elif not args.model:
         parser.error(f"--scorer {args.scorer} needs --model")
     if args.scorer == "logp":
-        refuse(["name", "primary"], 'does nothing with --scorer logp, which writes "logp"')
-        if args.backend == "vllm":
-            parser.error("--scorer logp runs on --backend hf")
+        refuse(["name", "primary"] + ["backend"] * (args.backend == "vllm"), "does nothing with --scorer logp")
     for name in ("limit", "max_length", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
@@ -90,7 +85,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         args.backend = "hf" if args.scorer == "logp" else args.backend or "auto"
     return args
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scorers. Each is made by a function that returns encode(row, response) -> a job, and score(jobs) -> (value, tokens or None) per
@@ -109,7 +103,6 @@ def answer_of(text: str) -> str | None:
     numbers = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
     return numbers[-1] if numbers else None
 
-
 def same_answer(found: str | None, wanted: str) -> bool:
     """Equal as numbers where both are (1,000 = 1000.0, 1/2 = 0.5), else as text without spaces and case."""
     def plain(text: str) -> object:
@@ -120,8 +113,8 @@ def same_answer(found: str | None, wanted: str) -> bool:
         return Fraction(number[1]) / Fraction(number[2] or 1)
     return found is not None and plain(found) == plain(wanted)
 
-
 def verify_scorer() -> tuple[Callable, Callable]:
+    """1.0 for the right final answer, 0.0 for another."""
     def encode(row: dict, response: dict) -> tuple:
         if row.get("answer") is None:
             raise ValueError("the prompt carries no answer")
@@ -130,7 +123,6 @@ def verify_scorer() -> tuple[Callable, Callable]:
     def score(jobs: list[tuple]) -> list[tuple]:
         return [(float(same_answer(answer_of(text), answer_of(answer) or answer)), None) for answer, text in jobs]
     return encode, score
-
 
 def batches_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices sorted by length and cut so that rows x longest row stays within the budget, and padding within 8 % of a row."""
@@ -142,12 +134,10 @@ def batches_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(index)
     return batches
 
-
 def padded(rows: list[list[int]], filler: int, device: str) -> Tensor:
     """(B, T) with the rows on the left: under a causal model padding behind a row changes nothing in it, so no mask is needed."""
     longest = max(map(len, rows))
     return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
 
 def rm_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tuple[Callable, Callable]:
     """A scalar reward model: raw logit, float32."""
@@ -195,7 +185,6 @@ def rm_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tupl
         return [values[i] for i in range(len(jobs))]
     return encode, score
 
-
 def vllm_pooling(args: argparse.Namespace) -> Callable:
     """The same rewards from vLLM; use_activation=False, since its default for one label is a sigmoid."""
     if not torch.cuda.is_available():
@@ -213,13 +202,11 @@ def vllm_pooling(args: argparse.Namespace) -> Callable:
         return [(float(output.outputs.data[0]), None) for output in outputs]
     return score
 
-
 def completion_ids(tokenizer, mark: str, eot: int, response: dict) -> list[int]:
     """Ids of a response as a model is trained on it: as sampled where this tokenizer sampled it, ended unless it was cut."""
     sampled = response.get("token_ids") is not None and response.get("tokenizer") == mark
     ids = response["token_ids"] if sampled else tokenizer(response["text"], add_special_tokens=False)["input_ids"]
     return ids + [eot] * (response.get("finish") != "length")
-
 
 def output_head(model) -> tuple[Tensor, Tensor | None]:
     """The head's weight (V, d) and bias; a model that changes its logits behind the head is refused."""
@@ -229,20 +216,6 @@ def output_head(model) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
 
-
-def float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right summed and returned in float32, whatever the operands' type; on CUDA they are not cast."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
-
-def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Float32 logits (C, V) of a chunk of hidden states (C, d), weight (V, d), bias (V,)."""
-    logits = float32_product(hidden, weight.t())
-    return logits if bias is None else logits.add_(bias)
-
-
 def logp_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tuple[Callable, Callable]:
     """Sum over the response's tokens of log pi(y_t | x, y_<t), temperature 1, and the number of these tokens."""
     mark, eot = fingerprint(tokenizer), end_of_turn(tokenizer)
@@ -250,9 +223,7 @@ def logp_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tu
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype),
                                                  use_safetensors=True).to(device).eval()
-    weight, bias = output_head(model)
-    if device == "cpu":
-        weight = weight.float()
+    weight, bias = (None if part is None else part.float() for part in output_head(model))
 
     def encode(row: dict, response: dict) -> tuple:
         prompt, completion = prompt_ids(tokenizer, row["prompt"]), completion_ids(tokenizer, mark, eot, response)
@@ -274,14 +245,13 @@ def logp_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tu
             targets = torch.tensor([token for i in batch for token in jobs[i][1]], device=device)        # (C,)
             logps = []
             for some, wanted in zip(states.split(CHUNK), targets.split(CHUNK)):
-                logits = chunk_logits(some, weight, bias)
+                logits = F.linear(some.float(), weight, bias)                                            # (CHUNK, V)
                 logps.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
             sums = [some.double().sum().item() for some in torch.cat(logps).split([len(jobs[i][1]) for i in batch])]
             values.update({i: (total, len(jobs[i][1])) for i, total in zip(batch, sums)})
             tokens_seen.update(real=sum(map(len, rows)), padded=ids.numel())
         return [values[i] for i in range(len(jobs))]
     return encode, score
-
 
 def put(response: dict, args: argparse.Namespace, sets_reward: bool, value: float | None, tokens: int | None, error: str | None) -> None:
     """Write one score into its response; every response of a file has the same keys."""
@@ -292,7 +262,6 @@ def put(response: dict, args: argparse.Namespace, sets_reward: bool, value: floa
     if sets_reward:
         response.update(reward=value, reward_error=error)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
 
@@ -301,11 +270,9 @@ def fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 def stable_hash(*parts: object) -> int:
     """64 bits that depend on nothing but the parts: the seed of every random choice."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
-
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
@@ -325,31 +292,22 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
             yield f"{path}:{number}", offset, row
             offset += len(line)
 
-
 def check_prompt(row: dict, where: str) -> None:
     """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
     prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt):
+    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    row["prompt"] = prompt
-    row["id"] = hashlib.sha256(canonical.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
-
-
-def meta_path(out: str) -> Path:
-    return Path(out).with_suffix(".meta.json")
-
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
+    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = meta_path(out).with_suffix(".tmp")
+    beside = Path(out).with_suffix(".meta.tmp")
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, meta_path(out))
-
+    os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
@@ -363,7 +321,6 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
-
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -371,15 +328,15 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         Path(args.out).unlink(missing_ok=True)
     if not os.path.exists(args.out):
         return False
-    if not meta_path(args.out).exists():
-        fail(f"{args.out}: exists, and no {meta_path(args.out).name} says what made it; --overwrite starts anew")
-    before = json.loads(meta_path(args.out).read_text())
+    meta = Path(args.out).with_suffix(".meta.json")
+    if not meta.exists():
+        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
+    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
-
 
 def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str], window: int) -> int:
     """How many rows of --out stand already and stay; what is behind the last whole window is cut off."""
@@ -388,9 +345,7 @@ def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str]
         Path(args.out).touch()
     ends = [0]  # byte offset behind each whole row
     with open(args.out, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # torn by a kill
+        for line in (line for line in file if line.endswith(b"\n")):  # without the newline it was torn by a kill
             found = json.loads(line)["id"]
             if len(ends) > len(ids) or found != ids[len(ends) - 1]:
                 fail(f"{args.out}:{len(ends)}: the row {found} is not the one asked for here; --overwrite starts anew")
@@ -400,14 +355,12 @@ def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str]
     os.truncate(args.out, ends[done])
     return done
 
-
 def append_rows(out: str, rows: list[dict]) -> None:
     """Append whole rows and have them on disk before going on."""
     with open(out, "ab") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
-
 
 def shard_windows(rows: list, window: int, shard: str) -> list:
     """The rows of shard "I/N": every N-th window of them, from the I-th."""
@@ -416,16 +369,13 @@ def shard_windows(rows: list, window: int, shard: str) -> list:
         fail(f"--shard {shard}: expected I/N with 0 <= I < N")
     return [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
 
-
 def load_tokenizer(name: str, revision: str | None):
     """The tokenizer of a model: a Hugging Face folder with safetensors, or a hub id. Anything else ends the run here."""
-    if os.path.isdir(name):
-        if not os.path.exists(f"{name}/config.json") or not list(Path(name).glob("*.safetensors")):
-            fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
-    elif os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if os.path.isdir(name) and not (os.path.exists(f"{name}/config.json") and list(Path(name).glob("*.safetensors"))):
+        fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
+    if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         fail(f"{name}: expected a Hugging Face model folder or a hub id, found {'a file' if os.path.exists(name) else 'nothing'}")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -433,14 +383,12 @@ def load_tokenizer(name: str, revision: str | None):
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
 
-
 def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
     """Ids of the rendered chat with the generation prompt; nothing is added to what the template renders."""
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
     return ids
-
 
 def end_of_turn(tokenizer) -> int:
     """The token that ends an assistant turn: what the chat template renders right behind the response."""
@@ -453,11 +401,9 @@ def end_of_turn(tokenizer) -> int:
         fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, not with a special token")
     return ids[0]
 
-
 def fingerprint(tokenizer) -> str:
     """Names the mapping between text and ids: tokenizers of one fingerprint may share token_ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-
 
 def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str, list[tuple[str, int]]]:
     """{id: [(path, byte offset), ...]} of the rows of all files, in the order in which ids first came; visit(row, where) sees each."""
@@ -478,7 +424,6 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             visit(row, where)
     return places
 
-
 def merged_row(places: list[tuple[str, int]]) -> dict:
     """The row of one id: responses file after file, the matrices `wins` and `cosine` in blocks with null between them."""
     rows = []
@@ -495,10 +440,9 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 
-def summary(out: str, name: str) -> dict:
+def summary(out: str, scorer: str, name: str) -> dict:
     """Counts over a scored file, the reasons why responses have no reward, and the mean of this score by source."""
     counts: Counter = Counter()
     missing: Counter = Counter()
@@ -506,13 +450,12 @@ def summary(out: str, name: str) -> dict:
     for _, _, row in read_jsonl(out, ("responses",)):
         counts.update(rows=1, responses=len(row["responses"]))
         for response in row["responses"]:
-            value = response["logp"] if name == "logp" else response["scores"][name]
+            value = response["logp"] if scorer == "logp" else response["scores"][name]
             if value is None:
                 missing[response.get("reward_error") or "no value"] += 1
             else:
                 values.setdefault(response["source"], []).append(value)
     return {**counts, "without": dict(missing), "mean": {source: math.fsum(some) / len(some) for source, some in values.items()}}
-
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
@@ -522,8 +465,7 @@ def main(args: argparse.Namespace) -> None:
     # the first scorer makes the reward; after that only --primary may
     sets_reward = args.scorer != "logp" and (args.primary or not have[True])
     if args.scorer != "logp" and not args.primary and have[True] and have[False]:
-        fail(f"{', '.join(args.responses)}: {have[True]} responses have a reward and {have[False]} have none; --primary gives all of "
-             "them this scorer's")
+        fail(f"{', '.join(args.responses)}: {have[True]} responses have a reward, {have[False]} none; --primary gives all this one")
     ids = shard_windows(list(places)[:args.limit], WINDOW, args.shard)
     tokens_seen: Counter = Counter()
     make_scorer = verify_scorer
@@ -535,6 +477,8 @@ def main(args: argparse.Namespace) -> None:
         if args.max_length and args.max_length > room:
             fail(f"--max-length {args.max_length}: {args.model} reads at most {room} tokens")
         args.max_length = args.max_length or room
+        if args.scorer == "rm" and config.num_labels != 1:
+            fail(f"{args.model}: expected a reward model with one label, found {config.num_labels} ({config.architectures})")
         if args.scorer == "rm" and not tokenizer.chat_template and not tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has neither a chat template nor a separator for pairs of texts")
         if args.backend == "auto":
@@ -566,7 +510,7 @@ def main(args: argparse.Namespace) -> None:
                     put(response, args, sets_reward, *((value, tokens, None) if math.isfinite(value) else (None, None, "not finite")))
             append_rows(args.out, rows)
             progress.update(len(rows))
-    facts["counts"] = summary(args.out, args.name)
+    facts["counts"] = summary(args.out, args.scorer, args.name)
     if tokens_seen:
         facts["counts"]["padding"] = round(1 - tokens_seen["real"] / tokens_seen["padded"], 4)
     facts["seconds"] = round(time.time() - started, 2)
@@ -574,7 +518,6 @@ def main(args: argparse.Namespace) -> None:
     if not facts["counts"]["mean"]:
         fail(f"{args.out}: no response has a score: {facts['counts']['without']}")
     print(json.dumps({"out": args.out, **facts["counts"], "resumed_rows": done, "seconds": facts["seconds"]}))
-
 
 if __name__ == "__main__":
     try:

@@ -72,7 +72,6 @@ MAX_GRAD_NORM = 1.0  # S1's code; the papers are silent
 CHUNK = 512  # response tokens that meet the vocabulary at once
 ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 5e-2}  # of a token's log-probability; a sum of T tokens is off by sqrt(T) times it
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python train_dpo.py [flags] (--help lists them)", allow_abbrev=False)
@@ -115,7 +114,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--resume goes on and --overwrite starts anew: give one of the two")
     return args
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the science
 
@@ -125,7 +123,6 @@ def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Ten
     h = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     return -F.logsigmoid(beta * h), h
 
-
 def learning_rate(step: int, steps: int, highest: float, schedule: str) -> float:
     """Linear warm-up over the first tenth of the steps, then down to 0 (S2 Table 6, S3 B.3: cosine; S1's code: linear)."""
     warmup = math.ceil(WARMUP * steps)
@@ -134,19 +131,16 @@ def learning_rate(step: int, steps: int, highest: float, schedule: str) -> float
     left = (steps - step) / max(1, steps - warmup)  # from 1 just after warm-up towards 0
     return highest * (left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
-
 def float32_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right summed and returned in float32, whatever the operands' type; on CUDA they are not cast."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 
-
 def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Float32 logits (C, V) of a chunk of hidden states (C, d), weight (V, d), bias (V,)."""
     logits = float32_product(hidden, weight.t())
     return logits if bias is None else logits.add_(bias)
-
 
 class TokenLogps(torch.autograd.Function):
     """log softmax(W h + b)[target] per token, float32, holding the logits of CHUNK tokens at a time.
@@ -189,7 +183,6 @@ class TokenLogps(torch.autograd.Function):
             del d_logits
         return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
 
@@ -205,7 +198,6 @@ def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
              for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2))]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
-
 def output_head(model) -> tuple[Tensor, Tensor | None]:
     """The head's weight (V, d) and bias; a model that changes its logits behind the head is refused."""
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -213,7 +205,6 @@ def output_head(model) -> tuple[Tensor, Tensor | None]:
             fail(f"{model.config.model_type} models change their logits by {name}, which the chunked log-probabilities do not do")
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
-
 
 class PolicyLogps(nn.Module):
     """A causal language model whose forward gives log-probabilities of response tokens, never logits.
@@ -229,7 +220,6 @@ class PolicyLogps(nn.Module):
         """ids, positions (1, T); predicts (C,) the places whose state predicts targets (C,) -> (C,) float32."""
         states = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments).last_hidden_state
         return TokenLogps.apply(states[0, predicts], *output_head(self.model), targets)
-
 
 def load_policy(name: str, revision: str | None, args: argparse.Namespace, mesh: DeviceMesh) -> PolicyLogps:
     """The model in float32, sharded by FSDP2 over the mesh. Rank 0 reads it, the others receive their shards."""
@@ -266,12 +256,10 @@ def load_policy(name: str, revision: str | None, args: argparse.Namespace, mesh:
             dist.broadcast(buffer, 0)
     return policy
 
-
 def full_weights(policy: PolicyLogps) -> dict[str, Tensor]:
     """The whole float32 model on rank 0 under its own names, {} on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {name.removeprefix("model."): value for name, value in get_model_state_dict(policy, options=options).items()}
-
 
 def export(policy: PolicyLogps, args: argparse.Namespace, tokenizer) -> None:
     """Write --out as a model folder in the type that --model is stored in; on all processes, rank 0 writes."""
@@ -288,7 +276,8 @@ def export(policy: PolicyLogps, args: argparse.Namespace, tokenizer) -> None:
     beside = Path(args.out, "export.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    save_torch_state_dict({name: value.to(config.dtype) for name, value in weights.items()}, beside, metadata={"format": "pt"})
+    # copies, since a gathered tensor may be a view of a padded storage
+    save_torch_state_dict({name: value.to(config.dtype, copy=True) for name, value in weights.items()}, beside, metadata={"format": "pt"})
     try:
         GenerationConfig.from_pretrained(args.model, revision=args.revision).save_pretrained(beside)
     except OSError:  # the file is optional
@@ -298,7 +287,6 @@ def export(policy: PolicyLogps, args: argparse.Namespace, tokenizer) -> None:
     for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, Path(args.out, path.name))
     beside.rmdir()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pairs and batches
@@ -313,13 +301,11 @@ class Pair(NamedTuple):
         """Real tokens of the pair: prompt + chosen plus prompt + rejected."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-
 def completion_ids(tokenizer, mark: str, eot: int, response: dict) -> list[int]:
     """Ids of a response as a model is trained on it: as sampled where this tokenizer sampled it, ended unless it was cut."""
     sampled = response.get("token_ids") is not None and response.get("tokenizer") == mark
     ids = response["token_ids"] if sampled else tokenizer(response["text"], add_special_tokens=False)["input_ids"]
     return ids + [eot] * (response.get("finish") != "length")
-
 
 def pair_sides(row: dict, where: str) -> tuple[dict, dict]:
     """(chosen, rejected) as {"text", "finish", "token_ids", "tokenizer"}; row["prompt"] is made of their messages if they hold it."""
@@ -339,7 +325,6 @@ def pair_sides(row: dict, where: str) -> tuple[dict, dict]:
     elif "prompt" not in row:
         fail(f"{where}: expected the key 'prompt', found {', '.join(sorted(row))}")
     return sides[0], sides[1]
-
 
 def load_pairs(path: str, tokenizer, max_length: int) -> tuple[list[Pair], Counter]:
     """All pairs as token ids, and how many were dropped by reason."""
@@ -369,11 +354,9 @@ def load_pairs(path: str, tokenizer, max_length: int) -> tuple[list[Pair], Count
         fail(f"{path}: no pair is left: {dict(dropped)}")
     return list(pairs.values()), dropped
 
-
 def epoch_order(pair_ids: list[str], seed: int, epoch: int) -> list[int]:
     """Indices in the order of an epoch: a function of seed, epoch and the ids, not of their order in the file."""
     return sorted(range(len(pair_ids)), key=lambda i: (stable_hash(seed, "train", epoch, pair_ids[i]), pair_ids[i]))
-
 
 def micro_batches(indices: list[int], tokens: list[int], budget: int, world: int, rank: int) -> list[list[tuple[int, float]]]:
     """This rank's part of a step as micro-batches of (pair, weight): sorted by length, dealt to the ranks, cut by token budget.
@@ -392,7 +375,6 @@ def micro_batches(indices: list[int], tokens: list[int], budget: int, world: int
     longest = max(map(len, ranks))
     return ranks[rank] + [[(by_length[-1], 0.0)]] * (longest - len(ranks[rank]))
 
-
 def pair_logps(policy: PolicyLogps, pairs: list[Pair], device: str) -> Tensor:
     """Summed log-probabilities (B, 2) of chosen and rejected, float64, by one forward over one row without padding."""
     ids, positions, predicts, targets, segments, counts = [], [], [], [], [], []
@@ -409,7 +391,6 @@ def pair_logps(policy: PolicyLogps, pairs: list[Pair], device: str) -> Tensor:
     logps = policy(on_device[0][None], on_device[1][None], segments, on_device[2], on_device[3])  # (C,) float32
     return torch.stack([some.double().sum() for some in logps.split(counts)]).view(-1, 2)
 
-
 @torch.no_grad()
 def all_logps(policy: PolicyLogps, pairs: list[Pair], budget: int, device: str, label: str) -> Tensor:
     """pair_logps of all pairs (N, 2), float64, on every process; the processes share the work."""
@@ -423,7 +404,6 @@ def all_logps(policy: PolicyLogps, pairs: list[Pair], budget: int, device: str, 
     policy.reshard()  # a forward without backward leaves the root's weights gathered, and an optimizer made now would hold copies
     return logps.cpu()
 
-
 def check_isolation(policy: PolicyLogps, pair: Pair, args: argparse.Namespace, device: str) -> None:
     """The same pair twice in one row must get the same log-probabilities twice: sequences must not see each other."""
     with torch.no_grad():
@@ -431,11 +411,9 @@ def check_isolation(policy: PolicyLogps, pair: Pair, args: argparse.Namespace, d
     if (once - again).abs().max() > rounding(pair, args):
         fail(f"{args.model}: sequences that share a row change each other's log-probabilities; this architecture cannot be packed")
 
-
 def rounding(pair: Pair, args: argparse.Namespace) -> float:
     """How far two computations of a pair's log-probabilities may differ, in nats."""
     return ROUNDING[getattr(torch, args.dtype)] * math.sqrt(max(len(pair.chosen), len(pair.rejected)))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -445,11 +423,9 @@ def fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 def stable_hash(*parts: object) -> int:
     """64 bits that depend on nothing but the parts: the seed of every random choice."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
-
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
@@ -469,31 +445,22 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
             yield f"{path}:{number}", offset, row
             offset += len(line)
 
-
 def check_prompt(row: dict, where: str) -> None:
     """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
     prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt):
+    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    row["prompt"] = prompt
-    row["id"] = hashlib.sha256(canonical.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
-
-
-def meta_path(out: str) -> Path:
-    return Path(out).with_suffix(".meta.json")
-
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
+    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = meta_path(out).with_suffix(".tmp")
+    beside = Path(out).with_suffix(".meta.tmp")
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, meta_path(out))
-
+    os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
@@ -507,7 +474,6 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
-
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -515,15 +481,15 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         Path(args.out).unlink(missing_ok=True)
     if not os.path.exists(args.out):
         return False
-    if not meta_path(args.out).exists():
-        fail(f"{args.out}: exists, and no {meta_path(args.out).name} says what made it; --overwrite starts anew")
-    before = json.loads(meta_path(args.out).read_text())
+    meta = Path(args.out).with_suffix(".meta.json")
+    if not meta.exists():
+        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
+    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
-
 
 def append_rows(out: str, rows: list[dict]) -> None:
     """Append whole rows and have them on disk before going on."""
@@ -532,16 +498,13 @@ def append_rows(out: str, rows: list[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
 def load_tokenizer(name: str, revision: str | None):
     """The tokenizer of a model: a Hugging Face folder with safetensors, or a hub id. Anything else ends the run here."""
-    if os.path.isdir(name):
-        if not os.path.exists(f"{name}/config.json") or not list(Path(name).glob("*.safetensors")):
-            fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
-    elif os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if os.path.isdir(name) and not (os.path.exists(f"{name}/config.json") and list(Path(name).glob("*.safetensors"))):
+        fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
+    if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         fail(f"{name}: expected a Hugging Face model folder or a hub id, found {'a file' if os.path.exists(name) else 'nothing'}")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -549,14 +512,12 @@ def load_tokenizer(name: str, revision: str | None):
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
 
-
 def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
     """Ids of the rendered chat with the generation prompt; nothing is added to what the template renders."""
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
     return ids
-
 
 def end_of_turn(tokenizer) -> int:
     """The token that ends an assistant turn: what the chat template renders right behind the response."""
@@ -569,11 +530,9 @@ def end_of_turn(tokenizer) -> int:
         fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, not with a special token")
     return ids[0]
 
-
 def fingerprint(tokenizer) -> str:
     """Names the mapping between text and ids: tokenizers of one fingerprint may share token_ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
@@ -589,17 +548,14 @@ def save_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.o
             shutil.rmtree(older)
     dist.barrier()
 
-
 def last_checkpoint(out: str) -> int:
     """Optimizer steps done at the last whole checkpoint, 0 where there is none."""
     return max((int(path.name) for path in Path(out, "checkpoints").glob("[0-9]*")), default=0)
-
 
 def load_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.optim.Optimizer) -> None:
     model, optim = get_state_dict(policy, optimizer)
     dcp.load({"model": model, "optim": optim}, checkpoint_id=Path(out, "checkpoints", f"{step:08d}"))
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -616,13 +572,12 @@ def start(args: argparse.Namespace, facts: dict, metrics: str) -> tuple[bool, in
         return False, 0
     if not args.resume:
         fail(f"{args.out}: holds a run with these arguments; --resume goes on with it, --overwrite starts anew")
-    before = json.loads(meta_path(metrics).read_text())
+    before = json.loads(Path(metrics).with_suffix(".meta.json").read_text())
     done = last_checkpoint(args.out)
     if "counts" not in before:  # cut what was logged behind the checkpoint, and a torn line
         lines = Path(metrics).read_bytes().splitlines(keepends=True)[:done]
         Path(metrics).write_bytes(b"".join(lines))
     return "counts" in before, done
-
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
@@ -653,7 +608,7 @@ def main(args: argparse.Namespace) -> None:
     finished, done = state[0]
     if finished:
         if rank == 0:
-            print(json.dumps(json.loads(meta_path(metrics).read_text())["counts"]))
+            print(json.dumps(json.loads(Path(metrics).with_suffix(".meta.json").read_text())["counts"]))
         return leave()
 
     # the reference, once, by the code that trains; its file lets a resumed run and the reader have it again
@@ -755,13 +710,11 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(facts["counts"]))
     leave()
 
-
 def export_rounding(pair: Pair, args: argparse.Namespace) -> float:
     """As rounding(), where the stored type may be the coarser one."""
     from transformers import AutoConfig
     stored = AutoConfig.from_pretrained(args.out).dtype or torch.float32
     return max(ROUNDING.get(stored, ROUNDING[torch.bfloat16]) * math.sqrt(max(len(pair.chosen), len(pair.rejected))), rounding(pair, args))
-
 
 def peak_gb() -> float:
     """Highest memory use of this process so far, on its device."""
@@ -769,11 +722,9 @@ def peak_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-
 def leave() -> None:
     gc.collect()  # sharded tensors must be gone before their process group
     dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     try:

@@ -101,7 +101,7 @@ def test_mixing_counts_are_exact_and_nested():
         before = on
     assert list(mix(ids[:5], 0.5, 5, seed=0).values()).count("on") == 3  # floor(2.5 + .5)
     assert list(mix([f"p{k}" for k in range(100)], 0.29, 100, 0).values()).count("on") == 29  # .29 * 100 is 28.999999999999996
-    assert list(mix([f"p{k}" for k in range(50)], 0.07, 50, 0).values()).count("on") == 4  # 3.5, in floating point 3.5000000000000004
+    assert list(mix([f"p{k}" for k in range(100)], 0.145, 100, 0).values()).count("on") == 15  # in floating point 14.499999999999998
 
 
 def test_mixing_ignores_the_order_of_ids_and_obeys_the_seed():
@@ -182,7 +182,12 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path, capsys):
 def test_total(tmp_path, capsys):
     pairs, printed, _ = run(tmp_path, capsys, plain_rows(10), "--total", "5", "--on-ratio", "0.5")
     assert len(pairs) == 5 and (printed["on"], printed["off"]) == (3, 2)
-    err = refused(tmp_path / "", capsys, plain_rows(3), "--total", "4", "--overwrite")
+    # what cannot be had is refused, and the file of before stays as it was, --overwrite or not
+    before = (tmp_path / "pairs.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as exit_status:
+        run(tmp_path, capsys, plain_rows(3), "--total", "4", "--overwrite")
+    err = capsys.readouterr().err
+    assert exit_status.value.code == 2 and (tmp_path / "pairs.jsonl").read_bytes() == before
     assert "4 pairs are asked for and 3 prompts have a pair of off and on-policy responses" in err
 
 
