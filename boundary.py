@@ -125,6 +125,10 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
                     for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
+            count = len(row["responses"])
+            for name in ("wins", "cosine"):
+                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                    fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
             if prompts.setdefault(row["id"], hash(str(row["prompt"]))) != hash(str(row["prompt"])):
@@ -182,11 +186,9 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
-    """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
+    """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    if args.overwrite:
-        Path(args.out).unlink(missing_ok=True)
-    if not os.path.exists(args.out):
+    if args.overwrite or not os.path.exists(args.out):
         return False
     meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():

@@ -171,6 +171,10 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
                     for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
+            count = len(row["responses"])
+            for name in ("wins", "cosine"):
+                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                    fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
             if prompts.setdefault(row["id"], hash(str(row["prompt"]))) != hash(str(row["prompt"])):
@@ -201,6 +205,13 @@ def write_meta(out: str, meta: dict) -> None:
     beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
     os.replace(beside, Path(out).with_suffix(".meta.json"))
 
+def reward_of(response: dict, where: str) -> float | None:
+    """The response's reward, null where it has none; a key that is missing or not a finite number ends the run."""
+    reward = response.get("reward", "no key")
+    if reward is not None and (isinstance(reward, (bool, str)) or not isinstance(reward, (int, float)) or not math.isfinite(reward)):
+        fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
+    return reward
+
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
     """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -214,11 +225,9 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
-    """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
+    """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    if args.overwrite:
-        Path(args.out).unlink(missing_ok=True)
-    if not os.path.exists(args.out):
+    if args.overwrite or not os.path.exists(args.out):
         return False
     meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
@@ -240,13 +249,9 @@ def main(args: argparse.Namespace) -> None:
         by_source = responses.setdefault(row["id"], {})
         first = sum(map(len, by_source.values()))
         for i, response in enumerate(row["responses"], first):
-            if "reward" not in response:
-                fail(f"{where}: expected responses with a reward (score.py writes it), found {', '.join(sorted(response))}")
-            reward = response["reward"]
-            if reward is not None and not (isinstance(reward, (int, float)) and math.isfinite(reward)):
-                fail(f"{where}: expected the reward of response {i - first} to be a finite number or null, found {reward!r}")
             text = response["text"].strip()
-            by_source.setdefault(response["source"], {})[i] = Response(reward, text and hash(text), response.get("finish") == "length")
+            by_source.setdefault(response["source"], {})[i] = Response(
+                reward_of(response, where), hash(text) if text else 0, response.get("finish") == "length")
 
     places = index_rows(args.scored, visit)
     counts = Counter(rows=len(places), responses=sum(len(some) for by_source in responses.values() for some in by_source.values()))

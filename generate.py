@@ -233,7 +233,8 @@ def import_ultrafeedback_binarized(data: str, source: str) -> Iterator[dict]:
         prompts, responses = [], []
         for side in ("chosen", "rejected"):
             turns = row[side]
-            if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "assistant":
+            if not (isinstance(turns, list) and len(turns) > 1 and all(isinstance(turn, dict) for turn in turns)
+                    and turns[-1].get("role") == "assistant"):
                 fail(f"{where}: expected {side} to be messages that end with the assistant's, found {turns!r:.80}")
             prompts.append(turns[:-1])
             responses.append(imported({"text": turns[-1].get("content"), "scores": {"ultrafeedback": row.get(f"score_{side}")}},
@@ -331,11 +332,9 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
-    """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
+    """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    if args.overwrite:
-        Path(args.out).unlink(missing_ok=True)
-    if not os.path.exists(args.out):
+    if args.overwrite or not os.path.exists(args.out):
         return False
     meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
@@ -350,8 +349,7 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
 def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str], window: int) -> int:
     """How many rows of --out stand already and stay; what is behind the last whole window is cut off."""
     if not check_out(args, facts, free):
-        write_meta(args.out, facts)
-        Path(args.out).touch()
+        return 0
     ends = [0]  # byte offset behind each whole row
     with open(args.out, "rb") as file:
         for line in (line for line in file if line.endswith(b"\n")):  # without the newline it was torn by a kill
@@ -490,6 +488,9 @@ def main(args: argparse.Namespace) -> None:
     if done < len(rows):
         longest = max(len(ids[row["id"]]) for row in rows) + args.max_tokens
         sample = vllm_engine(args, stop_ids, longest) if args.backend == "vllm" else hf_engine(args, stop_ids, pad_id)
+        if not done:  # only now that the model is there
+            Path(args.out).write_bytes(b"")
+            write_meta(args.out, facts)
     mark = fingerprint(tokenizer)
     sampling_started = time.time()
     with tqdm(total=len(rows), initial=done, unit="prompt", desc=f"{args.backend}, {args.n} per prompt") as progress:

@@ -118,10 +118,11 @@ def verify_scorer() -> tuple[Callable, Callable]:
     def encode(row: dict, response: dict) -> tuple:
         if row.get("answer") is None:
             raise ValueError("the prompt carries no answer")
-        return str(row["answer"]), response["text"]
+        answer = str(row["answer"])
+        return answer_of(answer) if "\\boxed{" in answer or "####" in answer else answer, response["text"]
 
     def score(jobs: list[tuple]) -> list[tuple]:
-        return [(float(same_answer(answer_of(text), answer_of(answer) or answer)), None) for answer, text in jobs]
+        return [(float(same_answer(answer_of(text), wanted)), None) for wanted, text in jobs]
     return encode, score
 
 def batches_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
@@ -322,11 +323,9 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
-    """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
+    """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    if args.overwrite:
-        Path(args.out).unlink(missing_ok=True)
-    if not os.path.exists(args.out):
+    if args.overwrite or not os.path.exists(args.out):
         return False
     meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
@@ -341,8 +340,7 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
 def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str], window: int) -> int:
     """How many rows of --out stand already and stay; what is behind the last whole window is cut off."""
     if not check_out(args, facts, free):
-        write_meta(args.out, facts)
-        Path(args.out).touch()
+        return 0
     ends = [0]  # byte offset behind each whole row
     with open(args.out, "rb") as file:
         for line in (line for line in file if line.endswith(b"\n")):  # without the newline it was torn by a kill
@@ -416,6 +414,10 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
                     for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
+            count = len(row["responses"])
+            for name in ("wins", "cosine"):
+                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                    fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
             if prompts.setdefault(row["id"], hash(str(row["prompt"]))) != hash(str(row["prompt"])):
@@ -494,6 +496,9 @@ def main(args: argparse.Namespace) -> None:
     done = resume(args, facts, {"out", "overwrite", "limit", "shard", "batch_tokens"}, ids, WINDOW)
     if done < len(ids):
         encode, score = make_scorer()
+        if not done:  # only now that the model is there
+            Path(args.out).write_bytes(b"")
+            write_meta(args.out, facts)
     with tqdm(total=len(ids), initial=done, unit="prompt", desc=args.scorer) as progress:
         for start in range(done, len(ids), WINDOW):
             rows = [merged_row(places[prompt_id]) for prompt_id in ids[start:start + WINDOW]]

@@ -1,36 +1,32 @@
 """
 Stage 4: preference pairs -> a trained model. DPO by a loop written by hand: FSDP2, and log-probabilities that never hold the logits.
 
-Reads   --pairs  one pair a line, by build_pairs.py: {"pair_id", "prompt": [messages], "chosen": [message], "rejected": [message],
-                 "chosen_token_ids": as sampled or null, "chosen_finish": "length" where it was cut, ...}; also what others ship:
-                 plain strings, and chosen and rejected that repeat the prompt's messages (UltraFeedback binarized)
-Writes  --out    a model folder (config, safetensors in the type of --model, tokenizer), which transformers and vLLM open, and in it
-                 metrics.jsonl    one object per optimizer step (see below)
-                 reference.jsonl  the reference's log-probabilities of every pair, computed once before the first step
+Reads   --pairs  build_pairs.py's {"pair_id", "prompt": [messages], "chosen": [message], "rejected": [message], "chosen_token_ids": as
+                 sampled or null, "chosen_finish": "length" where it was cut, ...}, or what others ship: plain strings, or chosen
+                 and rejected that repeat the prompt's messages (UltraFeedback binarized)
+Writes  --out    a model folder (in the type of --model; transformers and vLLM open it), and in it metrics.jsonl, one object per step,
+                 and reference.jsonl, the reference's log-probabilities of every pair, computed once before the first step
 
     h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)],   L = -log sigma(beta h)          (S1 eq. 1)
 
-with log pi(y|x) the sum over the response's tokens, its end-of-turn token included unless it was cut. Defaults are S1's;
---preset s2 and s3 set those of S2's Table 6 and S3's Appendix B.3.
+with log pi(y|x) the sum over the response's tokens, its end-of-turn token included unless it was cut.
 
     python train_dpo.py --model out/models/policy --pairs out/on50.jsonl --out out/dpo_on50 --batch-size 8 --lr 1e-6
     torchrun --nproc-per-node 8 train_dpo.py --model meta-llama/Llama-3.1-8B-Instruct --pairs out/on50.jsonl --out out/dpo_on50
 
-How it works, so that you can change it:
 1) Sequences of several pairs stand end to end in one row, without padding; attention goes over each alone (segment_attention).
-2) Only states that predict a response token meet the head, CHUNK at a time; backward recomputes a chunk (TokenLogps). Memory for
-   logits is CHUNK x V, whatever the length and the batch.
+2) Only states that predict a response token meet the head, CHUNK at a time; backward recomputes a chunk (TokenLogps).
 3) Weights, gradients and Adam's moments are float32 (a step of 5e-7 is lost in bfloat16 weights); on CUDA FSDP2 casts to bfloat16
    for forward and backward. One code path for one process and for many.
-4) A step's set of pairs is a function of seed, epoch and pair_id alone; loss and gradients are sums over pairs divided by the
-   step's pairs, so they do not depend on the number of processes or on how the step is cut into micro-batches.
-5) With the reference equal to the start, policy and reference run through the same code, and the run stops if the log-ratios of
-   the first step are not zero within rounding.
+4) A step's set of pairs is a function of seed, epoch and pair_id alone; gradients are sums over pairs divided by the step's pairs,
+   whatever the number of processes and the cut into micro-batches.
+5) Reference and policy run through the same code: if they are the same model, the run stops unless the first step's log-ratios are
+   zero within rounding.
 
-metrics.jsonl: step, epoch, loss, accuracy (share with h > 0), margin (beta h), chosen_reward and rejected_reward (beta times the log-ratio;
-the chosen one often falls too), chosen_logp, rejected_logp, lr, grad_norm (before clipping), pairs, tokens (prompt + chosen plus
-prompt + rejected), tokens_per_s, peak_gb. Killed and started again with --resume, a run goes on from its last checkpoint to the same losses.
-Prints one JSON line: pairs, dropped by reason, steps, first and last loss, accuracy, tokens per second with and without the reference pass.
+metrics.jsonl: loss, accuracy (share with h > 0), margin (beta h), chosen_reward and rejected_reward (beta times the log-ratio; the
+chosen one often falls too), log-probabilities, lr, grad_norm (before clipping), tokens (prompt + chosen plus prompt + rejected),
+tokens_per_s, peak_gb. Killed and started again with --resume, a run goes on from its last checkpoint to the same losses.
+Prints one JSON line: pairs, dropped by reason, steps, losses, accuracy, tokens per second with and without the reference pass.
 """
 
 import argparse
@@ -70,7 +66,7 @@ PRESETS = {  # S1: section 4.1 and Appendix A, the rest from its code; S2: Table
 WARMUP = 0.1  # share of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers are silent
 CHUNK = 512  # response tokens that meet the vocabulary at once
-ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 5e-2}  # of a token's log-probability; a sum of T tokens is off by sqrt(T) times it
+ROUNDING = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of one token's log-probability; T tokens: sqrt(T) times
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -256,16 +252,11 @@ def load_policy(name: str, revision: str | None, args: argparse.Namespace, mesh:
             dist.broadcast(buffer, 0)
     return policy
 
-def full_weights(policy: PolicyLogps) -> dict[str, Tensor]:
-    """The whole float32 model on rank 0 under its own names, {} on the others."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {name.removeprefix("model."): value for name, value in get_model_state_dict(policy, options=options).items()}
-
 def export(policy: PolicyLogps, args: argparse.Namespace, tokenizer) -> None:
     """Write --out as a model folder in the type that --model is stored in; on all processes, rank 0 writes."""
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, GenerationConfig
-    weights = full_weights(policy)
+    weights = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # {} above rank 0
     if dist.get_rank() != 0:
         return
     config = AutoConfig.from_pretrained(args.model, revision=args.revision)
@@ -404,16 +395,9 @@ def all_logps(policy: PolicyLogps, pairs: list[Pair], budget: int, device: str, 
     policy.reshard()  # a forward without backward leaves the root's weights gathered, and an optimizer made now would hold copies
     return logps.cpu()
 
-def check_isolation(policy: PolicyLogps, pair: Pair, args: argparse.Namespace, device: str) -> None:
-    """The same pair twice in one row must get the same log-probabilities twice: sequences must not see each other."""
-    with torch.no_grad():
-        once, again = pair_logps(policy, [pair, pair], device)
-    if (once - again).abs().max() > rounding(pair, args):
-        fail(f"{args.model}: sequences that share a row change each other's log-probabilities; this architecture cannot be packed")
-
-def rounding(pair: Pair, args: argparse.Namespace) -> float:
-    """How far two computations of a pair's log-probabilities may differ, in nats."""
-    return ROUNDING[getattr(torch, args.dtype)] * math.sqrt(max(len(pair.chosen), len(pair.rejected)))
+def rounding(pair: Pair, *dtypes: torch.dtype) -> float:
+    """How far two computations of a pair's log-probabilities may differ, in nats, where the coarsest type is one of these."""
+    return max(ROUNDING[dtype] for dtype in dtypes) * math.sqrt(max(len(pair.chosen), len(pair.rejected)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -475,11 +459,9 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
             "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
-    """Whether --out stands already, from a run with these inputs and arguments (`free` ones aside); another run's is refused."""
+    """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    if args.overwrite:
-        Path(args.out).unlink(missing_ok=True)
-    if not os.path.exists(args.out):
+    if args.overwrite or not os.path.exists(args.out):
         return False
     meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
@@ -548,10 +530,6 @@ def save_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.o
             shutil.rmtree(older)
     dist.barrier()
 
-def last_checkpoint(out: str) -> int:
-    """Optimizer steps done at the last whole checkpoint, 0 where there is none."""
-    return max((int(path.name) for path in Path(out, "checkpoints").glob("[0-9]*")), default=0)
-
 def load_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.optim.Optimizer) -> None:
     model, optim = get_state_dict(policy, optimizer)
     dcp.load({"model": model, "optim": optim}, checkpoint_id=Path(out, "checkpoints", f"{step:08d}"))
@@ -567,13 +545,13 @@ def start(args: argparse.Namespace, facts: dict, metrics: str) -> tuple[bool, in
         Path(args.out, "reference.jsonl").unlink(missing_ok=True)
     free = {"out", "overwrite", "resume", "save_every", "micro_tokens", "activation_checkpointing"}
     if not check_out(argparse.Namespace(out=metrics, overwrite=args.overwrite), facts, free):
+        Path(metrics).write_bytes(b"")
         write_meta(metrics, facts)
-        Path(metrics).touch()
         return False, 0
     if not args.resume:
         fail(f"{args.out}: holds a run with these arguments; --resume goes on with it, --overwrite starts anew")
     before = json.loads(Path(metrics).with_suffix(".meta.json").read_text())
-    done = last_checkpoint(args.out)
+    done = max((int(path.name) for path in Path(args.out, "checkpoints").glob("[0-9]*")), default=0)
     if "counts" not in before:  # cut what was logged behind the checkpoint, and a torn line
         lines = Path(metrics).read_bytes().splitlines(keepends=True)[:done]
         Path(metrics).write_bytes(b"".join(lines))
@@ -581,8 +559,9 @@ def start(args: argparse.Namespace, facts: dict, metrics: str) -> tuple[bool, in
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
-    on_cuda = torch.cuda.is_available()
+    on_cuda, dtype = torch.cuda.is_available(), getattr(torch, args.dtype)
     tokenizer = load_tokenizer(args.model, args.revision)
+    from transformers import AutoConfig
     if args.reference != args.model and fingerprint(load_tokenizer(args.reference, None)) != fingerprint(tokenizer):
         fail(f"{args.reference}: its tokenizer is not that of {args.model}, so it cannot score the same ids")
     pairs, dropped = load_pairs(args.pairs, tokenizer, args.max_length)
@@ -616,7 +595,10 @@ def main(args: argparse.Namespace) -> None:
     policy, reference_seconds = None, 0.0
     if not saved.exists():
         policy = load_policy(args.reference, args.revision if args.reference == args.model else None, args, mesh)
-        check_isolation(policy, min(pairs, key=Pair.tokens), args, device)
+        with torch.no_grad():  # the same pair twice in one row
+            once, again = pair_logps(policy, [min(pairs, key=Pair.tokens)] * 2, device)
+        if (once - again).abs().max() > rounding(min(pairs, key=Pair.tokens), dtype):
+            fail(f"{args.reference}: sequences that share a row change each other; this architecture cannot be packed")
         reference_started = time.time()
         logps = all_logps(policy, pairs, args.micro_tokens, device, "reference")
         reference_seconds = time.time() - reference_started
@@ -658,7 +640,7 @@ def main(args: argparse.Namespace) -> None:
                 fail(f"step {step}: the loss is not finite for {', '.join(pairs[i].pair_id for i in members)}")
             if step == 0 and args.reference == args.model:
                 for i, (chosen, rejected) in zip(members, (rewards / args.beta).tolist()):
-                    if max(abs(chosen), abs(rejected)) > rounding(pairs[i], args):
+                    if max(abs(chosen), abs(rejected)) > rounding(pairs[i], dtype):
                         fail(f"{pairs[i].pair_id}: before the first update policy and reference differ by {chosen:.4f} (chosen) and "
                              f"{rejected:.4f} (rejected) nats, more than rounding")
             values = (losses.detach(), (h.detach() > 0).double(), args.beta * h.detach(), *rewards.T, *logps.detach().T,
@@ -690,10 +672,10 @@ def main(args: argparse.Namespace) -> None:
     del policy
     gc.collect()
     reloaded = all_logps(load_policy(args.out, None, args, mesh), sample, args.micro_tokens, device, "reloaded")
-    worst = max((off / limit, pair.pair_id) for pair, off, limit in zip(
-        sample, (trained - reloaded).abs().amax(1).tolist(), [export_rounding(pair, args) for pair in sample]))
-    if worst[0] > 1:
-        fail(f"{args.out}: read again, the exported model gives {worst[1]} other log-probabilities than the trained one")
+    stored = AutoConfig.from_pretrained(args.out).dtype
+    for pair, off in zip(sample, (trained - reloaded).abs().amax(1).tolist()):
+        if not off <= rounding(pair, dtype, stored):
+            fail(f"{args.out}: read again, the exported model gives {pair.pair_id} log-probabilities that differ by {off:.4f} nats")
     if rank == 0:
         shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
         rows = [row for _, _, row in read_jsonl(metrics, ("loss",))]
@@ -709,12 +691,6 @@ def main(args: argparse.Namespace) -> None:
         write_meta(metrics, facts)
         print(json.dumps(facts["counts"]))
     leave()
-
-def export_rounding(pair: Pair, args: argparse.Namespace) -> float:
-    """As rounding(), where the stored type may be the coarser one."""
-    from transformers import AutoConfig
-    stored = AutoConfig.from_pretrained(args.out).dtype or torch.float32
-    return max(ROUNDING.get(stored, ROUNDING[torch.bfloat16]) * math.sqrt(max(len(pair.chosen), len(pair.rejected))), rounding(pair, args))
 
 def peak_gb() -> float:
     """Highest memory use of this process so far, on its device."""

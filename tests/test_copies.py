@@ -26,7 +26,7 @@ def test_copies_are_equal():
             if node.name not in ("main", "parse_args") and not node.name.startswith("main_"):
                 copies.setdefault(node.name, {})[script] = (decorators, text)
     # the plumbing that every script has: if this set shrinks, a copy was renamed and is no longer held to the others
-    assert {name for name, of in copies.items() if len(of) == 6} >= {"fail", "read_jsonl", "check_prompt", "meta_path", "write_meta",
+    assert {name for name, of in copies.items() if len(of) == 6} >= {"fail", "read_jsonl", "check_prompt", "write_meta",
                                                                      "run_facts", "check_out"}
     for name, of in copies.items():
         first = next(iter(of))
