@@ -66,7 +66,7 @@ PRESETS = {  # S1: section 4.1 and Appendix A, the rest from its code; S2: Table
 WARMUP = 0.1  # share of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers are silent
 CHUNK = 512  # response tokens that meet the vocabulary at once
-ROUNDING = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of one token's log-probability; T tokens: sqrt(T) times
+ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 5e-2}  # of one token's log-probability; T tokens: sqrt(T) times
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -240,7 +240,7 @@ def load_policy(name: str, revision: str | None, args: argparse.Namespace, mesh:
     weights = policy.state_dict() if many and first else {}
     precision = MixedPrecisionPolicy(param_dtype=None if args.dtype == "float32" else torch.bfloat16, reduce_dtype=torch.float32)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    for module in [*layers, policy]:  # embedding, last norm and head stay in the root's group: they may be tied
+    for module in [*reversed(layers), policy]:  # inner ones first; embedding, last norm and head stay in the root's group: they may be tied
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if isinstance(module, FSDPModule):  # gradients are summed; the loss is divided by the pairs of the whole step
@@ -252,15 +252,15 @@ def load_policy(name: str, revision: str | None, args: argparse.Namespace, mesh:
             dist.broadcast(buffer, 0)
     return policy
 
-def export(policy: PolicyLogps, args: argparse.Namespace, tokenizer) -> None:
-    """Write --out as a model folder in the type that --model is stored in; on all processes, rank 0 writes."""
+def export(policy: PolicyLogps, stored: torch.dtype, args: argparse.Namespace, tokenizer) -> None:
+    """Write --out as a model folder; called on all processes, rank 0 writes."""
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, GenerationConfig
     weights = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # {} above rank 0
     if dist.get_rank() != 0:
         return
     config = AutoConfig.from_pretrained(args.model, revision=args.revision)
-    config.dtype = config.dtype or torch.float32
+    config.dtype = stored
     if config.tie_word_embeddings:
         head = policy.model.get_output_embeddings()
         weights.pop(next(name for name, module in policy.model.named_modules() if module is head) + ".weight", None)
@@ -268,7 +268,7 @@ def export(policy: PolicyLogps, args: argparse.Namespace, tokenizer) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     # copies, since a gathered tensor may be a view of a padded storage
-    save_torch_state_dict({name: value.to(config.dtype, copy=True) for name, value in weights.items()}, beside, metadata={"format": "pt"})
+    save_torch_state_dict({name: value.to(stored, copy=True) for name, value in weights.items()}, beside, metadata={"format": "pt"})
     try:
         GenerationConfig.from_pretrained(args.model, revision=args.revision).save_pretrained(beside)
     except OSError:  # the file is optional
@@ -395,9 +395,17 @@ def all_logps(policy: PolicyLogps, pairs: list[Pair], budget: int, device: str, 
     policy.reshard()  # a forward without backward leaves the root's weights gathered, and an optimizer made now would hold copies
     return logps.cpu()
 
-def rounding(pair: Pair, *dtypes: torch.dtype) -> float:
-    """How far two computations of a pair's log-probabilities may differ, in nats, where the coarsest type is one of these."""
-    return max(ROUNDING[dtype] for dtype in dtypes) * math.sqrt(max(len(pair.chosen), len(pair.rejected)))
+def rounding(pair: Pair, dtype: torch.dtype) -> float:
+    """How far two computations of a pair's log-probabilities may differ, in nats."""
+    return ROUNDING[dtype] * math.sqrt(max(len(pair.chosen), len(pair.rejected)))
+
+def check_isolation(policy: PolicyLogps, name: str, pair: Pair, device: str, dtype: torch.dtype) -> None:
+    """The same pair twice in one row must get the same log-probabilities twice."""
+    with torch.no_grad():
+        once, again = pair_logps(policy, [pair, pair], device)
+    policy.reshard()
+    if not (once - again).abs().max() <= rounding(pair, dtype):
+        fail(f"{name}: sequences that share a row change each other's log-probabilities; this architecture cannot be packed")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -537,12 +545,14 @@ def load_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.o
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def start(args: argparse.Namespace, facts: dict, metrics: str) -> tuple[bool, int]:
+def start(args: argparse.Namespace, metrics: str, inputs: list[str]) -> tuple[bool, int]:
     """(finished, optimizer steps done) of the run that --out holds; refuses one with other arguments, and one not asked for."""
+    meta, saved = Path(metrics).with_suffix(".meta.json"), Path(args.out, "reference.jsonl")
+    if args.overwrite or not meta.exists() or str(saved) not in json.loads(meta.read_text())["inputs"]:
+        saved.unlink(missing_ok=True)  # not whole: the meta file gets its hash when it is
     if args.overwrite:
-        for name in ("checkpoints", "export.tmp"):
-            shutil.rmtree(Path(args.out, name), ignore_errors=True)
-        Path(args.out, "reference.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
+    facts = run_facts(args, inputs)
     free = {"out", "overwrite", "resume", "save_every", "micro_tokens", "activation_checkpointing"}
     if not check_out(argparse.Namespace(out=metrics, overwrite=args.overwrite), facts, free):
         Path(metrics).write_bytes(b"")
@@ -550,7 +560,7 @@ def start(args: argparse.Namespace, facts: dict, metrics: str) -> tuple[bool, in
         return False, 0
     if not args.resume:
         fail(f"{args.out}: holds a run with these arguments; --resume goes on with it, --overwrite starts anew")
-    before = json.loads(Path(metrics).with_suffix(".meta.json").read_text())
+    before = json.loads(meta.read_text())
     done = max((int(path.name) for path in Path(args.out, "checkpoints").glob("[0-9]*")), default=0)
     if "counts" not in before:  # cut what was logged behind the checkpoint, and a torn line
         lines = Path(metrics).read_bytes().splitlines(keepends=True)[:done]
@@ -581,8 +591,9 @@ def main(args: argparse.Namespace) -> None:
     mesh = init_device_mesh("cuda" if on_cuda else "cpu", (world,))
 
     metrics = str(Path(args.out, "metrics.jsonl"))
-    facts = run_facts(args, [args.pairs, args.model, args.reference])
-    state = [start(args, facts, metrics) if rank == 0 else None]
+    saved = Path(args.out, "reference.jsonl")
+    inputs = [args.pairs, args.model, args.reference, str(saved)]
+    state = [start(args, metrics, inputs) if rank == 0 else None]
     dist.broadcast_object_list(state, 0)
     finished, done = state[0]
     if finished:
@@ -591,14 +602,10 @@ def main(args: argparse.Namespace) -> None:
         return leave()
 
     # the reference, once, by the code that trains; its file lets a resumed run and the reader have it again
-    saved = Path(args.out, "reference.jsonl")
     policy, reference_seconds = None, 0.0
     if not saved.exists():
         policy = load_policy(args.reference, args.revision if args.reference == args.model else None, args, mesh)
-        with torch.no_grad():  # the same pair twice in one row
-            once, again = pair_logps(policy, [min(pairs, key=Pair.tokens)] * 2, device)
-        if (once - again).abs().max() > rounding(min(pairs, key=Pair.tokens), dtype):
-            fail(f"{args.reference}: sequences that share a row change each other; this architecture cannot be packed")
+        check_isolation(policy, args.reference, min(pairs, key=Pair.tokens), device, dtype)
         reference_started = time.time()
         logps = all_logps(policy, pairs, args.micro_tokens, device, "reference")
         reference_seconds = time.time() - reference_started
@@ -608,13 +615,16 @@ def main(args: argparse.Namespace) -> None:
             append_rows(str(beside), [{"pair_id": pair.pair_id, "chosen_logp": chosen, "rejected_logp": rejected}
                                       for pair, (chosen, rejected) in zip(pairs, logps.tolist())])
             os.replace(beside, saved)
+            write_meta(metrics, run_facts(args, inputs))
         if args.reference != args.model:
             policy = None
     dist.barrier()
     by_id = {row["pair_id"]: (row["chosen_logp"], row["rejected_logp"]) for _, _, row in read_jsonl(str(saved), ("pair_id",))}
     reference = torch.tensor([by_id[pair.pair_id] for pair in pairs], dtype=torch.float64, device=device)  # (N, 2)
 
-    policy = policy or load_policy(args.model, args.revision, args, mesh)
+    if policy is None:
+        policy = load_policy(args.model, args.revision, args, mesh)
+        check_isolation(policy, args.model, min(pairs, key=Pair.tokens), device, dtype)
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters()), "gathered copies must not reach the optimizer"
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     if done:
@@ -665,21 +675,25 @@ def main(args: argparse.Namespace) -> None:
             save_checkpoint(args.out, step + 1, policy, optimizer)
 
     del optimizer
+    stored = AutoConfig.from_pretrained(args.model, revision=args.revision).dtype or torch.float32
+    with torch.no_grad():  # the weights as they will be stored, so that what is read again must agree sharply
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.to(stored))
     sample = sorted(pairs, key=lambda pair: stable_hash("reload", pair.pair_id))[:2 * world]
     trained = all_logps(policy, sample, args.micro_tokens, device, "before export")
-    export(policy, args, tokenizer)
+    export(policy, stored, args, tokenizer)
     dist.barrier()
     del policy
     gc.collect()
     reloaded = all_logps(load_policy(args.out, None, args, mesh), sample, args.micro_tokens, device, "reloaded")
-    stored = AutoConfig.from_pretrained(args.out).dtype
     for pair, off in zip(sample, (trained - reloaded).abs().amax(1).tolist()):
-        if not off <= rounding(pair, dtype, stored):
+        if not off <= rounding(pair, dtype):
             fail(f"{args.out}: read again, the exported model gives {pair.pair_id} log-probabilities that differ by {off:.4f} nats")
     if rank == 0:
         shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
         rows = [row for _, _, row in read_jsonl(metrics, ("loss",))]
         total, train_seconds = sum(row["tokens"] for row in rows), sum(row["tokens"] / row["tokens_per_s"] for row in rows)
+        facts = run_facts(args, inputs)
         facts["counts"] = {
             "out": args.out, "pairs": len(pairs), "dropped": dict(dropped), "steps": steps, "first_loss": rows[0]["loss"],
             "last_loss": rows[-1]["loss"], "last_accuracy": rows[-1]["accuracy"], "tokens": total,

@@ -21,14 +21,15 @@ DOCUMENTS = [path for path in (REPO / "README.md", REPO / "demo.sh", *sorted((RE
 
 
 def commands(text):
-    """(script, [arguments]) of every command in a text; backslashes join lines, comments and what follows a pipe are cut."""
-    text = re.sub(r"\d?>>?\s*[^\s`]+", " ", re.sub(r"\\\n\s*", " ", text))  # without line ends and redirections
+    """(script, [arguments]) of every command in a text: lines joined at backslashes, without comments, redirections and pipes."""
+    text = re.sub(r"\d?>>?\s*[^\s`]+", " ", re.sub(r"\\\n\s*", " ", text))
     found = []
     for line in text.splitlines():
-        match = re.search(rf"(?:python3?|torchrun|\$PYTHON|\"\$PYTHON\"|\$\w+)\b.*?\b({'|'.join(SCRIPTS)})\.py\s([^`]*)", line)
+        # a variable stands for the interpreter in shell scripts; a backtick ends a command in a sentence
+        match = re.search(rf"(?:python3?|torchrun|\$\w+)\b[^`]*?\b({'|'.join(SCRIPTS)})\.py\s+([^`]*)", line)
         if match:
-            words = shlex.split(re.sub(r"\$\(\(?[^()]*\)?\)|\$\{?\w+\}?", "1", match[2]), comments=True)
-            ends = [i for i, word in enumerate(words) if word in ("|", "&&", "||", ";", "&", "done", "then") or word.endswith(";")]
+            words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", match[2]), comments=True)
+            ends = [i for i, word in enumerate(words) if word in ("|", "&&", "||", "&", "done") or word.endswith(";")]
             found.append((match[1], words[:ends[0]] if ends else words))
     return found
 
