@@ -38,6 +38,7 @@ from typing import Callable, Iterator, NoReturn
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -195,7 +196,7 @@ def vllm_pooling(args: argparse.Namespace) -> Callable:
         os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
     from vllm import LLM, PoolingParams
     engine = LLM(args.model, revision=args.revision, dtype=args.dtype, runner="pooling", convert="classify",
-                 max_model_len=args.max_length, skip_tokenizer_init=True, enforce_eager=not torch.cuda.is_available())
+                 max_model_len=args.max_length, enforce_eager=not torch.cuda.is_available())
 
     def score(jobs: list[tuple]) -> list[tuple]:
         outputs = engine.encode([{"prompt_token_ids": list(ids)} for ids, _ in jobs], pooling_task="classify", use_tqdm=False,
@@ -479,8 +480,13 @@ def main(args: argparse.Namespace) -> None:
         if args.max_length and args.max_length > room:
             fail(f"--max-length {args.max_length}: {args.model} reads at most {room} tokens")
         args.max_length = args.max_length or room
-        if args.scorer == "rm" and config.num_labels != 1:
-            fail(f"{args.model}: expected a reward model with one label, found {config.num_labels} ({config.architectures})")
+        kinds = config.architectures or ["no architecture"]
+        if args.scorer == "rm" and (config.num_labels != 1 or not kinds[0].endswith("ForSequenceClassification")):
+            fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {kinds[0]} with {config.num_labels}")
+        if args.scorer == "rm" and os.path.isdir(args.model):  # vLLM would not miss it; transformers' own report is read below
+            names = (name for path in Path(args.model).glob("*.safetensors") for name in safe_open(path, "pt").keys())
+            if not any(name.startswith(("score", "classifier")) for name in names):
+                fail(f"{args.model}: the weights hold no reward head (score or classifier)")
         if args.scorer == "rm" and not tokenizer.chat_template and not tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has neither a chat template nor a separator for pairs of texts")
         if args.backend == "auto":

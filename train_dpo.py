@@ -183,11 +183,13 @@ class TokenLogps(torch.autograd.Function):
 # the model
 
 def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
-                      segments: list[int], dropout: float = 0.0, sliding_window: int | None = None, **kwargs) -> tuple[Tensor, None]:
+                      segments: list[int] | None = None, sliding_window: int | None = None, **kwargs) -> tuple[Tensor, None]:
     """Causal attention inside each of the segments that stand end to end in one row; registered with transformers.
 
     query (1, H, T, D), key and value (1, H_kv, T, D), segments: lengths that sum to T -> (1, T, H, D).
     """
+    if not segments:
+        fail("this architecture does not pass on where sequences begin, so they cannot be packed into a row")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or (sliding_window or math.inf) < max(segments):
         fail("this model's attention has a soft cap, sinks or a window shorter than a sequence, which segment_attention does not do")
     parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
@@ -222,13 +224,16 @@ def load_policy(name: str, revision: str | None, args: argparse.Namespace, mesh:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
     AttentionInterface.register("segments", segment_attention)
     many, first = dist.get_world_size() > 1, dist.get_rank() == 0
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if not getattr(kind, "_supports_attention_backend", False):  # its layers would not call segment_attention
+        fail(f"{name}: a model of type {config.model_type} cannot be trained here: its sequences cannot be packed into a row")
     if first:
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32, use_safetensors=True,
                                                      attn_implementation="segments")
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, revision=revision), dtype=torch.float32,
-                                                     attn_implementation="segments")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="segments")
         model.to_empty(device="cpu")  # pages that are never written take no memory; sharding then goes layer by layer
         model.tie_weights()
     for module in model.modules():
@@ -399,12 +404,13 @@ def rounding(pair: Pair, dtype: torch.dtype) -> float:
     """How far two computations of a pair's log-probabilities may differ, in nats."""
     return ROUNDING[dtype] * math.sqrt(max(len(pair.chosen), len(pair.rejected)))
 
-def check_isolation(policy: PolicyLogps, name: str, pair: Pair, device: str, dtype: torch.dtype) -> None:
-    """The same pair twice in one row must get the same log-probabilities twice."""
+def check_isolation(policy: PolicyLogps, name: str, pairs: list[Pair], device: str, dtype: torch.dtype) -> None:
+    """The two shortest pairs must have the same log-probabilities in either order: sequences in a row must not see each other."""
+    two = sorted(pairs, key=Pair.tokens)[:2]
     with torch.no_grad():
-        once, again = pair_logps(policy, [pair, pair], device)
+        off = (pair_logps(policy, two, device) - pair_logps(policy, two[::-1], device).flip(0)).abs().max()
     policy.reshard()
-    if not (once - again).abs().max() <= rounding(pair, dtype):
+    if not off <= rounding(two[-1], dtype):
         fail(f"{name}: sequences that share a row change each other's log-probabilities; this architecture cannot be packed")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,26 +551,34 @@ def load_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.o
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def start(args: argparse.Namespace, metrics: str, inputs: list[str]) -> tuple[bool, int]:
+def train_facts(args: argparse.Namespace) -> dict:
+    """run_facts, and the hash of the reference's file once it is there: a run goes on only with the file that it made."""
+    facts, saved = run_facts(args, [args.pairs, args.model, args.reference]), Path(args.out, "reference.jsonl")
+    facts["inputs"] |= {saved.name: hashlib.sha256(saved.read_bytes()).hexdigest()} if saved.exists() else {}
+    return facts
+
+def start(args: argparse.Namespace, metrics: str) -> tuple[bool, int]:
     """(finished, optimizer steps done) of the run that --out holds; refuses one with other arguments, and one not asked for."""
-    meta, saved = Path(metrics).with_suffix(".meta.json"), Path(args.out, "reference.jsonl")
-    if args.overwrite or not meta.exists() or str(saved) not in json.loads(meta.read_text())["inputs"]:
-        saved.unlink(missing_ok=True)  # not whole: the meta file gets its hash when it is
-    if args.overwrite:
-        shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
-    facts = run_facts(args, inputs)
+    meta, facts = Path(metrics).with_suffix(".meta.json"), train_facts(args)
+    recorded = meta.exists() and "reference.jsonl" in json.loads(meta.read_text())["inputs"]
+    if not recorded:  # the meta file gets its hash when it is whole
+        facts["inputs"].pop("reference.jsonl", None)
     free = {"out", "overwrite", "resume", "save_every", "micro_tokens", "activation_checkpointing"}
-    if not check_out(argparse.Namespace(out=metrics, overwrite=args.overwrite), facts, free):
+    goes_on = check_out(argparse.Namespace(out=metrics, overwrite=args.overwrite), facts, free)
+    if goes_on and not args.resume:
+        fail(f"{args.out}: holds a run with these arguments; --resume goes on with it, --overwrite starts anew")
+    if not (goes_on and recorded):
+        Path(args.out, "reference.jsonl").unlink(missing_ok=True)
+    if not goes_on:
+        shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
+        facts["inputs"].pop("reference.jsonl", None)
         Path(metrics).write_bytes(b"")
         write_meta(metrics, facts)
         return False, 0
-    if not args.resume:
-        fail(f"{args.out}: holds a run with these arguments; --resume goes on with it, --overwrite starts anew")
     before = json.loads(meta.read_text())
     done = max((int(path.name) for path in Path(args.out, "checkpoints").glob("[0-9]*")), default=0)
     if "counts" not in before:  # cut what was logged behind the checkpoint, and a torn line
-        lines = Path(metrics).read_bytes().splitlines(keepends=True)[:done]
-        Path(metrics).write_bytes(b"".join(lines))
+        Path(metrics).write_bytes(b"".join(Path(metrics).read_bytes().splitlines(keepends=True)[:done]))
     return "counts" in before, done
 
 def main(args: argparse.Namespace) -> None:
@@ -592,8 +606,7 @@ def main(args: argparse.Namespace) -> None:
 
     metrics = str(Path(args.out, "metrics.jsonl"))
     saved = Path(args.out, "reference.jsonl")
-    inputs = [args.pairs, args.model, args.reference, str(saved)]
-    state = [start(args, metrics, inputs) if rank == 0 else None]
+    state = [start(args, metrics) if rank == 0 else None]
     dist.broadcast_object_list(state, 0)
     finished, done = state[0]
     if finished:
@@ -605,7 +618,7 @@ def main(args: argparse.Namespace) -> None:
     policy, reference_seconds = None, 0.0
     if not saved.exists():
         policy = load_policy(args.reference, args.revision if args.reference == args.model else None, args, mesh)
-        check_isolation(policy, args.reference, min(pairs, key=Pair.tokens), device, dtype)
+        check_isolation(policy, args.reference, pairs, device, dtype)
         reference_started = time.time()
         logps = all_logps(policy, pairs, args.micro_tokens, device, "reference")
         reference_seconds = time.time() - reference_started
@@ -615,7 +628,7 @@ def main(args: argparse.Namespace) -> None:
             append_rows(str(beside), [{"pair_id": pair.pair_id, "chosen_logp": chosen, "rejected_logp": rejected}
                                       for pair, (chosen, rejected) in zip(pairs, logps.tolist())])
             os.replace(beside, saved)
-            write_meta(metrics, run_facts(args, inputs))
+            write_meta(metrics, train_facts(args))
         if args.reference != args.model:
             policy = None
     dist.barrier()
@@ -624,7 +637,7 @@ def main(args: argparse.Namespace) -> None:
 
     if policy is None:
         policy = load_policy(args.model, args.revision, args, mesh)
-        check_isolation(policy, args.model, min(pairs, key=Pair.tokens), device, dtype)
+        check_isolation(policy, args.model, pairs, device, dtype)
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters()), "gathered copies must not reach the optimizer"
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     if done:
@@ -693,7 +706,7 @@ def main(args: argparse.Namespace) -> None:
         shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
         rows = [row for _, _, row in read_jsonl(metrics, ("loss",))]
         total, train_seconds = sum(row["tokens"] for row in rows), sum(row["tokens"] / row["tokens_per_s"] for row in rows)
-        facts = run_facts(args, inputs)
+        facts = train_facts(args)
         facts["counts"] = {
             "out": args.out, "pairs": len(pairs), "dropped": dict(dropped), "steps": steps, "first_loss": rows[0]["loss"],
             "last_loss": rows[-1]["loss"], "last_accuracy": rows[-1]["accuracy"], "tokens": total,

@@ -1,8 +1,9 @@
 """
-boundary.py: V_on, V_off and the stage that follows (S2, Algorithm 1), the bootstrap interval, and the check of S2's F.1.
+boundary.py: V_on, V_off and the stage that follows (S2, Algorithm 1), its bootstrap interval, the check of S2's F.1.
 
-Covers  METHODS.md 10's vector as rewards and as wins under every --tie, equal texts, m x n responses, the interval against a closed
-        form and a normal approximation, distinctness by hand, what is counted and left out, what is refused.
+Covers  METHODS.md 10's vector as rewards and as wins under every --tie, equal texts, m x n responses, the interval
+        against a closed form and a normal approximation, distinctness by hand, what is counted and left out, what is
+        refused.
 Run     python -m pytest tests/test_boundary.py
 """
 
@@ -28,7 +29,8 @@ def prompt_row(number, on, off, **more):
 def run(tmp_path, capsys, rows, *flags):
     """The result, which is the file's and the last line's."""
     path = write_rows(tmp_path / "scored.jsonl", rows)
-    boundary.main(boundary.parse_args(["--scored", path, "--out", str(tmp_path / "boundary.json"), "--overwrite", *flags]))
+    boundary.main(boundary.parse_args(["--scored", path, "--out", str(tmp_path / "boundary.json"), "--overwrite",
+                                       *flags]))
     sentence, last = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "boundary.json").read_text())
     assert json.loads(last) == result and result["advice"] == sentence
@@ -42,7 +44,8 @@ def refused(tmp_path, capsys, rows, *flags):
     return capsys.readouterr().err
 
 
-# METHODS.md 10: logits [[1, -.5], [0, 2]] of on-policy response i against off-policy response j: two won, one lost, one tied
+# METHODS.md 10: logits [[1, -.5], [0, 2]] of on-policy response i against off-policy response j: two won, one lost, one
+# tied
 LOGITS = [[1.0, -0.5], [0.0, 2.0]]
 
 
@@ -78,12 +81,13 @@ def test_more_won_by_off_policy_is_the_injection_stage(tmp_path, capsys):
     result = run(tmp_path, capsys, [prompt_row(0, [1.0, 3.0], [2.0, 4.0])])  # 3 beats 2, three are lost
     assert (result["v_on"], result["v_off"], result["score"]) == (1, 3, 0.25)
     assert (result["stage"], result["use"]) == ("injection", "off")
-    assert result["advice"].startswith("Preference injection stage: train on off-policy data next (boundary score 0.250")
+    assert result["advice"].startswith("Preference injection stage: train on off-policy data next (boundary score 0.25")
 
 
 def test_every_on_policy_response_meets_every_off_policy_one(tmp_path, capsys):
     # 3 x 1, 2 x 3 and 1 x 2: won 2, 4 and 0 of 3, 6 and 2
-    rows = [prompt_row(0, [1.0, 2.0, -1.0], [0.0]), prompt_row(1, [3.0, 2.0], [1.0, 0.0, 5.0]), prompt_row(2, [0.0], [1.0, 2.0])]
+    rows = [prompt_row(0, [1.0, 2.0, -1.0], [0.0]), prompt_row(1, [3.0, 2.0], [1.0, 0.0, 5.0]),
+            prompt_row(2, [0.0], [1.0, 2.0])]
     result = run(tmp_path, capsys, rows)
     assert (result["v_on"], result["v_off"], result["n_prompts"]) == (6, 5, 3)
     assert result["score"] == pytest.approx(6 / 11, abs=1e-12)
@@ -128,7 +132,8 @@ def test_interval_of_a_share_is_the_normal_approximation(tmp_path, capsys):
 
 
 def test_bootstrap_draws_prompts_not_comparisons():
-    # 40 prompts of 4 comparisons that agree: the interval is that of 40 prompts, twice as wide as that of 160 comparisons
+    # 40 prompts of 4 comparisons that agree: the interval is that of 40 prompts, twice as wide as that of 160
+    # comparisons
     votes = np.array([4.0] * 20 + [0.0] * 20)
     low, high = boundary.bootstrap_interval(votes, np.full(40, 4.0))
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(40), rel=0.15)
@@ -145,7 +150,8 @@ def test_bootstrap_draws_prompts_not_comparisons():
 
 
 def test_distinctness_by_hand(tmp_path, capsys):
-    # prompt 0: sums -10, -30 against -20, -40: 3 of 4 higher; per token -5, -1 against -10, -4: -5 > -10, -1 beats both: 3 of 4
+    # prompt 0: sums -10, -30 against -20, -40: 3 of 4 higher; per token -5, -1 against -10, -4: -5 > -10, -1 beats
+    # both: 3 of 4
     first = prompt_row(0, [1.0, 1.5], [0.0, 0.5])
     for some, logp, tokens in zip(first["responses"], (-10.0, -30.0, -20.0, -40.0), (2, 30, 2, 10)):
         some.update(logp=logp, logp_tokens=tokens)
@@ -160,7 +166,8 @@ def test_distinctness_by_hand(tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_counted(tmp_path, capsys):
-    rows = [prompt_row(0, [1.0], [0.0]), prompt_row(1, [1.0, 2.0], []), prompt_row(2, [], [1.0]), prompt_row(3, [None], [1.0]),
+    rows = [prompt_row(0, [1.0], [0.0]), prompt_row(1, [1.0, 2.0], []), prompt_row(2, [], [1.0]),
+            prompt_row(3, [None], [1.0]),
             prompt_row(4, [1.0, None], [0.0, 2.0])]
     result = run(tmp_path, capsys, rows)
     assert (result["v_on"], result["v_off"], result["n_prompts"]) == (2, 1, 2)
@@ -176,7 +183,8 @@ def test_lengths_stand_beside_the_score(tmp_path, capsys):
 
 def test_nothing_to_compare_is_a_sentence(tmp_path, capsys):
     err = refused(tmp_path, capsys, [prompt_row(0, [1.0], []), prompt_row(1, [], [1.0])])
-    assert "no prompt has an on-policy and an off-policy response that can be compared: {'prompts_with_one_source': 2}" in err
+    assert "no prompt has an on-policy and an off-policy response that can be compared" in err
+    assert "{'prompts_with_one_source': 2}" in err
     assert "no prompt has" in refused(tmp_path, capsys, [prompt_row(0, [1.0], [1.0])], "--tie", "skip")
     assert "no response has a reward" in refused(tmp_path, capsys, [prompt_row(0, [None], [None])])
 

@@ -1,8 +1,9 @@
 """
-build_pairs.py: which response is chosen, which rejected, what is dropped and why, and how on- and off-policy pairs are mixed.
+build_pairs.py: what is chosen, rejected and dropped, and why, and how on- and off-policy pairs are mixed.
 
-Covers  best_worst on hand-made cases, mix (METHODS.md 10: exact counts, nested, blind to row order), and whole runs on hand-made
-        rows: the pair's keys, drop counts by reason, --total, --truncated, --stats, files of one source only, bad rewards.
+Covers  best_worst on hand-made cases, mix (METHODS.md 10: exact counts, nested, blind to row order), and whole runs on
+        hand-made rows: the pair's keys, drop counts by reason, --total, --truncated, --stats, files of one source only,
+        bad rewards.
 Run     python -m pytest tests/test_build_pairs.py
 """
 
@@ -24,13 +25,15 @@ def response(text, reward, source="on", **more):
 
 
 def prompt_row(number, *responses, **more):
-    return {"id": f"p{number}", "prompt": [{"role": "user", "content": f"question {number}"}], "responses": list(responses), **more}
+    return {"id": f"p{number}", "prompt": [{"role": "user", "content": f"question {number}"}],
+            "responses": list(responses), **more}
 
 
 def plain_rows(count):
     """Rows with one on-policy pair and one off-policy pair each."""
     return [prompt_row(k, response(f"on good {k}", 2.0), response(f"on bad {k}", 1.0),
-                       response(f"off bad {k}", -1.0, "off"), response(f"off good {k}", 0.5, "off")) for k in range(count)]
+                       response(f"off bad {k}", -1.0, "off"), response(f"off good {k}", 0.5, "off"))
+            for k in range(count)]
 
 
 def run(tmp_path, capsys, rows, *flags, out="pairs.jsonl", name="scored.jsonl"):
@@ -51,7 +54,8 @@ def refused(tmp_path, capsys, rows, *flags):
 # ---- selection
 
 def test_best_and_worst():
-    assert best_worst(some((0.5, "a", False), (2.0, "b", False), (-1.0, "c", False), (1.0, "d", False)), "drop") == (1, 2)
+    four = some((0.5, "a", False), (2.0, "b", False), (-1.0, "c", False), (1.0, "d", False))
+    assert best_worst(four, "drop") == (1, 2)
 
 
 def test_equal_rewards_take_the_lowest_index():
@@ -100,8 +104,10 @@ def test_mixing_counts_are_exact_and_nested():
         assert len(on) == expected and before <= on
         before = on
     assert list(mix(ids[:5], 0.5, 5, seed=0).values()).count("on") == 3  # floor(2.5 + .5)
-    assert list(mix([f"p{k}" for k in range(100)], 0.29, 100, 0).values()).count("on") == 29  # .29 * 100 is 28.999999999999996
-    assert list(mix([f"p{k}" for k in range(100)], 0.145, 100, 0).values()).count("on") == 15  # in floating point 14.499999999999998
+    # .29 * 100 is 28.999999999999996
+    assert list(mix([f"p{k}" for k in range(100)], 0.29, 100, 0).values()).count("on") == 29
+    # in floating point 14.499999999999998
+    assert list(mix([f"p{k}" for k in range(100)], 0.145, 100, 0).values()).count("on") == 15
 
 
 def test_mixing_ignores_the_order_of_ids_and_obeys_the_seed():
@@ -121,7 +127,8 @@ def test_a_pair_row(tmp_path, capsys):
     row = prompt_row(0, bad, good, category="coding", answer="7", extra={"kept": [1]}, wins=[[None, 0], [1, None]])
     (pair,), printed, _ = run(tmp_path, capsys, [row], "--on-ratio", "1")
     assert pair == {
-        "id": "p0", "pair_id": "p0:on", "prompt": [{"role": "user", "content": "question 0"}], "category": "coding", "answer": "7",
+        "id": "p0", "pair_id": "p0:on", "prompt": [{"role": "user", "content": "question 0"}], "category": "coding",
+        "answer": "7",
         "extra": {"kept": [1]}, "source": "on", "chosen": [{"role": "assistant", "content": "on good"}],
         "rejected": [{"role": "assistant", "content": "on bad"}], "chosen_reward": 2.5, "rejected_reward": -1.5,
         "chosen_model": "model-on", "rejected_model": "model-on", "chosen_finish": "stop", "rejected_finish": None,
@@ -173,7 +180,8 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path, capsys):
             prompt_row(6, response("a", 1.0), response("b", 1.0), *off)]
     pairs, printed, _ = run(tmp_path, capsys, rows, "--on-ratio", "1")
     assert [pair["id"] for pair in pairs] == ["p0"]
-    assert printed["dropped"] == {"on: truncated": 1, "on: empty": 1, "on: without reward": 1, "on: fewer than two responses": 1,
+    assert printed["dropped"] == {"on: truncated": 1, "on: empty": 1, "on: without reward": 1,
+                                  "on: fewer than two responses": 1,
                                   "on: identical": 1, "on: tie": 1}
     kept, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1", "--truncated", "keep", out="kept.jsonl")
     assert [(pair["id"], pair["chosen_finish"]) for pair in kept] == [("p0", "stop"), ("p1", "length")]
@@ -201,13 +209,14 @@ def test_a_reward_that_is_no_number(tmp_path, capsys, reward):
     rows = plain_rows(3)
     rows[1]["responses"][2]["reward"] = reward
     err = refused(tmp_path, capsys, rows)
-    assert "scored.jsonl:2: expected the reward of response 2 to be a finite number or null" in err and "Traceback" not in err
+    assert "scored.jsonl:2: expected every response to have a finite \"reward\" or null" in err
 
 
 def test_rows_without_rewards(tmp_path, capsys):
     rows = plain_rows(2)
     del rows[0]["responses"][1]["reward"]
-    assert "scored.jsonl:1: expected responses with a reward (score.py writes it)" in refused(tmp_path, capsys, rows)
+    assert "scored.jsonl:1: expected every response to have a finite \"reward\" or null" in refused(
+        tmp_path, capsys, rows)
     rows = [prompt_row(0, response("a", None), response("b", None))]
     assert "no response has a reward" in refused(tmp_path, capsys, rows, "--on-ratio", "1")
 
@@ -222,7 +231,8 @@ def test_files_of_one_source(tmp_path, capsys):
 
 def test_two_files_are_merged_by_id(tmp_path, capsys):
     on = [prompt_row(k, response(f"on good {k}", 1.0), response(f"on bad {k}", 0.0)) for k in range(4)]
-    off = [prompt_row(k, response(f"off bad {k}", 0.0, "off"), response(f"off good {k}", 1.0, "off")) for k in (3, 2, 1, 0)]
+    off = [prompt_row(k, response(f"off bad {k}", 0.0, "off"), response(f"off good {k}", 1.0, "off"))
+           for k in (3, 2, 1, 0)]
     paths = [write_rows(tmp_path / "on.jsonl", on), write_rows(tmp_path / "off.jsonl", off)]
     build_pairs.main(build_pairs.parse_args(["--scored", *paths, "--out", str(tmp_path / "pairs.jsonl")]))
     pairs = read_rows(tmp_path / "pairs.jsonl")
@@ -232,7 +242,8 @@ def test_two_files_are_merged_by_id(tmp_path, capsys):
 
 
 def test_stats_by_hand(tmp_path, capsys):
-    rows = [prompt_row(0, response("aaaa", 1.0), response("b", 0.0)), prompt_row(1, response("aa", 2.0), response("bbbb", -2.0)),
+    rows = [prompt_row(0, response("aaaa", 1.0), response("b", 0.0)),
+            prompt_row(1, response("aa", 2.0), response("bbbb", -2.0)),
             prompt_row(2, response("aaaaaa", 6.0), response("bb", 5.0))]
     _, _, printed = run(tmp_path, capsys, rows, "--on-ratio", "1", "--stats")
     lines = {line[:28].strip(): line[28:].split() for line in printed.splitlines()[:-1]}

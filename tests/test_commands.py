@@ -1,8 +1,8 @@
 """
 What the documents tell people to type is understood, and `--help` is quick.
 
-Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, demo.sh, recipes/ and the scripts' docstrings goes
-        through that script's parse_args; `--help` of every script imports no engine.
+Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, demo.sh, recipes/ and the scripts'
+        docstrings goes through that script's parse_args; `--help` of every script imports no engine.
 Run     python -m pytest tests/test_commands.py
 """
 
@@ -17,11 +17,12 @@ import pytest
 from conftest import REPO
 
 SCRIPTS = ["generate", "score", "build_pairs", "train_dpo", "boundary", "evaluate"]
-DOCUMENTS = [path for path in (REPO / "README.md", REPO / "demo.sh", *sorted((REPO / "recipes").glob("*.sh"))) if path.exists()]
+DOCUMENTS = [path for path in (REPO / "README.md", REPO / "demo.sh", *sorted((REPO / "recipes").glob("*.sh")))
+             if path.exists()]
 
 
 def commands(text):
-    """(script, [arguments]) of every command in a text: lines joined at backslashes, without comments, redirections and pipes."""
+    """(script, [arguments]) of every command in a text, without comments, redirections and what follows a pipe."""
     text = re.sub(r"\d?>>?\s*[^\s`]+", " ", re.sub(r"\\\n\s*", " ", text))
     found = []
     for line in text.splitlines():
@@ -45,7 +46,8 @@ def sources():
 SOURCES = list(sources())
 
 
-@pytest.mark.parametrize("source, command", SOURCES, ids=[f"{source}-{script}-{k}" for k, (source, (script, _)) in enumerate(SOURCES)])
+@pytest.mark.parametrize("source, command", SOURCES,
+                         ids=[f"{source}-{script}-{k}" for k, (source, (script, _)) in enumerate(SOURCES)])
 def test_a_command_parses(source, command):
     script, words = command
     importlib.import_module(script).parse_args([word for word in words if word not in ("...", "[flags]")])
@@ -57,16 +59,20 @@ def test_every_script_shows_a_command_of_its_own():
 
 
 def test_commands_are_found():
-    text = "x\n    OMP_NUM_THREADS=1 python generate.py --a 'b c' \\\n        --d  # why\n`torchrun --nproc-per-node 8 train_dpo.py --e` | tee\npython score.py --f 2>/dev/null\n"
+    text = "x\n    OMP_NUM_THREADS=1 python generate.py --a 'b c' \\\n        --d  # why\n"
+    text += "`torchrun --nproc-per-node 8 train_dpo.py --e` | tee\npython score.py --f 2>/dev/null\n"
     assert commands(text) == [("generate", ["--a", "b c", "--d"]), ("train_dpo", ["--e"]), ("score", ["--f"])]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_imports_no_engine(script):
-    # torch itself loads in a second or two; transformers and vLLM take ten, and the three that only count need none of them
-    heavy = {"vllm", "transformers"} | (set() if script in ("generate", "score", "train_dpo") else {"torch", "matplotlib"})
+    # torch itself loads in a second or two; transformers and vLLM take ten, and the three that only count need none of
+    # them
+    heavy = {"vllm", "transformers"}
+    heavy |= set() if script in ("generate", "score", "train_dpo") else {"torch", "matplotlib"}
     code = (f"import sys, {script}\ntry:\n    {script}.parse_args(['--help'])\n"
-            f"except SystemExit as error:\n    assert error.code == 0\nprint('loaded:', *({heavy!r} & sys.modules.keys()))")
+            f"except SystemExit as error:\n    assert error.code == 0\n"
+            f"print('loaded:', *({heavy!r} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     docstring = ast.get_docstring(ast.parse((REPO / f"{script}.py").read_text()))

@@ -1,8 +1,8 @@
 """
 evaluate.py: win rates with alpaca_eval's numbers, and the report.
 
-Covers  wins, ties, losses and several responses per model by hand; alpaca_eval's standard error; categories; wins of a pairwise
-        scorer; lengths and rewards; report.md, report.csv and report.png; what is refused.
+Covers  wins, ties, losses and several responses per model by hand; alpaca_eval's standard error; categories; wins of a
+        pairwise scorer; lengths and rewards; report.md, report.csv and report.png; what is refused.
 Run     python -m pytest tests/test_evaluate.py
 """
 
@@ -16,7 +16,8 @@ from conftest import write_rows
 
 
 def response(model, reward, text=None):
-    return {"text": text or f"{model} says {reward}", "source": "on", "model": model, "finish": "stop", "reward": reward}
+    return {"text": text or f"{model} says {reward}", "source": "on", "model": model, "finish": "stop",
+            "reward": reward}
 
 
 def prompt_row(number, *responses, **more):
@@ -42,8 +43,9 @@ def refused(tmp_path, capsys, rows, *flags, **more):
 ROWS = [prompt_row(0, response("new", 2.0, "abcde"), response("old", 1.0, "abc")),                          # won
         prompt_row(1, response("old", 3.0, "abc"), response("new", -1.0, "ab")),                            # lost
         prompt_row(2, response("new", 1.0, "a"), response("old", 1.0, "abcd")),                             # tie
-        prompt_row(3, response("new", 5.0, "abcd"), response("new", 2.0, "abc"), response("old", 3.0, "ab"),  # 2 of 4 pairs and
-                   response("old", 2.0, "abcdefg"))]                                                        # half of one: .625
+        # 2 of 4 pairs won, one tied: .625
+        prompt_row(3, response("new", 5.0, "abcd"), response("new", 2.0, "abc"), response("old", 3.0, "ab"),
+                   response("old", 2.0, "abcdefg"))]
 
 
 def test_win_rate_by_hand(tmp_path, capsys):
@@ -62,14 +64,17 @@ def test_win_rate_by_hand(tmp_path, capsys):
 
 def test_lengths_and_rewards_by_hand(tmp_path, capsys):
     result = winrate(tmp_path, capsys, ROWS)
-    assert result["avg_length"] == int((5 + 2 + 1 + 4 + 3) / 5) and result["avg_length_baseline"] == int((3 + 3 + 4 + 2 + 7) / 5)
+    assert result["avg_length"] == int((5 + 2 + 1 + 4 + 3) / 5)
+    assert result["avg_length_baseline"] == int((3 + 3 + 4 + 2 + 7) / 5)
     # one reward per prompt: 2, -1, 1 and 3.5; 1, 3, 1 and 2.5
-    assert result["reward"]["mean"] == pytest.approx(5.5 / 4) and result["reward_baseline"]["mean"] == pytest.approx(7.5 / 4)
+    assert result["reward"]["mean"] == pytest.approx(5.5 / 4)
+    assert result["reward_baseline"]["mean"] == pytest.approx(7.5 / 4)
     assert result["reward"]["n"] == 4 and result["reward"]["ci"][0] < 5.5 / 4 < result["reward"]["ci"][1]
 
 
 def test_model_and_baseline_change_places(tmp_path, capsys):
-    swapped = [{**row, "responses": [{**some, "model": {"new": "old", "old": "new"}[some["model"]]} for some in row["responses"]]}
+    swapped = [{**row, "responses": [{**some, "model": {"new": "old", "old": "new"}[some["model"]]}
+                                     for some in row["responses"]]}
                for row in ROWS]
     forward, backward = winrate(tmp_path, capsys, ROWS), winrate(tmp_path, capsys, swapped)
     assert forward["win_rate"] + backward["win_rate"] == pytest.approx(100)
@@ -139,13 +144,15 @@ def test_report(tmp_path, capsys):
     other = [prompt_row(k, response("third", 1.0 + k), response("old", 0.5)) for k in range(3)]
     winrate(tmp_path, capsys, other, model="third", out="b.json")
     out = tmp_path / "report"
-    evaluate.main(evaluate.parse_args(["report", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(out)]))
+    evaluate.main(evaluate.parse_args(["report", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out",
+                                       str(out)]))
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1]) == {"out": str(out), "results": 2, "rows": 3}
 
     lines = (out / "report.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["setting", "pairs", "reward", "win rate", "95 % interval", "prompts", "characters", "training seconds"]
+    assert cells[0] == ["setting", "pairs", "reward", "win rate", "95 % interval", "prompts", "characters",
+                        "training seconds"]
     assert len({len(line) for line in lines}) == 1 and set(lines[1]) == {"|", "-"}
     assert cells[2] == ["old (baseline)", "", "1.88", "", "", "4", "3", ""]
     low, high = json.loads((tmp_path / "a.json").read_text())["ci"]
@@ -160,7 +167,8 @@ def test_report(tmp_path, capsys):
     assert width > 1000 and height > 300 and len(picture) > 10_000
     from matplotlib.image import imread
     pixels = imread(out / "report.png")
-    assert len({tuple(pixel) for pixel in pixels[::3, ::3].reshape(-1, pixels.shape[-1]).round(2)}) > 10  # drawn, not blank
+    # drawn, not blank
+    assert len({tuple(pixel) for pixel in pixels[::3, ::3].reshape(-1, pixels.shape[-1]).round(2)}) > 10
 
 
 @pytest.mark.parametrize("text", ["{not json", "[1, 2]", '{"kind": "boundary"}', '{"kind": "winrate"}', None],

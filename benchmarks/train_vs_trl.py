@@ -1,0 +1,102 @@
+"""
+train_dpo.py against TRL's DPOTrainer on the same pairs, one after the other on this machine, each in its own process and environment.
+
+    python -m venv .venv-trl && .venv-trl/bin/pip install trl==1.16.0        # the peer, for this measurement only
+    python benchmarks/train_vs_trl.py --model out/demo/models/policy --pairs PAIRS.jsonl --trl-python .venv-trl/bin/python
+
+PAIRS is any pairs file; --responses FILE --models CHOSEN REJECTED makes one from rows {"prompt", "model", "response"} of several models
+instead. 4 pairs a step, one epoch, float32, at most 1024 tokens a side, no activation checkpointing, beta 0.1, learning rate 1e-6.
+Tokens are counted the same way for both: prompt + chosen plus prompt + rejected, never padding; the seconds are those of the
+optimizer steps, and ours are also given with the reference pass, which TRL makes inside its steps. Prints a table and a JSON object.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+PEER = '''
+import json, resource, sys, time
+import datasets, torch, transformers, trl
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+model_name, pairs, out = sys.argv[1:]
+data = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in map(json.loads, open(pairs))])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32), AutoTokenizer.from_pretrained(model_name)
+losses, times = [], []
+class Watch(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        times.append(-time.perf_counter())
+    def on_step_end(self, *args, **kwargs):
+        times[-1] += time.perf_counter()
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            losses.append(float(logs["loss"]))
+config = trl.DPOConfig(output_dir=out, per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-6, beta=0.1, max_length=1024,
+                       bf16=False, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", gradient_checkpointing=False,
+                       disable_tqdm=True)
+trl.DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
+print(json.dumps({"seconds": sum(times), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "losses": losses,
+                  "versions": {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}}))
+'''
+
+
+def make_pairs(responses: str, models: list[str], count: int, path: Path) -> None:
+    """The first `count` prompts to which both models answered: the first model's answer is chosen."""
+    rows: dict[str, dict[str, str]] = {}
+    with (gzip.open if responses.endswith(".gz") else open)(responses, "rt") as file:
+        for row in map(json.loads, file):
+            rows.setdefault(row["prompt"], {})[row["model"]] = row["response"]
+    both = [(prompt, of) for prompt, of in rows.items() if all(model in of for model in models)][:count]
+    with open(path, "w") as file:
+        for i, (prompt, of) in enumerate(both):
+            sides = {side: [{"role": "assistant", "content": of[model]}] for side, model in zip(("chosen", "rejected"), models)}
+            file.write(json.dumps({"pair_id": str(i), "prompt": [{"role": "user", "content": prompt}], **sides}) + "\n")
+
+
+def last_json(command: list[str]) -> dict:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(command[:3])} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pairs")
+    parser.add_argument("--responses")
+    parser.add_argument("--models", nargs=2, default=["gpt4_1106_preview", "vicuna-7b-v1.5"])
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--trl-python", help="without it only ours is measured")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        pairs = args.pairs or str(Path(name, "pairs.jsonl"))
+        if not args.pairs:
+            make_pairs(args.responses, args.models, args.count, Path(pairs))
+        ours = last_json([sys.executable, str(REPO / "train_dpo.py"), "--model", args.model, "--pairs", pairs, "--out", f"{name}/ours",
+                          "--batch-size", "4", "--max-length", "1024", "--lr", "1e-6", "--beta", "0.1", "--dtype", "float32"])
+        losses = [json.loads(line)["loss"] for line in open(f"{name}/ours/metrics.jsonl")]
+        result = {"pairs": ours["pairs"], "dropped": ours["dropped"], "tokens": ours["tokens"],
+                  "ours": {key: ours[key] for key in ("tokens_per_s", "tokens_per_s_with_reference", "peak_gb")} | {"losses": losses}}
+        if args.trl_python:
+            peer = last_json([args.trl_python, "-c", PEER, args.model, pairs, f"{name}/trl"])
+            peer["tokens_per_s"] = ours["tokens"] / peer["seconds"]
+            result["trl"] = peer
+            result["speed_ratio_with_reference"] = ours["tokens_per_s_with_reference"] / peer["tokens_per_s"]
+            result["memory_ratio"] = ours["peak_gb"] / peer["peak_gb"]
+    for system in ("ours", "trl"):
+        if system in result:
+            some = result[system]
+            speed = some.get("tokens_per_s_with_reference", some["tokens_per_s"])
+            print(f"{system:5} {speed:7.1f} tokens/s, reference counted   peak {some['peak_gb']:6.2f} GB   first losses "
+                  + " ".join(f"{loss:.4f}" for loss in some["losses"][:6]))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
