@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         if not args.greedy and not args.temperature > 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
             parser.error("expected --temperature above 0 (--greedy is its limit), --top-p in (0, 1] and --top-k 0 (off) or more")
+        if args.backend == "vllm" and args.temperature > 2:
+            parser.error(f"vllm samples at temperatures up to 2, and --temperature is {args.temperature}: --backend hf does it")
     if (args.import_data is None) if args.import_format else not (args.model and args.prompts):
         parser.error("sampling needs --model and --prompts; importing needs --import-format and --import-data")
     for name in ("limit", "n", "max_tokens", "batch_size", "tensor_parallel"):
@@ -154,7 +156,7 @@ def finished(sampled: list[int], stop_ids: list[int]) -> tuple[list[int], str]:
     return sampled, "length"
 
 def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int) -> Callable:
-    """Load with transformers; returns sample(jobs) -> token ids per job; a job is (prompt id, sample number, prompt ids)."""
+    """Load with transformers; returns sample(jobs, update) -> token ids per job, each (prompt id, sample number, prompt ids)."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype),
@@ -164,7 +166,7 @@ def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int) -> Cal
                                                pad_token_id=pad_id)
 
     @torch.inference_mode()
-    def sample(jobs: list[tuple[str, int, list[int]]]) -> list[list[int]]:
+    def sample(jobs: list[tuple[str, int, list[int]]], update: Callable[[int], object]) -> list[list[int]]:
         sampled: dict[int, list[int]] = {}
         by_length = sorted(range(len(jobs)), key=lambda j: (len(jobs[j][2]), j))
         for batch in (by_length[start:start + args.batch_size] for start in range(0, len(jobs), args.batch_size)):
@@ -178,6 +180,7 @@ def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int) -> Cal
                 processors = [sampler(uniforms.to(device), longest, args)]
             rows = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)[:, longest:].tolist()
             sampled.update(zip(batch, rows))
+            update(len(batch))
         return [sampled[j] for j in range(len(jobs))]
     return sample
 
@@ -197,12 +200,13 @@ def vllm_engine(args: argparse.Namespace, stop_ids: list[int], max_length: int) 
     engine = LLM(args.model, revision=args.revision, dtype=args.dtype, generation_config="vllm", max_model_len=max_length,
                  tensor_parallel_size=args.tensor_parallel, skip_tokenizer_init=True, **only_cpu)
 
-    def sample(jobs: list[tuple[str, int, list[int]]]) -> list[list[int]]:
+    def sample(jobs: list[tuple[str, int, list[int]]], update: Callable[[int], object]) -> list[list[int]]:
         params = [SamplingParams(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens,
                                  stop_token_ids=stop_ids, ignore_eos=True, detokenize=False,
                                  seed=None if args.greedy else stable_hash(args.seed, "generate", *job[:2]) % 2**32)
                   for job in jobs]
         outputs = engine.generate([{"prompt_token_ids": ids} for _, _, ids in jobs], params, use_tqdm=False)
+        update(len(jobs))
         return [list(output.outputs[0].token_ids) for output in outputs]
     return sample
 
@@ -493,10 +497,11 @@ def main(args: argparse.Namespace) -> None:
             write_meta(args.out, facts)
     mark = fingerprint(tokenizer)
     sampling_started = time.time()
-    with tqdm(total=len(rows), initial=done, unit="prompt", desc=f"{args.backend}, {args.n} per prompt") as progress:
+    with tqdm(total=len(rows) * args.n, initial=done * args.n, unit="response", desc=args.backend) as progress:
         for start in range(done, len(rows), window):
             batch = rows[start:start + window]
-            sampled = iter(sample([(row["id"], k, ids[row["id"]]) for row in batch for k in range(args.n)]))
+            jobs = [(row["id"], k, ids[row["id"]]) for row in batch for k in range(args.n)]
+            sampled = iter(sample(jobs, progress.update))
             for row in batch:
                 row["responses"] = []
                 for token_ids, finish in (finished(next(sampled), stop_ids) for _ in range(args.n)):
@@ -504,7 +509,6 @@ def main(args: argparse.Namespace) -> None:
                                              "model": args.model, "finish": finish, "tokens": len(token_ids),
                                              "token_ids": token_ids, "tokenizer": mark})
             append_rows(args.out, batch)
-            progress.update(len(batch))
     finish_run(args, facts, started, skipped_too_long=len(too_long), resumed_rows=done,
                sampling_seconds=round(time.time() - sampling_started, 2))
 

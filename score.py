@@ -88,8 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scorers. Each is made by a function that returns encode(row, response) -> a job, and score(jobs) -> (value, tokens or None) per
-# job; encode raises ValueError with the reason why a response can have no score. A job is a tuple, and equal jobs are scored once.
+# scorers. Each is made by a function that returns encode(row, response) -> a job, and score(jobs, update) -> (value, tokens or None)
+# per job; encode raises ValueError with the reason why a response can have no score. A job is a tuple, and equal jobs are scored once.
 
 def answer_of(text: str) -> str | None:
     """The final answer of a worked solution: the last \\boxed{...}, else what follows ####, else the last number."""
@@ -122,7 +122,8 @@ def verify_scorer() -> tuple[Callable, Callable]:
         answer = str(row["answer"])
         return answer_of(answer) if "\\boxed{" in answer or "####" in answer else answer, response["text"]
 
-    def score(jobs: list[tuple]) -> list[tuple]:
+    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
+        update(len(jobs))
         return [(float(same_answer(answer_of(text), wanted)), None) for wanted, text in jobs]
     return encode, score
 
@@ -169,7 +170,7 @@ def rm_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tupl
     pooled_by_length = hasattr(model, "score")
 
     @torch.inference_mode()
-    def score(jobs: list[tuple]) -> list[tuple]:
+    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
         values: dict[int, tuple] = {}
         lengths = [len(ids) for ids, _ in jobs]
         for batch in batches_by_tokens(lengths, args.batch_tokens or 8192):
@@ -184,6 +185,7 @@ def rm_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tupl
                 rewards = model(input_ids=ids, attention_mask=mask, **kinds).logits[:, 0].float()
             values.update({i: (reward, None) for i, reward in zip(batch, rewards.tolist())})
             tokens_seen.update(real=sum(lengths[i] for i in batch), padded=ids.numel())
+            update(len(batch))
         return [values[i] for i in range(len(jobs))]
     return encode, score
 
@@ -198,9 +200,10 @@ def vllm_pooling(args: argparse.Namespace) -> Callable:
     engine = LLM(args.model, revision=args.revision, dtype=args.dtype, runner="pooling", convert="classify",
                  max_model_len=args.max_length, enforce_eager=not torch.cuda.is_available())
 
-    def score(jobs: list[tuple]) -> list[tuple]:
+    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
         outputs = engine.encode([{"prompt_token_ids": list(ids)} for ids, _ in jobs], pooling_task="classify", use_tqdm=False,
                                 pooling_params=PoolingParams(use_activation=False))
+        update(len(jobs))
         return [(float(output.outputs.data[0]), None) for output in outputs]
     return score
 
@@ -236,7 +239,7 @@ def logp_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tu
         return tuple(prompt), tuple(completion)
 
     @torch.inference_mode()
-    def score(jobs: list[tuple]) -> list[tuple]:
+    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
         values: dict[int, tuple] = {}
         for batch in batches_by_tokens([len(prompt) + len(completion) for prompt, completion in jobs], args.batch_tokens or 8192):
             rows = [list(jobs[i][0] + jobs[i][1]) for i in batch]
@@ -252,6 +255,7 @@ def logp_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tu
             sums = [some.double().sum().item() for some in torch.cat(logps).split([len(jobs[i][1]) for i in batch])]
             values.update({i: (total, len(jobs[i][1])) for i, total in zip(batch, sums)})
             tokens_seen.update(real=sum(map(len, rows)), padded=ids.numel())
+            update(len(batch))
         return [values[i] for i in range(len(jobs))]
     return encode, score
 
@@ -516,11 +520,12 @@ def main(args: argparse.Namespace) -> None:
                         jobs.setdefault((row["id"], encode(row, response)), []).append(response)
                     except ValueError as error:
                         put(response, args, sets_reward, None, None, str(error))
-            for responses, (value, tokens) in zip(jobs.values(), score([job for _, job in jobs])):
+            share = len(rows) / max(1, len(jobs))  # the bar counts prompts, and moves with every batch of responses
+            scores = score([job for _, job in jobs], lambda count: progress.update(count * share))
+            for responses, (value, tokens) in zip(jobs.values(), scores):
                 for response in responses:
                     put(response, args, sets_reward, *((value, tokens, None) if math.isfinite(value) else (None, None, "not finite")))
             append_rows(args.out, rows)
-            progress.update(len(rows))
     facts["counts"] = summary(args.out, args.scorer, args.name)
     if tokens_seen:
         facts["counts"]["padding"] = round(1 - tokens_seen["real"] / tokens_seen["padded"], 4)

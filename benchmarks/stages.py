@@ -51,8 +51,8 @@ def generate_ratio(policy: str, folder: Path, backend: str, prompts: int = 32, t
     if backend == "vllm":
         sample = generate.vllm_engine(args, stop, max(map(len, ids)) + tokens)
         jobs = [(row["id"], k, some) for row, some in zip(rows, ids) for k in range(args.n)]
-        sample(jobs[:8])
-        bare = seconds_of(lambda: sample(jobs))  # this is LLM.generate with the requests made beforehand, and nothing else
+        sample(jobs[:8], int)
+        bare = seconds_of(lambda: sample(jobs, int))  # this is LLM.generate with the requests made beforehand, and nothing else
         del sample
     else:
         from transformers import AutoModelForCausalLM, GenerationConfig
@@ -87,11 +87,11 @@ def score_ratio(reward: str, rows: int = 48) -> dict:
     jobs = [encode({"prompt": [{"role": "user", "content": row["prompt"]}]}, {"text": text})
             for row in texts for response in row["responses"]
             for text in (response["text"], response["text"][:len(response["text"]) // 2], response["text"] + " " + response["text"])]
-    run(jobs[:8])
+    run(jobs[:8], int)
     seen.clear()
-    batched = seconds_of(lambda: run(jobs))
+    batched = seconds_of(lambda: run(jobs, int))
     padding = 1 - seen["real"] / seen["padded"]
-    single = seconds_of(lambda: [run([job]) for job in jobs])
+    single = seconds_of(lambda: [run([job], int) for job in jobs])
     return {"responses": len(jobs), "batched_s": round(batched, 2), "one_at_a_time_s": round(single, 2), "speedup": round(single / batched, 2),
             "padding": round(padding, 4)}
 

@@ -66,7 +66,7 @@ def read_rows(path):
 
 def run_script(*command, cwd=None, expect=0):
     """A script as a user runs it; returns (last line of standard output as JSON or None, standard error)."""
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(REPO / command[0]), *map(str, command[1:])], capture_output=True, text=True, cwd=cwd, env=env)
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     lines = done.stdout.strip().splitlines()

@@ -25,4 +25,5 @@ if [ ! -e "$installed" ]; then
   $pip install -q -r "$requirements" pytest
   touch "$installed"
 fi
+export OMP_NUM_THREADS=1  # the tests' models are tiny
 exec .venv-test/bin/python -m pytest tests -q --durations=10 "$@"
