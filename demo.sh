@@ -32,7 +32,7 @@ $python data/get_models.py --out $out/models
 
 say "on-policy: four samples per prompt from the policy (S1's settings)"
 $python generate.py --model $policy --prompts data/demo_train.jsonl --out $out/on.jsonl --max-tokens 128 \
-  --dtype float32 --backend hf --batch-size 128
+  --dtype float32 --backend hf
 
 say "off-policy: the answers that people wrote"
 $python generate.py --import-format rows --import-data data/demo_train.jsonl --out $out/off.jsonl
@@ -53,7 +53,7 @@ train_and_answer() { # NAME RATIO
 }
 answer() { # MODEL OUT
   $python generate.py --greedy --model "$1" --prompts data/demo_eval.jsonl --out "$2" --max-tokens 128 --dtype float32 \
-    --backend hf --batch-size 64
+    --backend hf
 }
 
 say "greedy answers of the policy before training"
