@@ -126,7 +126,11 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     (the order of transformers and vLLM): the smallest set of best tokens whose probability reaches top_p, renormalised.
     """
     logits = logits.float() / temperature
-    candidates = top_k or (CANDIDATES if top_p < 1 else logits.shape[-1])
+    if not top_k and top_p == 1:  # nothing is cut off, so nothing needs sorting
+        cumulative = logits.double().softmax(-1).cumsum(-1)                              # (B, V), in the vocabulary's order
+        choice = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
+        return choice.clamp(max=logits.shape[-1] - 1)[:, 0]
+    candidates = top_k or CANDIDATES
     while True:
         values, tokens = logits.topk(min(candidates, logits.shape[-1]), dim=-1)          # (B, K), best first
         # top-k renormalises over its own K tokens; without it the K candidates keep their share of the whole vocabulary

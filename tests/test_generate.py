@@ -24,9 +24,10 @@ from generate import sample_tokens
 
 
 def oracle(logits, uniform, temperature, top_p, top_k):
-    """One token, in float64 and by a full sort: temperature, top-k, top-p, inverse of the cumulative distribution."""
+    """One token, in float64: temperature, top-k, top-p, inverse of the cumulative distribution; the best come first where
+    something is cut off, else the vocabulary's order stays."""
     scaled = np.asarray(logits, dtype=np.float64) / temperature
-    order = np.argsort(-scaled, kind="stable")
+    order = np.argsort(-scaled, kind="stable") if top_k or top_p < 1 else np.arange(len(scaled))
     kept = order[:top_k] if top_k else order
     probabilities = np.exp(scaled[kept] - scaled[kept].max())
     probabilities /= probabilities.sum()
@@ -66,12 +67,13 @@ def test_flat_distributions_over_a_large_vocabulary(spread):
 def test_the_ends_of_the_unit_interval():
     logits = normal_logits(50, 40, 1.0)
     almost_one = torch.full((50,), 1 - 2**-53, dtype=torch.float64)
-    for top_p, top_k in ((1.0, 0), (0.9, 0), (1.0, 5), (0.5, 5)):
+    for top_p, top_k in ((0.9, 0), (1.0, 5), (0.5, 5)):
         best = sample_tokens(logits, torch.zeros(50, dtype=torch.float64), 0.7, top_p, top_k)
         assert best.tolist() == logits.argmax(-1).tolist()
         last = sample_tokens(logits, almost_one, 0.7, top_p, top_k).tolist()
         assert last == [oracle(row, 1 - 2**-53, 0.7, top_p, top_k) for row in logits.numpy()]
-    assert sample_tokens(logits, almost_one, 0.7, 1.0, 0).tolist() == logits.argmin(-1).tolist()
+    assert sample_tokens(logits, torch.zeros(50, dtype=torch.float64), 0.7, 1.0, 0).tolist() == [0] * 50
+    assert sample_tokens(logits, almost_one, 0.7, 1.0, 0).tolist() == [39] * 50
 
 
 @pytest.mark.parametrize("logits, temperature, expected", [
