@@ -47,7 +47,7 @@ $python boundary.py --scored $out/scored.jsonl --out $out/boundary.json
 train_and_answer() { # NAME RATIO
   say "on-policy share $2: pairs, DPO, greedy answers to prompts that were not trained on"
   $python build_pairs.py --scored $out/scored.jsonl --out "$out/pairs_$1.jsonl" --on-ratio "$2" --total 64
-  $python train_dpo.py --model $policy --pairs "$out/pairs_$1.jsonl" --out "$out/dpo_$1" --batch-size 8 --lr 2e-6 \
+  $python train_dpo.py --model $policy --pairs "$out/pairs_$1.jsonl" --out "$out/dpo_$1" --batch-size 8 --lr 2e-5 \
     --dtype float32 --save-every 2 --resume
   answer "$out/dpo_$1" "$out/eval_$1.jsonl"
 }
