@@ -276,10 +276,6 @@ def fail(message: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-def stable_hash(*parts: object) -> int:
-    """64 bits that depend on nothing but the parts: the seed of every random choice."""
-    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
-
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
     """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:

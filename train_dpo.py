@@ -553,7 +553,7 @@ def load_checkpoint(out: str, step: int, policy: PolicyLogps, optimizer: torch.o
 
 def train_facts(args: argparse.Namespace) -> dict:
     """run_facts, and the hash of the reference's file once it is there: a run goes on only with the file that it made."""
-    facts, saved = run_facts(args, [args.pairs, args.model, args.reference]), Path(args.out, "reference.jsonl")
+    facts, saved = run_facts(args, list(dict.fromkeys([args.pairs, args.model, args.reference]))), Path(args.out, "reference.jsonl")
     facts["inputs"] |= {saved.name: hashlib.sha256(saved.read_bytes()).hexdigest()} if saved.exists() else {}
     return facts
 
