@@ -4,10 +4,12 @@ train_dpo.py against TRL's DPOTrainer on the same pairs, one after the other on 
     python -m venv .venv-trl && .venv-trl/bin/pip install trl==1.16.0        # the peer, for this measurement only
     python benchmarks/train_vs_trl.py --model out/demo/models/policy --pairs PAIRS.jsonl --trl-python .venv-trl/bin/python
 
-PAIRS is any pairs file; --responses FILE --models CHOSEN REJECTED makes one from rows {"prompt", "model", "response"} of several models
-instead. 4 pairs a step, one epoch, float32, at most 1024 tokens a side, no activation checkpointing, beta 0.1, learning rate 1e-6.
-Tokens are counted the same way for both: prompt + chosen plus prompt + rejected, never padding; the seconds are those of the
-optimizer steps, and ours are also given with the reference pass, which TRL makes inside its steps. Prints a table and a JSON object.
+PAIRS is any pairs file (default: the demo's); --responses FILE --models CHOSEN REJECTED makes one from rows {"prompt", "model",
+"response"} of several models instead. 4 pairs a step, one epoch, at most 1024 tokens a side, no activation checkpointing, beta 0.1,
+learning rate 1e-6, --dtype float32 or bfloat16 (TRL: autocast). TRL runs as it comes, with the reference in every step, and with
+precomputed reference log-probabilities. Tokens are counted the same way for all: prompt + chosen plus prompt + rejected, never
+padding; the seconds are those of the optimizer steps, and ours also with the reference pass, whose cache starts empty. Prints a
+table and a JSON object.
 """
 
 import argparse
@@ -24,7 +26,7 @@ PEER = '''
 import json, resource, sys, time
 import datasets, torch, transformers, trl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-model_name, pairs, out = sys.argv[1:]
+model_name, pairs, out, dtype, precompute = sys.argv[1:]
 data = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in map(json.loads, open(pairs))])
 model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32), AutoTokenizer.from_pretrained(model_name)
 losses, times = [], []
@@ -37,7 +39,7 @@ class Watch(TrainerCallback):
         if "loss" in logs:
             losses.append(float(logs["loss"]))
 config = trl.DPOConfig(output_dir=out, per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-6, beta=0.1, max_length=1024,
-                       bf16=False, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", gradient_checkpointing=False,
+                       bf16=dtype == "bfloat16", use_cpu=True, precompute_ref_log_probs=precompute == "yes", report_to=[], logging_steps=1, save_strategy="no", gradient_checkpointing=False,
                        disable_tqdm=True)
 trl.DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
 print(json.dumps({"seconds": sum(times), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "losses": losses,
@@ -68,33 +70,34 @@ def last_json(command: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs")
+    parser.add_argument("--pairs", default="out/demo/pairs_on50.jsonl")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--responses")
     parser.add_argument("--models", nargs=2, default=["gpt4_1106_preview", "vicuna-7b-v1.5"])
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--trl-python", help="without it only ours is measured")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        pairs = args.pairs or str(Path(name, "pairs.jsonl"))
-        if not args.pairs:
+        pairs = str(Path(name, "pairs.jsonl")) if args.responses else args.pairs
+        if args.responses:
             make_pairs(args.responses, args.models, args.count, Path(pairs))
         ours = last_json([sys.executable, str(REPO / "train_dpo.py"), "--model", args.model, "--pairs", pairs, "--out", f"{name}/ours",
-                          "--batch-size", "4", "--max-length", "1024", "--lr", "1e-6", "--beta", "0.1", "--dtype", "float32"])
+                          "--batch-size", "4", "--max-length", "1024", "--lr", "1e-6", "--beta", "0.1", "--dtype", args.dtype])
         losses = [json.loads(line)["loss"] for line in open(f"{name}/ours/metrics.jsonl")]
-        result = {"pairs": ours["pairs"], "dropped": ours["dropped"], "tokens": ours["tokens"],
+        result = {"pairs": ours["pairs"], "dropped": ours["dropped"], "tokens": ours["tokens"], "dtype": args.dtype,
                   "ours": {key: ours[key] for key in ("tokens_per_s", "tokens_per_s_with_reference", "peak_gb")} | {"losses": losses}}
-        if args.trl_python:
-            peer = last_json([args.trl_python, "-c", PEER, args.model, pairs, f"{name}/trl"])
-            peer["tokens_per_s"] = ours["tokens"] / peer["seconds"]
-            result["trl"] = peer
-            result["speed_ratio_with_reference"] = ours["tokens_per_s_with_reference"] / peer["tokens_per_s"]
-            result["memory_ratio"] = ours["peak_gb"] / peer["peak_gb"]
-    for system in ("ours", "trl"):
-        if system in result:
-            some = result[system]
-            speed = some.get("tokens_per_s_with_reference", some["tokens_per_s"])
-            print(f"{system:5} {speed:7.1f} tokens/s, reference counted   peak {some['peak_gb']:6.2f} GB   first losses "
-                  + " ".join(f"{loss:.4f}" for loss in some["losses"][:6]))
+        for precompute in ("no", "yes") if args.trl_python else ():
+            peer = last_json([args.trl_python, "-c", PEER, args.model, pairs, f"{name}/trl{precompute}", args.dtype, precompute])
+            result["trl precomputed" if precompute == "yes" else "trl"] = peer | {"tokens_per_s": ours["tokens"] / peer["seconds"]}
+    for system in (system for system in ("ours", "trl", "trl precomputed") if system in result):
+        some = result[system]
+        print(f"{system:16} {some.get('tokens_per_s_with_reference', some['tokens_per_s']):7.1f} tokens/s (ours: reference counted; steps "
+              f"alone {result['ours']['tokens_per_s']:.1f})   peak {some['peak_gb']:6.2f} GB   losses "
+              + " ".join(f"{loss:.4f}" for loss in some["losses"][:6]))
+    if args.trl_python:
+        result["ratios"] = {"speed, reference counted": ours["tokens_per_s_with_reference"] / result["trl"]["tokens_per_s"],
+                            "speed, steps alone": ours["tokens_per_s"] / result["trl precomputed"]["tokens_per_s"],
+                            "memory": ours["peak_gb"] / result["trl"]["peak_gb"]}
     print(json.dumps(result))
 
 
