@@ -4,7 +4,7 @@ Stage 4: preference pairs -> a trained model. All losses of the three papers, by
 Reads   --pairs  build_pairs.py's {"pair_id", "prompt", "chosen", "rejected", "source", ...}, or what others ship: plain strings, or
                  chosen and rejected that repeat the prompt's messages; --loss sft also {"id", "messages"}, each assistant turn trained
 Writes  --out    a model folder in the type of --model, and in it metrics.jsonl, one object per optimizer step
-        --reference-cache  the reference's log-probability of every response, so that all runs with that reference pay once
+        reference_cache beside --out: the reference's log-probability of every response; all runs with that reference pay once
 
     L = -log sigma(beta h),  h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]    (--loss dpo, S1 eq. 1)
 
@@ -122,9 +122,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.dtype = ("bfloat16" if on_cuda else "float32") if args.dtype == "auto" else args.dtype
     small = [name for name, value in vars(args).items() if isinstance(value, (int, float)) and not isinstance(value, bool)
-             and not (value > 0 or value == 0 and name in ("seed", "label_smoothing", "slic_lambda"))]
+             and not (0 < value < math.inf or value == 0 and name in ("seed", "label_smoothing", "slic_lambda"))]
     flash = on_cuda and args.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")
-    for wrong, message in ((odd, f"--{'/'.join(odd)} does nothing with --loss {args.loss}"), (small, f"--{'/'.join(small)} must be above 0"),
+    for wrong, message in ((odd, f"--{'/'.join(odd)} does nothing with --loss {args.loss}"),
+                           (small, f"--{'/'.join(small)} must be above 0 and finite"),
                            (args.adam_beta2 >= 1, "--adam-beta2 must lie in (0, 1)"),
                            ((args.label_smoothing or 0) >= 0.5, "--label-smoothing must lie in [0, 0.5)"),
                            (args.resume and args.overwrite, "--resume goes on and --overwrite starts anew: give one of the two"),
@@ -206,7 +207,8 @@ def pair_values(losses: Tensor, logps: Tensor, ref_logps: Tensor, counts: Tensor
 
 def means(pairs: list[dict]) -> dict[str, float]:
     """Means of pair_values over pairs; of margin and diversity also the spread, and of diversity the absolute value."""
-    row = {name: math.fsum(pair[name] for pair in pairs) / len(pairs) for name in pairs[0] if name not in ("weight", "source", "computed", "tokens")}
+    names = [name for name in pairs[0] if name not in ("weight", "source", "computed", "tokens")]
+    row = {name: math.fsum(pair[name] for pair in pairs) / len(pairs) for name in names}
     for name in {"margin", "diversity"} & row.keys():
         row[f"{name}_std"] = math.sqrt(math.fsum((pair[name] - row[name]) ** 2 for pair in pairs) / len(pairs))
     return row | ({"diversity_abs": math.fsum(abs(pair["diversity"]) for pair in pairs) / len(pairs)} if "diversity" in row else {})
@@ -434,17 +436,21 @@ def pair_sides(row: dict, where: str) -> list[dict]:
 
 def conversation_ids(tokenizer, eot: int, row: dict, where: str) -> list[int]:
     """Ids behind row["prompt"], the turns before the first answer: every answer with its end, ~id of what stands between."""
-    row["prompt"] = [*row["messages"], {"role": "user", "content": ""}] if isinstance(row["messages"], list) else row["messages"]
+    row["prompt"] = [*row["messages"], {"role": "user", "content": ""}] if isinstance(row["messages"], list) else [row["messages"]]
     check_prompt(row, where)
     turns = [turn | {"content": turn["content"].strip()} for turn in row["messages"]]
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"] or fail(f"{where}: no turn is the assistant's")
     row["prompt"], ids, seen = turns[:answers[0]], [], ""
+    if not row["prompt"] or not all(turns[i]["content"] for i in answers):
+        fail(f"{where}: an assistant's turn is empty, or nothing stands before the first")
     for i in answers:
         before = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True, tokenize=False)
         if not before.startswith(seen):
             fail(f"{where}: the chat template renders earlier turns otherwise once the conversation goes on")
         between = tokenizer(before[len(seen):], add_special_tokens=False)["input_ids"] if seen else []
-        ids += between[:1] + [~token for token in between[1:]] + tokenizer(turns[i]["content"], add_special_tokens=False)["input_ids"]
+        end = between.index(eot) + 1 if eot in between else 0  # of the turn before; some templates render a space in front of it
+        ids += [eot] * (end > 0) + [~token for token in between[end:]]
+        ids += tokenizer(turns[i]["content"], add_special_tokens=False)["input_ids"]
         seen = before + turns[i]["content"]
     return ids + [eot]
 
@@ -464,9 +470,12 @@ def load_pairs(path: str, tokenizer, loss: str, max_length: int) -> tuple[list[P
         check_prompt(row, where)
         has_source.add("source" in row)
         rewards = row.get("chosen_reward"), row.get("rejected_reward")
-        if len(has_source) > 1 or loss == "revkl" and None in rewards:
-            fail(f"{where}: expected {'the key source in all rows or in none' if len(has_source) > 1 else 'two rewards, for --loss revkl'}")
-        pair_id = str(row.get("pair_id") or f"{stable_hash(json.dumps(row['prompt']), *contents):016x}")
+        if len(has_source) > 1:
+            fail(f"{where}: expected the key 'source' in all rows or in none, found some with and some without it")
+        if any(not isinstance(reward, int | float | None) for reward in rewards) or loss == "revkl" and None in rewards:
+            fail(f"{where}: expected numbers as chosen_reward and rejected_reward, which --loss revkl needs, found {rewards}")
+        named = row.get("pair_id", row["id"] if "messages" in row else None)
+        pair_id = f"{stable_hash(json.dumps(row['prompt']), *contents):016x}" if named is None else str(named)
         pair = Pair(pair_id, row.get("source") or "", prompt_ids(tokenizer, row["prompt"]), responses,
                     0.0 if None in rewards else rewards[0] - rewards[1])
         if pair_id in pairs:
@@ -553,8 +562,9 @@ def with_reference(policy: PolicyLogps, pairs: list[Pair], folder: Path, args: a
     read = [{row["key"]: row["logp"] for path in folder.glob("*.jsonl") for _, _, row in read_jsonl(str(path), ("key", "logp"))}]
     dist.broadcast_object_list(read, 0)
     known = dict(read[0])
-    missing = sorted((pair for pair in pairs if not known.keys() >= set(keys[pair.pair_id])), key=lambda pair: (pair.tokens(), pair.pair_id))
-    for start in tqdm(range(0, len(missing), 64), desc="reference", unit="64 pairs", disable=dist.get_rank() > 0):
+    missing = [pair for pair in pairs if not known.keys() >= set(keys[pair.pair_id])]
+    missing.sort(key=lambda pair: (pair.tokens(), pair.pair_id))
+    for start in tqdm(range(0, len(missing), 64), desc="reference", unit="window", disable=dist.get_rank() > 0 or not missing):
         window = missing[start:start + 64]
         new = {key: logp for pair, of in zip(window, all_logps(policy, window, args.micro_tokens))
                for key, logp in zip(keys[pair.pair_id], of)}
@@ -573,8 +583,8 @@ def check_alone(policy: PolicyLogps, pairs: list[Pair], args: argparse.Namespace
         for response, logp in zip(pair.responses, pair.ref_logps):
             (alone,), = all_logps(policy, [pair._replace(responses=[response])], 1)
             if not abs(alone - logp) <= ROUNDING[args.dtype] * math.sqrt(len(response)):
-                fail(f"{args.reference or args.model}: a response of {pair.pair_id} has the log-probability {alone:.4f} alone and {logp:.4f} "
-                     f"{where}; the cache is another model's, or this architecture's sequences cannot be packed into a row")
+                fail(f"{args.reference or args.model}: a response of {pair.pair_id} has the log-probability {alone:.4f} alone "
+                     f"and {logp:.4f} {where}; the cache is another model's, or this architecture's sequences cannot be packed into a row")
 
 def pass_over(policy: PolicyLogps, live: PolicyLogps | None, pairs: list[Pair], args: argparse.Namespace, eot: int, step: int,
               train: bool = True) -> list[dict]:
@@ -788,9 +798,9 @@ def main(args: argparse.Namespace) -> None:
     if args.reference not in (None, args.model) and fingerprint(load_tokenizer(args.reference, None)) != fingerprint(tokenizer):
         fail(f"{args.reference}: its tokenizer is not that of {args.model}, so it cannot score the same ids")
     pairs, dropped = load_pairs(args.pairs, tokenizer, args.loss, args.max_length)
-    held_out = []
+    held_out, held_out_dropped = [], Counter()
     if args.eval_pairs:
-        held_out, _ = load_pairs(args.eval_pairs, tokenizer, "dpo" if args.loss in ONLINE else args.loss, args.max_length)
+        held_out, held_out_dropped = load_pairs(args.eval_pairs, tokenizer, "dpo" if args.loss in ONLINE else args.loss, args.max_length)
     metrics, folder, eot = Path(args.out, "metrics.jsonl"), Path(args.out, "checkpoints"), end_of_turn(tokenizer)
     steps = args.epochs * (per_epoch := math.ceil(len(pairs) / args.batch_size))
 
@@ -821,7 +831,8 @@ def main(args: argparse.Namespace) -> None:
         policy = None
         policy = load_policy(args.model, args)
     if not args.reference:
-        check_alone(policy, [pair._replace(ref_logps=of) for pair, of in zip(pairs[:2], all_logps(policy, pairs[:2], 1 << 20))], args, "beside others")
+        together = zip(pairs[:2], all_logps(policy, pairs[:2], 2 * args.max_length))
+        check_alone(policy, [pair._replace(ref_logps=logps) for pair, logps in together], args, "beside others")
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters()), "gathered copies must not reach the optimizer"
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     if done:
@@ -860,7 +871,8 @@ def main(args: argparse.Namespace) -> None:
         total, seconds = sum(row["tokens"] for row in rows), sum(row["tokens"] / row["tokens_per_s"] for row in rows)
         facts["seconds"] = round(time.time() - started, 2)
         facts["counts"] = {
-            "out": args.out, "pairs": len(pairs), "dropped": dropped, "steps": steps, "resumed_steps": done,
+            "out": args.out, "pairs": len(pairs), "dropped": dropped, "eval_pairs": len(held_out), "eval_dropped": held_out_dropped,
+            "steps": steps, "resumed_steps": done,
             "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"], "last_accuracy": rows[-1].get("accuracy"),
             "eval_loss": rows[-1].get("eval", {}).get("loss"), "tokens": total, "tokens_per_s": round(total / seconds, 1),
             "tokens_per_s_with_reference": round(total / (seconds + reference_seconds), 1),
