@@ -209,7 +209,7 @@ def means(pairs: list[dict]) -> dict[str, float]:
     """Means of pair_values over pairs; of margin and diversity also the spread, and of diversity the absolute value."""
     names = [name for name in pairs[0] if name not in ("weight", "source", "computed", "tokens")]
     row = {name: math.fsum(pair[name] for pair in pairs) / len(pairs) for name in names}
-    for name in {"margin", "diversity"} & row.keys():
+    for name in [name for name in ("margin", "diversity") if name in row]:
         row[f"{name}_std"] = math.sqrt(math.fsum((pair[name] - row[name]) ** 2 for pair in pairs) / len(pairs))
     return row | ({"diversity_abs": math.fsum(abs(pair["diversity"]) for pair in pairs) / len(pairs)} if "diversity" in row else {})
 
