@@ -341,8 +341,8 @@ class PolicyLogps(nn.Module):
 
         release(self, hold=True)
         self.eval().model.set_attn_implementation("sdpa")  # eval: activation checkpointing would forbid the KV cache
-        ids, mask = (torch.tensor([[pad] * (width - len(prompt)) + (prompt if pad else [1] * len(prompt)) for prompt in prompts],
-                                  device=device) for pad in (eot, 0))
+        ids = torch.tensor([[eot] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         config = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=eot, pad_token_id=eot)
         kept, self.model.generation_config = self.model.generation_config, config  # none of the model's own settings may act
         drawn = self.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=[disturbed])

@@ -78,10 +78,10 @@ def plain(folder):
 
 
 @torch.no_grad()
-def drawn_by_hand(model, prompt, seed, longest):
+def drawn_by_hand(model, prompt, seed, longest, eot=EOT):
     """One response, from the whole logits of the whole sequence, one token at a time."""
     noise, response = torch.Generator().manual_seed(seed % 2 ** 63), []
-    while len(response) < longest and response[-1:] != [EOT]:
+    while len(response) < longest and response[-1:] != [eot]:
         logits = model(torch.tensor([prompt + response])).logits[0, -1].float()
         response.append(int((logits - torch.empty(len(logits)).exponential_(generator=noise).log()).argmax()))
     return response
@@ -137,6 +137,9 @@ def test_a_sample_is_the_same_in_any_batch(ending, one_process):
     assert any(ended) and not all(ended)
     assert all(end or len(response) == LONGEST for end, response in zip(ended, together))
     assert policy.sample(PROMPTS, [seed + 1 for seed in SEEDS], LONGEST, EOT) != together
+    # Pythia's end of turn is token 0
+    zero = policy.sample(PROMPTS, SEEDS, LONGEST, 0)
+    assert zero == [drawn_by_hand(model, prompt, seed, LONGEST, 0) for prompt, seed in zip(PROMPTS, SEEDS)] != together
 
 
 def test_none_of_the_models_own_generation_settings_acts(ending, one_process, tmp_path):
