@@ -817,16 +817,16 @@ def main(args: argparse.Namespace) -> None:
     if "counts" in facts:
         return leave(facts["counts"])
 
-    policy = live = None
-    reference_started = time.time()
+    policy, live, reference_seconds = None, None, 0.0
     if args.reference:  # scored by the code that trains
         weights = [digest for path, digest in facts["inputs"].items() if Path(path).parent == Path(args.reference)]
         policy = load_policy(args.reference, args)
+        reference_started = time.time()
         weights = weights or [args.reference, policy.model.config._commit_hash]  # a hub id
         cache = Path(args.out).parent / "reference_cache" / f"{stable_hash(*weights, args.dtype, args.attn, on_cuda):016x}"
         pairs, held_out = with_reference(policy, pairs, cache, args), held_out and with_reference(policy, held_out, cache, args)
         live = policy.requires_grad_(False) if args.loss in ONLINE else None
-    reference_seconds = time.time() - reference_started
+        reference_seconds = time.time() - reference_started
     if policy is None or live is not None or args.reference != args.model:
         policy = None
         policy = load_policy(args.model, args)

@@ -7,9 +7,9 @@ train_dpo.py against TRL's DPOTrainer on the same pairs, one after the other on 
 PAIRS is any pairs file (default: the demo's); --responses FILE --models CHOSEN REJECTED makes one from rows {"prompt", "model",
 "response"} of several models instead. 4 pairs a step, one epoch, at most 1024 tokens a side, no activation checkpointing, beta 0.1,
 learning rate 1e-6, --dtype float32 or bfloat16 (TRL: autocast). TRL runs as it comes, with the reference in every step, and with
-precomputed reference log-probabilities. Tokens are counted the same way for all: prompt + chosen plus prompt + rejected, never
-padding; the seconds are those of the optimizer steps, and ours also with the reference pass, whose cache starts empty. Prints a
-table and a JSON object.
+precomputed reference log-probabilities, on the same batches and learning rates, so that the losses can be compared. Tokens are
+counted the same way for all: prompt + chosen plus prompt + rejected, never padding; the seconds are those of the optimizer steps,
+and ours also with the reference pass, whose cache starts empty. Prints a table and a JSON object.
 """
 
 import argparse
@@ -26,7 +26,8 @@ PEER = '''
 import json, resource, sys, time
 import datasets, torch, transformers, trl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-model_name, pairs, out, dtype, precompute = sys.argv[1:]
+model_name, pairs, out, dtype, precompute, rates = sys.argv[1:]
+rates = json.loads(rates)
 data = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in map(json.loads, open(pairs))])
 model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32), AutoTokenizer.from_pretrained(model_name)
 losses, times = [], []
@@ -39,9 +40,15 @@ class Watch(TrainerCallback):
         if "loss" in logs:
             losses.append(float(logs["loss"]))
 config = trl.DPOConfig(output_dir=out, per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-6, beta=0.1, max_length=1024,
-                       bf16=dtype == "bfloat16", use_cpu=True, precompute_ref_log_probs=precompute == "yes", report_to=[], logging_steps=1, save_strategy="no", gradient_checkpointing=False,
-                       disable_tqdm=True)
-trl.DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
+                       bf16=dtype == "bfloat16", use_cpu=True, precompute_ref_log_probs=precompute == "yes", report_to=[], logging_steps=1,
+                       save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)
+class InOrder(trl.DPOTrainer):  # the file's order and our learning rates, so that losses can be compared
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0], weight_decay=0.0)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, len(rates) - 1)] / rates[0])
+InOrder(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()],
+        optimizers=(optimizer, schedule)).train()
 print(json.dumps({"seconds": sum(times), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "losses": losses,
                   "versions": {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}}))
 '''
@@ -58,6 +65,16 @@ def make_pairs(responses: str, models: list[str], count: int, path: Path) -> Non
         for i, (prompt, of) in enumerate(both):
             sides = {side: [{"role": "assistant", "content": of[model]}] for side, model in zip(("chosen", "rejected"), models)}
             file.write(json.dumps({"pair_id": str(i), "prompt": [{"role": "user", "content": prompt}], **sides}) + "\n")
+
+
+def in_our_order(pairs: str, path: Path) -> str:
+    """The pairs in the order in which train_dpo.py's first epoch takes them."""
+    sys.path.insert(0, str(REPO))
+    from train_dpo import Pair, epoch_order
+    rows = {row["pair_id"]: row for row in map(json.loads, open(pairs))}
+    order = epoch_order([Pair(pair_id, "", [], [], 0.0) for pair_id in rows], 0, 0)
+    path.write_text("".join(json.dumps(rows[pair.pair_id]) + "\n" for pair in order))
+    return str(path)
 
 
 def last_json(command: list[str]) -> dict:
@@ -83,11 +100,14 @@ def main() -> None:
             make_pairs(args.responses, args.models, args.count, Path(pairs))
         ours = last_json([sys.executable, str(REPO / "train_dpo.py"), "--model", args.model, "--pairs", pairs, "--out", f"{name}/ours",
                           "--batch-size", "4", "--max-length", "1024", "--lr", "1e-6", "--beta", "0.1", "--dtype", args.dtype])
-        losses = [json.loads(line)["loss"] for line in open(f"{name}/ours/metrics.jsonl")]
+        metrics = [json.loads(line) for line in open(f"{name}/ours/metrics.jsonl")]
+        losses = [row["loss"] for row in metrics]
+        ordered = in_our_order(pairs, Path(name, "ordered.jsonl"))
         result = {"pairs": ours["pairs"], "dropped": ours["dropped"], "tokens": ours["tokens"], "dtype": args.dtype,
                   "ours": {key: ours[key] for key in ("tokens_per_s", "tokens_per_s_with_reference", "peak_gb")} | {"losses": losses}}
         for precompute in ("no", "yes") if args.trl_python else ():
-            peer = last_json([args.trl_python, "-c", PEER, args.model, pairs, f"{name}/trl{precompute}", args.dtype, precompute])
+            peer = last_json([args.trl_python, "-c", PEER, args.model, ordered, f"{name}/trl{precompute}", args.dtype, precompute,
+                              json.dumps([row["lr"] for row in metrics])])
             result["trl precomputed" if precompute == "yes" else "trl"] = peer | {"tokens_per_s": ours["tokens"] / peer["seconds"]}
     for system in (system for system in ("ours", "trl", "trl precomputed") if system in result):
         some = result[system]
@@ -95,6 +115,7 @@ def main() -> None:
               f"alone {result['ours']['tokens_per_s']:.1f})   peak {some['peak_gb']:6.2f} GB   losses "
               + " ".join(f"{loss:.4f}" for loss in some["losses"][:6]))
     if args.trl_python:
+        result["largest loss difference"] = max(abs(a - b) for a, b in zip(losses, result["trl"]["losses"]))
         result["ratios"] = {"speed, reference counted": ours["tokens_per_s_with_reference"] / result["trl"]["tokens_per_s"],
                             "speed, steps alone": ours["tokens_per_s"] / result["trl precomputed"]["tokens_per_s"],
                             "memory": ours["peak_gb"] / result["trl"]["peak_gb"]}
