@@ -566,7 +566,7 @@ def with_reference(policy: PolicyLogps, pairs: list[Pair], folder: Path, args: a
     missing.sort(key=lambda pair: (pair.tokens(), pair.pair_id))
     for start in tqdm(range(0, len(missing), 64), desc="reference", unit="window", disable=dist.get_rank() > 0 or not missing):
         window = missing[start:start + 64]
-        new = {key: logp for pair, of in zip(window, all_logps(policy, window, args.micro_tokens))
+        new = {key: logp for pair, of in zip(window, all_logps(policy, window, 4 * args.micro_tokens))
                for key, logp in zip(keys[pair.pair_id], of)}
         known |= new
         if dist.get_rank() == 0:
