@@ -333,7 +333,7 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
     before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
-        for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
+        for name in (name for name in facts[kind] | before[kind] if name not in free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True

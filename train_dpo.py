@@ -79,7 +79,7 @@ OF_LOSS = {  # flags of some losses: default, losses, help. S2 gives no constant
 WARMUP = 0.1  # share of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers are silent
 CHUNK = 1024  # response tokens that meet the vocabulary at once
-ROUNDING = {"float32": 2e-4, "bfloat16": 5e-2}  # of one token's log-probability, in nats; of T tokens sqrt(T) times
+ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # largest of one token's log-probability, nats; of T tokens sqrt(T) times
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,6 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--model", required=True, help="Hugging Face folder or hub id to start from")
     flag("--reference", help="model of the reference log-probabilities (default: --model)")
+    flag("--revision", help="branch, tag or commit of --model, a hub id")
     flag("--pairs", required=True, help="pairs, JSONL")
     flag("--eval-pairs", help="held-out pairs, looked at every --save-every steps and behind the last")
     flag("--out", required=True, help="folder of the trained model")
@@ -128,6 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                            (small, f"--{'/'.join(small)} must be above 0 and finite"),
                            (args.adam_beta2 >= 1, "--adam-beta2 must lie in (0, 1)"),
                            ((args.label_smoothing or 0) >= 0.5, "--label-smoothing must lie in [0, 0.5)"),
+                           (args.revision and os.path.isdir(args.model), "--revision is for a hub id, and --model is a folder"),
                            (args.resume and args.overwrite, "--resume goes on and --overwrite starts anew: give one of the two"),
                            (args.attn != "sdpa" and not flash, "--attn flash_attention_2 needs CUDA, bfloat16 and the package flash-attn")):
         if wrong:
@@ -327,7 +329,7 @@ class PolicyLogps(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], seeds: list[int], longest: int, eot: int) -> list[list[int]]:
-        """A response to each prompt, exactly from the model (T = 1, nothing cut off): at most `longest` ids, the last eot if it ended.
+        """A response to each prompt, from the model as it computes (T = 1, nothing cut off): at most `longest` ids, the last eot if it ended.
 
         argmax(logits - log E) with E exponential is a draw from the softmax. A row's noise has its own seed, so neither the
         rest of the batch nor the number of processes changes what is drawn.
@@ -362,13 +364,14 @@ def load_policy(name: str, args: argparse.Namespace) -> PolicyLogps:
     """The model in float32, sharded by FSDP2 over all processes; each reads the folder in its stored type."""
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
     AttentionInterface.register("groups", group_attention)
-    config = AutoConfig.from_pretrained(name)
+    revision = args.revision if name == args.model else None
+    config = AutoConfig.from_pretrained(name, revision=revision)
     if not getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_attention_backend", False):
         fail(f"{name}: a model of type {config.model_type} cannot be trained here: its sequences cannot be packed into a row")
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
             fail(f"{name}: {config.model_type} models change their logits by {key}, which the chunked log-probabilities do not do")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, attn_implementation="groups")
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto", use_safetensors=True, attn_implementation="groups")
     for module in (module for module in model.modules() if isinstance(module, nn.Dropout)):
         module.p = 0.0  # policy and reference must be the same function
     if args.activation_checkpointing:
@@ -393,14 +396,14 @@ def export(policy: PolicyLogps, tokenizer, args: argparse.Namespace) -> None:
     weights = sharded.get_model_state_dict(policy.model, options=sharded.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() > 0:
         return
-    config, head = AutoConfig.from_pretrained(args.model), policy.model.get_output_embeddings()
+    config, head = AutoConfig.from_pretrained(args.model, revision=args.revision), policy.model.get_output_embeddings()
     tied = {f"{name}.weight" for name, module in policy.model.named_modules() if config.tie_word_embeddings and module is head}
     # copies, since a gathered tensor may be a view of a padded one
     stored = {name: value.to(config.dtype or torch.float32, copy=True) for name, value in weights.items() if name not in tied}
     save_torch_state_dict(stored, args.out, metadata={"format": "pt"})
     tokenizer.save_pretrained(args.out)
     for name in ("generation_config.json", "config.json"):  # as they are; last the one that makes it a model folder
-        if path := cached_file(args.model, name, _raise_exceptions_for_missing_entries=False):
+        if path := cached_file(args.model, name, revision=args.revision, _raise_exceptions_for_missing_entries=False):
             shutil.copyfile(path, Path(args.out, name))
 
 # ----- pairs and batches ---------------------------------------------------------------------------------------------
@@ -474,7 +477,7 @@ def load_pairs(path: str, tokenizer, loss: str, max_length: int) -> tuple[list[P
             fail(f"{where}: expected the key 'source' in all rows or in none, found some with and some without it")
         if any(not isinstance(reward, int | float | None) for reward in rewards) or loss == "revkl" and None in rewards:
             fail(f"{where}: expected numbers as chosen_reward and rejected_reward, which --loss revkl needs, found {rewards}")
-        named = row.get("pair_id", row["id"] if "messages" in row else None)
+        named = row.get("pair_id", row["id"] if loss == "sft" and "messages" in row else None)
         pair_id = f"{stable_hash(json.dumps(row['prompt']), *contents):016x}" if named is None else str(named)
         pair = Pair(pair_id, row.get("source") or "", prompt_ids(tokenizer, row["prompt"]), responses,
                     0.0 if None in rewards else rewards[0] - rewards[1])
@@ -559,7 +562,8 @@ def with_reference(policy: PolicyLogps, pairs: list[Pair], folder: Path, args: a
     """
     keys = {pair.pair_id: [f"{stable_hash(pair.prompt, response):016x}" for response in pair.responses] for pair in pairs}
     folder.mkdir(parents=True, exist_ok=True)
-    read = [{row["key"]: row["logp"] for path in folder.glob("*.jsonl") for _, _, row in read_jsonl(str(path), ("key", "logp"))}]
+    paths = folder.glob("*.jsonl") if dist.get_rank() == 0 else ()
+    read = [{row["key"]: row["logp"] for path in paths for _, _, row in read_jsonl(str(path), ("key", "logp"))}]
     dist.broadcast_object_list(read, 0)
     known = dict(read[0])
     missing = [pair for pair in pairs if not known.keys() >= set(keys[pair.pair_id])]
@@ -570,8 +574,8 @@ def with_reference(policy: PolicyLogps, pairs: list[Pair], folder: Path, args: a
                for key, logp in zip(keys[pair.pair_id], of)}
         known |= new
         if dist.get_rank() == 0:
-            beside = folder / f"{stable_hash(*new):016x}.{os.getpid()}.tmp"
-            beside.write_text("".join(json.dumps({"key": key, "logp": logp}) + "\n" for key, logp in new.items()))
+            beside = folder / f"{stable_hash(*new):016x}.{time.time_ns()}.tmp"  # a name of its own: runs may share the cache
+            append_rows(str(beside), [{"key": key, "logp": logp} for key, logp in new.items()])
             os.replace(beside, beside.with_suffix(".jsonl"))
     scored = [pair._replace(ref_logps=[known[key] for key in keys[pair.pair_id]]) for pair in pairs]
     check_alone(policy, scored, args, f"in {folder} or beside others")
@@ -697,7 +701,7 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
         fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
     before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
-        for name in sorted((facts[kind].keys() | before[kind].keys()) - free):
+        for name in (name for name in facts[kind] | before[kind] if name not in free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
                 fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
     return True
@@ -760,7 +764,7 @@ def save_checkpoint(folder: Path, step: int, policy: PolicyLogps, optimizer: tor
     if dist.get_rank() == 0:
         os.replace(folder / "saving", folder / f"{step:08d}")
         for older in sorted(folder.glob("[0-9]*"))[:-keep]:
-            shutil.rmtree(older)
+            remove(older)
     dist.barrier()
 
 def load_checkpoint(folder: Path, policy: PolicyLogps, optimizer: torch.optim.Optimizer) -> None:
@@ -768,12 +772,26 @@ def load_checkpoint(folder: Path, policy: PolicyLogps, optimizer: torch.optim.Op
     dcp.load({"model": model, "optim": optim}, checkpoint_id=folder)
     sharded.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
 
-def start(args: argparse.Namespace, metrics: Path, folder: Path) -> tuple[dict, int]:
-    """(meta file, optimizer steps done) of the run in --out; refuses to go on with other arguments or inputs, or unasked."""
-    facts = run_facts(args, [name for name in (args.pairs, args.eval_pairs, args.model, args.reference) if name])
+def remove(folder: Path) -> None:
+    """Delete a folder of checkpoints; a kill in between leaves none that looks whole."""
+    gone = folder.with_name("removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
+
+def start(args: argparse.Namespace, metrics: Path, folder: Path, ids: int) -> tuple[dict, int]:
+    """(meta file, optimizer steps done) of the run in --out; refuses to go on with other arguments or inputs, or unasked.
+
+    `ids` is a hash of what is trained, which a tokenizer or chat template changes too.
+    """
+    models = [name for name in (args.model, args.reference) if name]
+    facts = run_facts(args, [*filter(None, (args.pairs, args.eval_pairs)), *models, *(f"{name}/config.json" for name in models)])
+    facts["inputs"]["token ids"] = f"{ids:016x}"
     free = {"out", "overwrite", "resume", "save_every", "keep_last", "micro_tokens", "activation_checkpointing"}
     if not check_out(argparse.Namespace(out=str(metrics), overwrite=args.overwrite), facts, free):
-        shutil.rmtree(folder, ignore_errors=True)
+        metrics.with_suffix(".meta.json").unlink(missing_ok=True)
+        remove(folder)
         metrics.write_bytes(b"")
         write_meta(str(metrics), facts)
         return facts, 0
@@ -794,14 +812,21 @@ def peak_gb() -> float:
 
 def main(args: argparse.Namespace) -> None:
     started, on_cuda = time.time(), torch.cuda.is_available()
-    tokenizer = load_tokenizer(args.model, None)
+    tokenizer = load_tokenizer(args.model, args.revision)
     if args.reference not in (None, args.model) and fingerprint(load_tokenizer(args.reference, None)) != fingerprint(tokenizer):
         fail(f"{args.reference}: its tokenizer is not that of {args.model}, so it cannot score the same ids")
+    if os.path.realpath(args.out) in map(os.path.realpath, filter(None, (args.model, args.reference))):
+        fail(f"{args.out}: --out would overwrite the model that is read")
+    if Path(args.out, "config.json").exists() and not Path(args.out, "metrics.jsonl").exists() and not args.overwrite:
+        fail(f"{args.out}: holds a model that no run of this script made; --overwrite replaces it")
+    if files := [path for path in (Path(args.out), *Path(args.out).parents) if path.exists() and not path.is_dir()]:
+        fail(f"{files[0]}: expected a folder for --out, found a file")
     pairs, dropped = load_pairs(args.pairs, tokenizer, args.loss, args.max_length)
     held_out, held_out_dropped = [], Counter()
     if args.eval_pairs:
         held_out, held_out_dropped = load_pairs(args.eval_pairs, tokenizer, "dpo" if args.loss in ONLINE else args.loss, args.max_length)
     metrics, folder, eot = Path(args.out, "metrics.jsonl"), Path(args.out, "checkpoints"), end_of_turn(tokenizer)
+    ids = stable_hash(*(pair[:1] + pair[2:4] for pair in sorted(pairs) + sorted(held_out)))
     steps = args.epochs * (per_epoch := math.ceil(len(pairs) / args.batch_size))
 
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # RANK: torchrun
@@ -811,11 +836,11 @@ def main(args: argparse.Namespace) -> None:
     elif not alone:  # torchrun sets one thread
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     first = dist.get_rank() == 0
-    state = [start(args, metrics, folder) if first else None]
+    state = [start(args, metrics, folder, ids) if first else None]
     dist.broadcast_object_list(state, 0)
     facts, done = state[0]
     if "counts" in facts:
-        return leave(facts["counts"])
+        return leave(facts["counts"] | {"out": args.out})
 
     policy, live, reference_seconds = None, None, 0.0
     if args.reference:  # scored by the code that trains
@@ -829,6 +854,7 @@ def main(args: argparse.Namespace) -> None:
         reference_seconds = time.time() - reference_started
     if policy is None or live is not None or args.reference != args.model:
         policy = None
+        gc.collect()  # sharded modules stand in cycles
         policy = load_policy(args.model, args)
     if not args.reference:
         together = zip(pairs[:2], all_logps(policy, pairs[:2], 2 * args.max_length))
@@ -866,7 +892,6 @@ def main(args: argparse.Namespace) -> None:
     del optimizer
     export(policy, tokenizer, args)
     if first:
-        shutil.rmtree(folder, ignore_errors=True)
         rows = [row for _, _, row in read_jsonl(str(metrics), ("loss",))]
         total, seconds = sum(row["tokens"] for row in rows), sum(row["tokens"] / row["tokens_per_s"] for row in rows)
         facts["seconds"] = round(time.time() - started, 2)
@@ -878,6 +903,7 @@ def main(args: argparse.Namespace) -> None:
             "tokens_per_s_with_reference": round(total / (seconds + reference_seconds), 1),
             "peak_gb": round(max(peak_gb(), *(row["peak_gb"] for row in rows)), 3), "seconds": facts["seconds"]}
         write_meta(str(metrics), facts)
+        remove(folder)
     leave(facts.get("counts"))
 
 def leave(counts: dict | None) -> None:

@@ -66,4 +66,4 @@ def test_the_whole_pipeline(folder):
     assert (folder / "report" / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{said['win_rate']:.1f}" in (folder / "report" / "report.md").read_text()
     meta = json.loads((folder / "dpo" / "metrics.meta.json").read_text())
-    assert set(meta["inputs"]) == {"pairs.jsonl", "policy/model.safetensors"}
+    assert set(meta["inputs"]) == {"pairs.jsonl", "policy/model.safetensors", "policy/config.json", "token ids"}

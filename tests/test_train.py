@@ -982,7 +982,7 @@ def test_runs_with_one_reference_pay_once(whole_run, policy, other, pairs_file, 
         exact = [logp for pair in pairs for logp in plain_logps(float64(policy), pair).tolist()]
     assert sorted(row["logp"] for row in rows) == pytest.approx(sorted(exact), abs=1e-3) and len(rows) == 18
     few = write_rows(tmp_path / "few.jsonl", read_rows(pairs_file)[2:7])
-    copy = shutil.copytree(policy, tmp_path / "copy")  # what counts is the weights
+    copy = shutil.copytree(policy, tmp_path / "copied")  # what counts is the weights
     for name, flags in {"beta": ["--beta", 0.5], "ipo": ["--loss", "ipo"], "few": ["--pairs", few],
                         "slic": ["--loss", "slic"], "eval": ["--eval-pairs", few], "copy": ["--reference", copy],
                         "same": []}.items():
@@ -1390,7 +1390,7 @@ def test_a_finished_run_is_neither_begun_again_nor_changed(whole_run, tmp_path, 
     again = [*whole_run.flags, "--out", out, "--resume"]
     assert "lr was 0.001 and is 0.002" in refused_run(capsys, *again, "--lr", 0.002)
     assert "seed" in refused_run(capsys, *again, "--seed", 1)
-    assert "label_smoothing was 0.0 and is None" in refused_run(capsys, *again, "--loss", "slic")
+    assert "loss was 'dpo' and is 'slic'" in refused_run(capsys, *again, "--loss", "slic")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     summary, _ = train(*whole_run.flags, "--out", out, "--overwrite", "--lr", LR / 2)
     rows = read_rows(out / "metrics.jsonl")
@@ -1401,7 +1401,7 @@ def test_a_finished_run_is_neither_begun_again_nor_changed(whole_run, tmp_path, 
 def test_a_finished_run_that_was_moved_is_still_finished(whole_run, tmp_path):
     out = shutil.copytree(whole_run.out, tmp_path / "moved")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert train(*whole_run.flags, "--out", out)[0] == whole_run.summary
+    assert train(*whole_run.flags, "--out", out)[0] == whole_run.summary | {"out": str(out)}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -1418,3 +1418,45 @@ def test_an_unfinished_run_goes_on_only_when_asked(whole_run, tmp_path, capsys):
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q"]))
+
+
+def test_no_model_is_overwritten_by_mistake(whole_run, policy, tmp_path, capsys):
+    model = shutil.copytree(policy, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    flags = [*whole_run.flags[2:], "--model", model]
+    assert "would overwrite the model" in refused_run(capsys, *flags, "--out", model, "--overwrite")
+    assert "would overwrite the model" in refused_run(capsys, *whole_run.flags, "--reference", model, "--out", f"{model}/")
+    assert "--overwrite replaces it" in refused_run(capsys, *whole_run.flags, "--out", model)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "out"):
+        assert f"{file}: expected a folder" in refused_run(capsys, *whole_run.flags, "--out", out)
+    assert file.read_text() == "kept"
+
+
+def test_a_run_goes_on_only_with_the_same_chat_template(whole_run, policy, tmp_path, capsys):
+    model, out = shutil.copytree(policy, tmp_path / "model"), tmp_path / "out"
+    flags = [*whole_run.flags[2:], "--model", model, "--out", out]
+    assert whole_run.flags[0] == "--model"
+    train(*flags)
+    template = model / "chat_template.jinja"
+    template.write_text("Hello! " + template.read_text())
+    assert "other inputs: token ids was" in refused_run(capsys, *flags, "--resume")
+
+
+def test_two_pairs_of_a_prompt_in_ultrafeedbacks_form_are_two_pairs(tmp_path, tokenizer):
+    rows = [{"prompt": "Hi", "chosen": messages("Hi", answer), "rejected": messages("Hi", "No"),
+             "messages": messages("Hi", answer)} for answer in ("Yes", "Sure")]
+    assert len({pair.pair_id for pair in loaded(tmp_path, tokenizer, rows)[0]}) == 2
+
+
+def test_checkpoints_are_removed_behind_the_meta_file_that_says_finished(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for _ in range(2):
+        (folder / "00000002").mkdir(parents=True)
+        train_dpo.remove(folder)
+        assert not any(tmp_path.iterdir())
+    (tmp_path / "removed" / "half").mkdir(parents=True)  # a kill left it
+    train_dpo.remove(folder)
+    assert not any(tmp_path.iterdir())
