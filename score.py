@@ -3,47 +3,86 @@ Stage 2: responses -> scored responses: one row per prompt, every response of ev
 
 Reads   --responses  files of generate.py or of this script, merged by id; the responses of one file follow those of the other
 Writes  --out        the same rows; each response gains "reward": 1.25 or null, "reward_error": null or why there is none, and
-                     "scores": {NAME: 1.25} (rm, verify), or "logp": -212.4 and "logp_tokens": 57 (logp)
+                     "scores": {NAME: 1.25}; the row gains "labeler", who made the reward
 
 --scorer rm      a reward model's raw logit in float32: any AutoModelForSequenceClassification with one label. With a chat template it
                  reads prompt and response rendered by it (Skywork-Reward, the labeler of S1 section 4.1 and S3 section 5.1), without
                  one a pair of texts (OpenAssistant's DeBERTa, the demo's cross-encoder). What does not fit in --max-length gets no
-                 reward; nothing is cut.
+                 reward; nothing is cut. With --backend vllm its first 8 rewards are held to those of transformers.
+--scorer pairrm  PairRM, S2's preference model (section 4), from the weights of llm-blender/PairRM-hf: every pair of a prompt's responses
+                 in both orders. Row "wins"[i][j] = sigmoid((logit_ij - logit_ji) / 2), "reward" the mean of that logit over the others.
+                 Input and cuts are the library's (1,224 tokens of the conversation, 2,048 in all), with budgets per pair.
+--scorer judge   a chat model behind an OpenAI-compatible server (--base-url; the key from OPENAI_API_KEY) in AlpacaEval 2's scheme: two
+                 responses as `m` and `M`, in an order drawn per prompt, one token asked for, and "wins"[i][j] = p(m) / (p(m) + p(M)) from
+                 its log-probabilities; "reward" is the mean win. --baseline NAME asks only for pairs with that model's response.
 --scorer verify  1 where the last boxed answer, or else the last number, equals the row's "answer", else 0 (as in GSM8K).
---scorer logp    log pi(y|x): the sum over the response's tokens and its end-of-turn token, none where it was cut (S2 Table 8, S1
-                 section 5.3 "on-policiness"). The vocabulary meets 512 tokens at a time, never the whole batch.
-The first scorer sets "reward"; a further one only adds to "scores", unless --primary. Equal responses of a prompt are scored once.
+--scorer logp    log pi(y|x): "logp", the sum over the response's tokens and its end-of-turn token, none where it was cut, and
+                 "logp_tokens" (S2 Table 8, S1 section 5.3 "on-policiness"). The vocabulary meets 512 tokens at a time.
+--scorer embed   row "cosine": the cosines of the responses' embeddings (S1 section 5.3 "similarity": "last layer sentence embedding").
+                 Of a causal model: its last hidden state, mean over the response's tokens, behind the prompt; of an encoder: the
+                 response alone, pooled as its 1_Pooling/config.json says (mean without one).
+The first scorer that makes rewards sets "reward"; a further one only adds to "scores", unless --primary. Equal responses of a prompt
+are scored once, and two of them are a tie. The agreement of two scorers is printed (S3 B.1).
 
     python score.py --scorer rm --model out/models/reward --responses out/on.jsonl out/off.jsonl --out out/scored.jsonl
+    python score.py --scorer judge --model gpt-4-1106-preview --responses out/on.jsonl out/off.jsonl --out out/judged.jsonl --max-requests 5000
 
-Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file.
-Prints one JSON line: rows, responses, without a score by reason, mean score by source, share of padding, seconds.
+Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file: what a
+judge was paid for is not asked again. Prints one JSON line: rows, responses, without a score by reason, mean score by source, agreement,
+share of padding, seconds.
 """
 
 import argparse
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 from typing import Callable, Iterator, NoReturn
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors, a tenth faster on a CPU; read at torch's import
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 WINDOW = 256  # rows scored, sorted by length and appended together; fixed, so that resuming is exact
+JUDGE_WINDOW = 32  # the same for a judge, whose requests cost money: a kill loses no more than these rows' ...
+JUDGE_THREADS = 32  # ... and so many of them are under way at once
 CHUNK = 512  # tokens that meet the vocabulary at once
+PAIRRM_SOURCE, PAIRRM_TOTAL = 1224, 2048  # tokens of a conversation, and with both candidates (PairRM's own limits)
+PAIRRM_MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
+JUDGE_SYSTEM = "You compare two answers to an instruction and say which of them a careful human reader would prefer."
+JUDGE_PROMPT = """Here are an instruction and two answers to it, named m and M.
+
+[instruction]
+{instruction}
+[end of the instruction]
+
+[answer m]
+{output_1}
+[end of answer m]
+
+[answer M]
+{output_2}
+[end of answer M]
+
+Which answer would a careful human reader prefer: the one that is more helpful, correct and pleasant to read? Length alone is no merit.
+Reply with the name of the better answer, m or M, and nothing else."""
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,45 +90,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--responses", required=True, nargs="+", metavar="FILE", help="responses, JSONL, merged by id")
     flag("--out", required=True, help="scored responses, JSONL")
-    flag("--scorer", choices=["rm", "verify", "logp"], default="rm")
+    flag("--scorer", choices=["rm", "pairrm", "judge", "verify", "logp", "embed"], default="rm")
     flag("--name", help='key in "scores" (default: the scorer\'s)')
     flag("--primary", action="store_true", help='the new score becomes "reward" although there is one')
+    flag("--missing-eos-penalty", type=float, metavar="X", help="takes X from the reward of cut responses (TRL's name); scores keep the raw value")
     flag("--limit", type=int, help="only the first rows")
     flag("--shard", metavar="I/N", default="0/1", help="only every N-th window of rows, from the I-th, counted from 0")
     flag("--overwrite", action="store_true", help="start anew where --out exists")
     # scorers with a model; None marks what was not given
-    flag("--model", help="Hugging Face folder or hub id")
+    flag("--model", help="Hugging Face folder or hub id; for a judge its name at the server")
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--max-length", type=int, help="longest input in tokens (default: what the model can read)")
-    flag("--backend", choices=["auto", "vllm", "hf"], help="auto, the default: vllm where it is installed and can, else hf")
-    flag("--dtype", choices=["auto", "float32", "bfloat16"], help="auto, the default: bfloat16 on CUDA, float32 on a CPU")
+    flag("--backend", choices=["auto", "vllm", "hf"], help="rm: auto, the default, is vllm where it is installed and can, else hf")
+    flag("--dtype", choices=["auto", "float32", "bfloat16"], help="auto, the default: bfloat16 on CUDA (pairrm: float32), float32 on a CPU")
     flag("--batch-tokens", type=int, help="tokens in a batch, padding included, hf backend (default 8192)")
+    flag("--baseline", metavar="NAME", help='judge: only pairs with a response of this "model"')
+    flag("--base-url", metavar="URL", help="judge: the server (default https://api.openai.com/v1)")
+    flag("--max-requests", type=int, help="judge: stop before a window of rows that would need more verdicts than this in all")
     args = parser.parse_args(argv)
 
-    def refuse(names: list[str], why: str) -> None:
+    def refuse(names: list[str], why: str = f"does nothing with --scorer {args.scorer}") -> None:
         if given := [name for name in names if getattr(args, name) not in (None, False)]:
             parser.error(f"--{given[0].replace('_', '-')} {why}")
 
-    if args.scorer == "verify":
-        refuse(["model", "revision", "max_length", "backend", "dtype", "batch_tokens"], "does nothing with --scorer verify")
-    elif not args.model:
+    refuse(["backend"] if args.scorer != "rm" else [])
+    refuse(["baseline", "base_url", "max_requests"] if args.scorer != "judge" else [])
+    refuse(["missing_eos_penalty"] if args.scorer not in ("rm", "verify") else [])
+    refuse(["name", "primary"] if args.scorer in ("logp", "embed") else [])
+    refuse(["revision", "dtype", "batch_tokens"] if args.scorer in ("verify", "judge") else [])
+    refuse(["max_length"] if args.scorer in ("verify", "judge", "pairrm") else [])
+    refuse(["model"] if args.scorer == "verify" else [])
+    if args.scorer != "verify" and not args.model:
         parser.error(f"--scorer {args.scorer} needs --model")
-    if args.scorer == "logp":
-        refuse(["name", "primary"] + ["backend"] * (args.backend == "vllm"), "does nothing with --scorer logp")
-    for name in ("limit", "max_length", "batch_tokens"):
+    for name in ("limit", "max_length", "batch_tokens", "max_requests"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
     args.name = args.name or args.scorer
-    if args.scorer != "verify":
-        args.dtype = args.dtype or "auto"
-        if args.dtype == "auto":
-            args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        args.backend = "hf" if args.scorer == "logp" else args.backend or "auto"
+    if args.scorer == "judge":
+        args.base_url = args.base_url or "https://api.openai.com/v1"
+    elif args.scorer != "verify":
+        if args.dtype in (None, "auto"):
+            args.dtype = "bfloat16" if torch.cuda.is_available() and args.scorer != "pairrm" else "float32"
+        args.backend = args.backend or "auto" if args.scorer == "rm" else "hf"
     return args
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scorers. Each is made by a function that returns encode(row, response) -> a job, and score(jobs, update) -> (value, tokens or None)
-# per job; encode raises ValueError with the reason why a response can have no score. A job is a tuple, and equal jobs are scored once.
+# scorers. Each is made by a function that returns jobs_of(row) -> {place: job, or why there is none}, where a place is the index of a
+# response or a pair (i, j) of them, i < j, and a job a tuple (equal jobs of a prompt are scored once); and score(jobs, update) -> one
+# result per job: a number, a tuple, or why there is none. `write_...` brings the results of a row into it.
 
 def answer_of(text: str) -> str | None:
     """The final answer of a worked solution: the last \\boxed{...}, else what follows ####, else the last number."""
@@ -116,16 +164,19 @@ def same_answer(found: str | None, wanted: str) -> bool:
 
 def verify_scorer() -> tuple[Callable, Callable]:
     """1.0 for the right final answer, 0.0 for another."""
-    def encode(row: dict, response: dict) -> tuple:
+    def encode(row: dict, response: dict) -> tuple | str:
         if row.get("answer") is None:
-            raise ValueError("the prompt carries no answer")
+            return "the prompt carries no answer"
         answer = str(row["answer"])
         return answer_of(answer) if "\\boxed{" in answer or "####" in answer else answer, response["text"]
 
-    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
         update(len(jobs))
-        return [(float(same_answer(answer_of(text), wanted)), None) for wanted, text in jobs]
+        return [float(same_answer(answer_of(text), wanted)) for wanted, text in jobs]
     return encode, score
+
+def number(value: float) -> float | str:
+    return value if math.isfinite(value) else "not finite"
 
 def batches_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices sorted by length and cut so that rows x longest row stays within the budget, and padding within 8 % of a row."""
@@ -137,75 +188,217 @@ def batches_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(index)
     return batches
 
-def padded(rows: list[list[int]], filler: int, device: str) -> Tensor:
-    """(B, T) with the rows on the left: under a causal model padding behind a row changes nothing in it, so no mask is needed."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
-def rm_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tuple[Callable, Callable]:
-    """A scalar reward model: raw logit, float32."""
-    def encode(row: dict, response: dict) -> tuple:
-        if tokenizer.chat_template:
-            turns = row["prompt"] + [{"role": "assistant", "content": response["text"]}]
-            encoded = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
-        else:
-            question = row["prompt"][0]["content"] if len(row["prompt"]) == 1 else "\n".join(
-                f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
-            encoded = tokenizer(question, response["text"])
-        if len(encoded["input_ids"]) > args.max_length:
-            raise ValueError(f"longer than {args.max_length} tokens")
-        return tuple(encoded["input_ids"]), tuple(encoded.get("token_type_ids") or ())
-
-    if args.backend == "vllm":
-        return encode, vllm_pooling(args)
-    from transformers import AutoModelForSequenceClassification
+def in_batches(rows: list[tuple], args: argparse.Namespace, seen: Counter, update: Callable[[float], object], filler: int = 0) -> Iterator:
+    """(indices, ids (B, T), mask (B, T)) of rows of ids in batches of similar length, padded on the right; counts real and padded tokens."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        args.model, revision=args.revision, dtype=getattr(torch, args.dtype), use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        fail(f"{args.model}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}, which a reward would then draw at random")
-    model = model.to(device).eval()
-    # decoder reward models have a linear `score` on the last token; transformers finds that token by looking for the padding
-    # id, wrongly where padding is the end-of-turn token too, so it is pooled by length here
-    pooled_by_length = hasattr(model, "score")
+    for batch in batches_by_tokens([len(row) for row in rows], args.batch_tokens or 8192):
+        longest = max(len(rows[i]) for i in batch)
+        ids = torch.tensor([[*rows[i], *[filler] * (longest - len(rows[i]))] for i in batch], device=device)
+        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
+        yield batch, ids, mask
+        seen.update(real=int(mask.sum()), padded=ids.numel())
+        update(len(batch))
+
+def load_model(kind, args: argparse.Namespace) -> tuple:
+    """(model for inference, names of weights that its files lack) through one of transformers' Auto classes."""
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+    # Gemma-2 caps its attention logits, which only the eager kernel does
+    kernel = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model, info = kind.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype), use_safetensors=True,
+                                       output_loading_info=True, **kernel)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), sorted(info["missing_keys"])
+
+def rm_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[Callable, Callable]:
+    """A scalar reward model: raw logit, float32."""
+    def encode(row: dict, response: dict) -> tuple | str:
+        kinds = ()
+        if tokenizer.chat_template:
+            ids = prompt_ids(tokenizer, row["prompt"] + [{"role": "assistant", "content": response["text"]}], generation_prompt=False)
+        else:
+            encoded = tokenizer(as_text(row["prompt"]), response["text"])
+            ids, kinds = encoded["input_ids"], tuple(encoded.get("token_type_ids") or ())
+        return (tuple(ids), kinds) if len(ids) <= args.max_length else f"longer than {args.max_length} tokens"
+    return encode, (vllm_rewards if args.backend == "vllm" else hf_rewards)(args, tokenizer, seen)
+
+def as_text(prompt: list[dict]) -> str:
+    """A prompt for a reader without chat template: the question itself, or "role: text" lines of a conversation."""
+    return prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+def hf_rewards(args: argparse.Namespace, tokenizer, seen: Counter) -> Callable:
+    from transformers import AutoModelForSequenceClassification
+    model, missing = load_model(AutoModelForSequenceClassification, args)
+    if missing:
+        fail(f"{args.model}: the weights lack {', '.join(missing[:3])}, which a reward would then draw at random")
 
     @torch.inference_mode()
-    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
-        values: dict[int, tuple] = {}
-        lengths = [len(ids) for ids, _ in jobs]
-        for batch in batches_by_tokens(lengths, args.batch_tokens or 8192):
-            ids = padded([list(jobs[i][0]) for i in batch], tokenizer.pad_token_id or 0, device)         # (B, T)
-            last = torch.tensor([lengths[i] - 1 for i in batch], device=device)                          # (B,)
-            if pooled_by_length:
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state              # (B, T, d)
-                rewards = hidden[torch.arange(len(batch), device=device), last].float() @ model.score.weight[0].float()
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
+        values: dict[int, float | str] = {}
+        for batch, ids, mask in in_batches([ids for ids, _ in jobs], args, seen, update, tokenizer.pad_token_id or 0):
+            # decoder reward models have a linear `score` on the last token; transformers finds that token by looking for the padding id,
+            # wrongly where padding is the end-of-turn token too, so it is pooled by length here. Padding behind a row changes nothing in it
+            if hasattr(model, "score"):
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                            # (B, T, d)
+                rewards = hidden[torch.arange(len(batch), device=ids.device), mask.sum(1) - 1].float() @ model.score.weight[0].float()
             else:
-                mask = (torch.arange(ids.shape[1], device=device) <= last[:, None]).long()
-                kinds = {"token_type_ids": padded([list(jobs[i][1]) for i in batch], 0, device)} if jobs[batch[0]][1] else {}
-                rewards = model(input_ids=ids, attention_mask=mask, **kinds).logits[:, 0].float()
-            values.update({i: (reward, None) for i, reward in zip(batch, rewards.tolist())})
-            tokens_seen.update(real=sum(lengths[i] for i in batch), padded=ids.numel())
-            update(len(batch))
+                kinds = [torch.tensor(jobs[i][1], device=ids.device) for i in batch]
+                kinds = {"token_type_ids": torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)} if jobs[batch[0]][1] else {}
+                rewards = model(input_ids=ids, attention_mask=mask, **kinds).logits[:, 0].float()                      # (B,)
+            values.update(zip(batch, map(number, rewards.tolist())))
         return [values[i] for i in range(len(jobs))]
-    return encode, score
+    return score
 
-def vllm_pooling(args: argparse.Namespace) -> Callable:
-    """The same rewards from vLLM; use_activation=False, since its default for one label is a sigmoid."""
+def vllm_rewards(args: argparse.Namespace, tokenizer, seen: Counter) -> Callable:
+    """The same rewards from vLLM, its first 8 held to transformers' (a default activation, another pooled token would show)."""
+    engine = None
+
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
+        nonlocal engine
+        expected = None
+        if engine is None:
+            expected = hf_rewards(args, tokenizer, Counter())(jobs[:8], lambda count: None)
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without CUDA
+            engine = vllm_pooling(args)
+        from vllm import PoolingParams
+        outputs = engine.encode([{"prompt_token_ids": list(ids)} for ids, _ in jobs], pooling_task="classify", use_tqdm=False,
+                                pooling_params=PoolingParams(use_activation=False))  # its default for one label is a sigmoid
+        values = [number(float(output.outputs.data[0])) for output in outputs]
+        for mine, theirs in zip(expected or [], values):
+            if mine != theirs and not (isinstance(mine, float) and isinstance(theirs, float) and abs(mine - theirs) <= 0.1):
+                fail(f"{args.model}: vllm gives a reward of {theirs} where transformers gives {mine}: use --backend hf")
+        update(len(jobs))
+        return values
+    return score
+
+def vllm_pooling(args: argparse.Namespace):
+    """vLLM's engine with the reward head."""
     if not torch.cuda.is_available():
         # the engine in this process; 4 GiB of cache, not the whole machine; no idle core; nothing on our standard output
         settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1",
                     "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
         os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
-    from vllm import LLM, PoolingParams
-    engine = LLM(args.model, revision=args.revision, dtype=args.dtype, runner="pooling", convert="classify",
-                 max_model_len=args.max_length, enforce_eager=not torch.cuda.is_available())
+    from vllm import LLM
+    return LLM(args.model, revision=args.revision, dtype=args.dtype, runner="pooling", convert="classify",
+               max_model_len=args.max_length, enforce_eager=not torch.cuda.is_available())
 
-    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
-        outputs = engine.encode([{"prompt_token_ids": list(ids)} for ids, _ in jobs], pooling_task="classify", use_tqdm=False,
-                                pooling_params=PoolingParams(use_activation=False))
-        update(len(jobs))
-        return [(float(output.outputs.data[0]), None) for output in outputs]
-    return score
+def conversations(prompt: list[dict], texts: list[str]) -> tuple[str, list[str]] | str:
+    """PairRM's source and candidate texts (compare_conversations of LLM-Blender, its spelling kept), or why there are none.
+
+    A system's text opens the first user turn; earlier assistant turns are part of every candidate. Marker strings and the
+    encoder's own [CLS] and [SEP] become spaces, since the markers are looked up by id.
+    """
+    if prompt[0]["role"] == "system" and len(prompt) > 1:
+        prompt = [{**prompt[1], "content": f"{prompt[0]['content']}\n{prompt[1]['content']}"}, *prompt[2:]]
+    if [turn["role"] for turn in prompt] != ["user", "assistant"] * (len(prompt) // 2) + ["user"]:
+        return "turns of user and assistant do not alternate"
+    clean = lambda text: re.sub("|".join(map(re.escape, (*PAIRRM_MARKERS, "[CLS]", "[SEP]"))), " ", text)  # noqa: E731
+    source = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
+    source += "\n".join(f"USER: {clean(turn['content'])}\nAssistant: <Response {i}>" for i, turn in enumerate(prompt[::2], 1))
+    earlier = [turn["content"] for turn in prompt[1::2]]
+    return source, ["\n".join(f"<Response {i}>: {clean(turn)}" for i, turn in enumerate([*earlier, text], 1)) for text in texts]
+
+def pairrm_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[Callable, Callable]:
+    """PairRM (LLM-Blender): (logit_AB - logit_BA) / 2 of two responses, above 0 where the first is better, float32 by default.
+
+    logit_AB is f([h_source; h_candidate1]) - f([h_source; h_candidate2]) with A as candidate 1, h the last hidden states at the markers
+    and f the head; `seen` counts pairs whose two orders disagree and pairs of which something was cut.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoModel
+    folder = args.model if os.path.isdir(args.model) else snapshot_download(
+        args.model, revision=args.revision, allow_patterns=["*.json", "*.safetensors"])
+    model = AutoModel.from_config(AutoConfig.from_pretrained(args.model, revision=args.revision))
+    weights = {name: tensor for path in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    if not {"pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"} <= weights.keys():
+        fail(f"{args.model}: expected PairRM's weights pretrained_model.* and head_layer.*, found {', '.join(sorted(weights)[:3])}")
+    inner = {name.removeprefix("pretrained_model."): tensor for name, tensor in weights.items() if name.startswith("pretrained_model.")}
+    size = model.config.hidden_size
+    head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2 * size, size), torch.nn.Tanh(), torch.nn.Dropout(),
+                               torch.nn.Linear(size, weights["head_layer.4.bias"].numel()))
+    model.resize_token_embeddings(inner["embeddings.word_embeddings.weight"].shape[0])  # with the markers; the config may be without
+    model.load_state_dict({name: tensor for name, tensor in inner.items() if not name.endswith("position_ids")})
+    head.load_state_dict({name.removeprefix("head_layer."): tensor for name, tensor in weights.items() if name.startswith("head_layer.")})
+    model, head = (part.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)).eval() for part in (model, head))
+    source_id, first_id, second_id = tokenizer.convert_tokens_to_ids(list(PAIRRM_MARKERS[:3]))
+
+    def ids_of(source: str, first: str, second: str) -> tuple[tuple[int, ...], bool]:
+        """Three texts, each with its own [CLS] ... [SEP], and whether one was cut."""
+        parts = [tokenizer(PAIRRM_MARKERS[0] + source)["input_ids"]]
+        limits = [PAIRRM_SOURCE] + [(PAIRRM_TOTAL - min(len(parts[0]), PAIRRM_SOURCE)) // 2] * 2
+        parts += [tokenizer(marker + text)["input_ids"] for marker, text in zip(PAIRRM_MARKERS[1:], (first, second))]
+        kept = [part if len(part) <= limit else part[:limit - 1] + part[-1:] for part, limit in zip(parts, limits)]  # [SEP] stays
+        return tuple(sum(kept, [])), kept != parts
+
+    def encode(row: dict, first: dict, second: dict) -> tuple | str:
+        texts = conversations(row["prompt"], [first["text"], second["text"]])
+        return texts if isinstance(texts, str) else (texts[0], *texts[1])
+
+    @torch.inference_mode()
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
+        rows, cut = zip(*(ids_of(source, *order) for source, a, b in jobs for order in ((a, b), (b, a))))
+        logits: dict[int, float] = {}
+        for batch, ids, mask in in_batches(rows, args, seen, lambda count: update(count / 2)):
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state                                       # (B, T, d)
+            source, first, second = (hidden[ids == marker] for marker in (source_id, first_id, second_id))             # (B, d) each
+            margins = head(torch.cat([source, first], 1)).float() - head(torch.cat([source, second], 1)).float()       # (B, tasks)
+            logits.update(zip(batch, margins.mean(1).tolist()))
+        forward, backward = ([logits[k] for k in range(start, len(rows), 2)] for start in (0, 1))
+        seen.update(pairs=len(jobs), pairs_cut=sum(cut[::2]), orders_disagree=sum(a * b > 0 or (a == 0) != (b == 0) for a, b in zip(forward, backward)))
+        return [number((a - b) / 2) for a, b in zip(forward, backward)]
+    return encode, score
+
+def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Callable]:
+    """AlpacaEval 2's pairwise judge (weighted_alpaca_eval_gpt4_turbo): the probability that the first response is better than the second.
+
+    p(m) / (p(m) + p(M)) among the five most likely first tokens, m and M naming the two; which stands first is drawn per prompt, so a
+    judge that likes one place favours neither side. Errors of the server that pass are tried again by the client, 8 times.
+    """
+    import openai
+    client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=8, timeout=120)
+
+    def encode(row: dict, first: dict, second: dict) -> tuple:
+        instruction = as_text(row["prompt"])
+        swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]  # alpaca_eval's draw
+        if args.baseline and second["model"] == args.baseline:  # output_1 is the baseline, before the draw
+            swapped = not swapped
+        return instruction, first["text"], second["text"], swapped
+
+    def ask(job: tuple) -> float | str:
+        instruction, first, second, swapped = job
+        texts = {"instruction": instruction, "output_1": second if swapped else first, "output_2": first if swapped else second}
+        prompt = re.sub(r"\{(instruction|output_1|output_2)\}", lambda match: texts[match[1]], JUDGE_PROMPT)
+        try:
+            answer = client.chat.completions.create(
+                model=args.model, max_tokens=1, temperature=1, logprobs=True, top_logprobs=5,
+                messages=[{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": prompt}])
+        except openai.BadRequestError as error:  # too long, or refused for what it says: this pair has no verdict
+            return f"refused by the server: {error.message[:200]}"
+        content = answer.choices[0].logprobs.content if answer.choices and answer.choices[0].logprobs else None
+        if not content:
+            return "no log-probabilities in the server's answer"
+        p = {label: sum(math.exp(top.logprob) for top in content[0].top_logprobs if top.token.strip() == label) for label in "mM"}
+        if not p["m"] + p["M"]:
+            return "neither m nor M among the five most likely first tokens"
+        return p["M" if swapped else "m"] / (p["m"] + p["M"])
+
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
+        if args.max_requests and seen["requests"] + len(jobs) > args.max_requests:
+            sys.exit(f"score.py: --max-requests {args.max_requests}: {seen['requests']} verdicts asked for, the next rows need {len(jobs)} "
+                     "more; what is written stays, and the same command goes on")
+        verdicts = []
+        try:
+            with ThreadPoolExecutor(JUDGE_THREADS) as pool:
+                for verdict in pool.map(ask, jobs):
+                    verdicts.append(verdict)
+                    update(1)
+        except openai.APIError as error:  # the key, the model's name, no server, 429 or 5xx to the end
+            fail(f"{args.base_url}: {type(error).__name__}: {error.message[:300]} (the same command goes on behind the last whole window)")
+        seen.update(requests=len(jobs))
+        if jobs and all(isinstance(verdict, str) for verdict in verdicts):
+            fail(f"{args.model}: none of {len(jobs)} verdicts in a row could be read: {verdicts[0]}")
+        return verdicts
+    return encode, score
 
 def completion_ids(tokenizer, mark: str, eot: int, response: dict) -> list[int]:
     """Ids of a response as a model is trained on it: as sampled where this tokenizer sampled it, ended unless it was cut."""
@@ -221,52 +414,140 @@ def output_head(model) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
 
-def logp_scorer(args: argparse.Namespace, tokenizer, tokens_seen: Counter) -> tuple[Callable, Callable]:
-    """Sum over the response's tokens of log pi(y_t | x, y_<t), temperature 1, and the number of these tokens."""
+def causal_encode(args: argparse.Namespace, tokenizer) -> Callable:
+    """encode(row, response) -> (ids of the prompt, ids of the completion with its end-of-turn token)."""
     mark, eot = fingerprint(tokenizer), end_of_turn(tokenizer)
-    from transformers import AutoModelForCausalLM
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype),
-                                                 use_safetensors=True).to(device).eval()
-    weight, bias = (None if part is None else part.float() for part in output_head(model))
 
-    def encode(row: dict, response: dict) -> tuple:
+    def encode(row: dict, response: dict) -> tuple | str:
         prompt, completion = prompt_ids(tokenizer, row["prompt"]), completion_ids(tokenizer, mark, eot, response)
         if len(prompt) + len(completion) > args.max_length:
-            raise ValueError(f"longer than {args.max_length} tokens")
-        if not completion:
-            raise ValueError("no token")
-        return tuple(prompt), tuple(completion)
+            return f"longer than {args.max_length} tokens"
+        return (tuple(prompt), tuple(completion)) if completion else "no token"
+    return encode
+
+def logp_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[Callable, Callable]:
+    """Sum over the response's tokens of log pi(y_t | x, y_<t), temperature 1, and the number of these tokens."""
+    from transformers import AutoModelForCausalLM
+    model, missing = load_model(AutoModelForCausalLM, args)
+    if missing:
+        fail(f"{args.model}: the weights lack {', '.join(missing[:3])}")
+    weight, bias = (None if part is None else part.float() for part in output_head(model))
 
     @torch.inference_mode()
-    def score(jobs: list[tuple], update: Callable[[int], object]) -> list[tuple]:
-        values: dict[int, tuple] = {}
-        for batch in batches_by_tokens([len(prompt) + len(completion) for prompt, completion in jobs], args.batch_tokens or 8192):
-            rows = [list(jobs[i][0] + jobs[i][1]) for i in batch]
-            ids = padded(rows, 0, device)                                                                # (B, T)
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                  # (B, T, d)
-            # the state before a token predicts it: positions P-1 ... T-2 of each row                     # (C, d)
-            states = torch.cat([hidden[b, len(jobs[i][0]) - 1:len(rows[b]) - 1] for b, i in enumerate(batch)])
-            targets = torch.tensor([token for i in batch for token in jobs[i][1]], device=device)        # (C,)
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[tuple | str]:
+        values: dict[int, tuple | str] = {}
+        for batch, ids, _ in in_batches([prompt + completion for prompt, completion in jobs], args, seen, update):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                                # (B, T, d)
+            # the state before a token predicts it: positions P-1 ... T-2 of each row                                   (C, d)
+            states = torch.cat([hidden[b, len(jobs[i][0]) - 1:sum(map(len, jobs[i])) - 1] for b, i in enumerate(batch)])
+            targets = torch.tensor([token for i in batch for token in jobs[i][1]], device=ids.device)                  # (C,)
             logps = []
             for some, wanted in zip(states.split(CHUNK), targets.split(CHUNK)):
-                logits = F.linear(some.float(), weight, bias)                                            # (CHUNK, V)
+                logits = F.linear(some.float(), weight, bias)                                                          # (CHUNK, V)
                 logps.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
-            sums = [some.double().sum().item() for some in torch.cat(logps).split([len(jobs[i][1]) for i in batch])]
-            values.update({i: (total, len(jobs[i][1])) for i, total in zip(batch, sums)})
-            tokens_seen.update(real=sum(map(len, rows)), padded=ids.numel())
-            update(len(batch))
+            for i, some in zip(batch, torch.cat(logps).split([len(jobs[i][1]) for i in batch])):
+                total = number(some.double().sum().item())
+                values[i] = total if isinstance(total, str) else (total, len(jobs[i][1]))
         return [values[i] for i in range(len(jobs))]
-    return encode, score
+    return causal_encode(args, tokenizer), score
 
-def put(response: dict, args: argparse.Namespace, sets_reward: bool, value: float | None, tokens: int | None, error: str | None) -> None:
+def embed_scorer(args: argparse.Namespace, tokenizer, seen: Counter, causal: bool) -> tuple[Callable, Callable]:
+    """Embeddings of length 1, float32 (d,): S1 section 5.3 names neither model nor pooling; the docstring above says what is done."""
+    from transformers import AutoModel
+    model, missing = load_model(AutoModel, args)
+    if missing := [name for name in missing if "pooler" not in name]:
+        fail(f"{args.model}: the weights lack {', '.join(missing[:3])}")
+    pooling = "mean"
+    if not causal and (path := Path(args.model, "1_Pooling", "config.json")).exists():
+        pooling = next((name for name, true in json.loads(path.read_text()).items() if true is True and name.startswith("pooling_mode")), "")
+        pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}.get(
+            pooling) or fail(f"{path}: expected mean, cls or last-token pooling, found {pooling!r}")
+
+    def encode_text(row: dict, response: dict) -> tuple | str:
+        ids = tokenizer(response["text"])["input_ids"]
+        if not response["text"].strip():
+            return "no token"
+        return ((), tuple(ids)) if len(ids) <= args.max_length else f"longer than {args.max_length} tokens"
+
+    @torch.inference_mode()
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[Tensor | str]:
+        values: dict[int, Tensor] = {}
+        for batch, ids, mask in in_batches([prompt + completion for prompt, completion in jobs], args, seen, update):
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()                               # (B, T, d)
+            for states, i in zip(hidden, batch):
+                own = states[len(jobs[i][0]):sum(map(len, jobs[i]))]                                                   # (t, d)
+                values[i] = F.normalize({"mean": own.mean(0), "first": own[0], "last": own[-1]}[pooling], dim=0).cpu()
+        return [values[i] if values[i].isfinite().all() else "not finite" for i in range(len(jobs))]
+    if not causal:
+        return encode_text, score
+    encode = causal_encode(args, tokenizer)
+    return (lambda row, response: encode(row, {**response, "finish": "length"})), score  # its own tokens, without the end-of-turn token
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from results to rows
+
+def compared(row: dict, baseline: str | None) -> list[tuple[int, int]]:
+    """The pairs (i, j), i < j, of a row's responses; with a baseline those in which one is that model's and one is not."""
+    ours = [baseline is not None and response.get("model") == baseline for response in row["responses"]]
+    return [(i, j) for i, j in combinations(range(len(ours)), 2) if baseline is None or ours[i] != ours[j]]
+
+def places_of(row: dict, args: argparse.Namespace) -> list[tuple[int, ...]]:
+    """What is scored of a row: (i,) for a response, (i, j) for two; of equal texts the first stands for all."""
+    texts = [response["text"] for response in row["responses"]]
+    if args.scorer not in ("pairrm", "judge"):
+        return [(i,) for i in range(len(texts))]
+    pairs = [sorted((texts.index(texts[i]), texts.index(texts[j]))) for i, j in compared(row, args.baseline)]
+    return sorted({(i, j) for i, j in pairs if i != j})
+
+def put_reward(response: dict, args: argparse.Namespace, sets_reward: bool, result: float | str) -> None:
     """Write one score into its response; every response of a file has the same keys."""
-    if args.scorer == "logp":
-        response.update(logp=value, logp_tokens=tokens)
-        return
+    value, error = (None, result) if isinstance(result, str) else (result, None)
     response["scores"] = {**(response.get("scores") or {}), args.name: value}
     if sets_reward:
+        if args.missing_eos_penalty and value is not None and response.get("finish") == "length":
+            value -= args.missing_eos_penalty
         response.update(reward=value, reward_error=error)
+
+def write_results(row: dict, results: dict[tuple[int, ...], object], args: argparse.Namespace, sets_reward: bool) -> None:
+    """Bring what was found of a row into it: {place: result}."""
+    responses = row["responses"]
+    if args.scorer == "logp":
+        for i, response in enumerate(responses):
+            logp, tokens = (None, None) if isinstance(results[i,], str) else results[i,]
+            response.update(logp=logp, logp_tokens=tokens)
+    elif args.scorer == "embed":
+        vectors = [results[i,] for i in range(len(responses))]
+        row["cosine"] = [[None if isinstance(a, str) or isinstance(b, str) else round(float(a @ b), 6) for b in vectors] for a in vectors]
+    elif args.scorer in ("pairrm", "judge"):
+        write_wins(row, results, args, sets_reward)
+    else:
+        for i, response in enumerate(responses):
+            put_reward(response, args, sets_reward, results[i,])
+    if sets_reward:
+        row["labeler"] = ":".join([args.name] + [args.model] * (args.model is not None))
+        if args.primary and "wins" in row and args.scorer not in ("pairrm", "judge"):
+            row["wins"] = None  # another scorer's: boundary.py and evaluate.py would count them before this reward
+
+def write_wins(row: dict, results: dict[tuple[int, int], float | str], args: argparse.Namespace, sets_reward: bool) -> None:
+    """`wins` (n, n) and rewards from verdicts on pairs: pairrm's are logits, 0 a tie, a judge's probabilities, 1/2 a tie."""
+    texts = [response["text"] for response in row["responses"]]
+    wins: list[list[float | None]] = [[None] * len(texts) for _ in texts]
+    found: list[list[float]] = [[] for _ in texts]
+    reasons = ["nothing to compare with"] * len(texts)
+    for i, j in compared(row, args.baseline):
+        a, b = texts.index(texts[i]), texts.index(texts[j])
+        verdict = (0.5 if args.scorer == "judge" else 0.0) if a == b else results[min(a, b), max(a, b)]
+        if isinstance(verdict, str):
+            reasons[i] = reasons[j] = verdict
+            continue
+        mirrored = 1 - verdict if args.scorer == "judge" else -verdict
+        for x, y, value in ((i, j, verdict if a <= b else mirrored), (j, i, mirrored if a <= b else verdict)):
+            wins[x][y] = value if args.scorer == "judge" else 1 / (1 + math.exp(-value))
+            found[x].append(value)
+    for response, values, reason in zip(row["responses"], found, reasons):
+        put_reward(response, args, sets_reward, math.fsum(values) / len(values) if values else reason)
+    if sets_reward:
+        row["wins"] = wins
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -454,91 +735,144 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def summary(out: str, scorer: str, name: str) -> dict:
-    """Counts over a scored file, the reasons why responses have no reward, and the mean of this score by source."""
+def summary(out: str, args: argparse.Namespace) -> dict:
+    """Counts over a scored file, why responses have no score, the mean by source, and how far other scores order responses alike.
+
+    Agreement (S3 B.1): of the pairs of a prompt's responses that both scores order, the share ordered alike, their number, and the
+    number of prompts with a pair that is not.
+    """
     counts: Counter = Counter()
     missing: Counter = Counter()
     values: dict[str, list[float]] = {}
+    alike: dict[str, Counter] = {}
     for _, _, row in read_jsonl(out, ("responses",)):
         counts.update(rows=1, responses=len(row["responses"]))
-        for response in row["responses"]:
-            value = response["logp"] if scorer == "logp" else response["scores"][name]
+        if args.scorer == "embed":
+            others = [[cosine for j, cosine in enumerate(line) if j != i and cosine is not None] for i, line in enumerate(row["cosine"])]
+            own = [math.fsum(some) / len(some) if some else None for some in others]
+        else:
+            own = [response["logp"] if args.scorer == "logp" else response["scores"][args.name] for response in row["responses"]]
+        for value, response in zip(own, row["responses"]):
             if value is None:
                 missing[response.get("reward_error") or "no value"] += 1
             else:
                 values.setdefault(response["source"], []).append(value)
-    return {**counts, "without": dict(missing), "mean": {source: math.fsum(some) / len(some) for source, some in values.items()}}
+        scores = [response.get("scores") or {} for response in row["responses"]]
+        for name in set().union(*scores) - {args.name} if args.scorer not in ("logp", "embed") else ():
+            other = [some.get(name) for some in scores]
+            orders = [(own[i] - own[j]) * (other[i] - other[j]) for i, j in combinations(range(len(own)), 2)
+                      if None not in (own[i], own[j], other[i], other[j])]
+            alike.setdefault(name, Counter()).update(pairs=len(orders) - orders.count(0), alike=sum(order > 0 for order in orders),
+                                                     prompts_that_differ=any(order < 0 for order in orders))
+    agreement = {name: {"share": round(of["alike"] / of["pairs"], 4) if of["pairs"] else None, "pairs": of["pairs"],
+                        "prompts_that_differ": of["prompts_that_differ"]} for name, of in sorted(alike.items())}
+    return {**counts, "without": dict(missing), "mean": {source: math.fsum(some) / len(some) for source, some in values.items()},
+            **({"agreement": agreement} if agreement else {})}
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
     have: Counter = Counter()
-    places = index_rows(args.responses, lambda row, where: have.update(
-        response.get("reward") is not None for response in row["responses"]))
+    models: Counter = Counter()
+
+    def visit(row: dict, where: str) -> None:
+        have.update(response.get("reward") is not None for response in row["responses"])
+        models.update(response.get("model") for response in row["responses"])
+
+    places = index_rows(args.responses, visit)
     # the first scorer makes the reward; after that only --primary may
-    sets_reward = args.scorer != "logp" and (args.primary or not have[True])
-    if args.scorer != "logp" and not args.primary and have[True] and have[False]:
+    makes_reward = args.scorer not in ("logp", "embed")
+    sets_reward = makes_reward and (args.primary or not have[True])
+    if makes_reward and not args.primary and have[True] and have[False]:
         fail(f"{', '.join(args.responses)}: {have[True]} responses have a reward, {have[False]} none; --primary gives all this one")
-    ids = shard_windows(list(places)[:args.limit], WINDOW, args.shard)
-    tokens_seen: Counter = Counter()
-    make_scorer = verify_scorer
-    if args.scorer != "verify":
-        tokenizer = load_tokenizer(args.model, args.revision)
-        from transformers import AutoConfig
-        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
-        room = min(getattr(config, "max_position_embeddings", None) or sys.maxsize, tokenizer.model_max_length)
-        if args.max_length and args.max_length > room:
-            fail(f"--max-length {args.max_length}: {args.model} reads at most {room} tokens")
-        args.max_length = args.max_length or room
-        kinds = config.architectures or ["no architecture"]
-        if args.scorer == "rm" and (config.num_labels != 1 or not kinds[0].endswith("ForSequenceClassification")):
-            fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {kinds[0]} with {config.num_labels}")
-        if args.scorer == "rm" and os.path.isdir(args.model):  # vLLM would not miss it; transformers' own report is read below
-            names = (name for path in Path(args.model).glob("*.safetensors") for name in safe_open(path, "pt").keys())
-            if not any(name.startswith(("score", "classifier")) for name in names):
-                fail(f"{args.model}: the weights hold no reward head (score or classifier)")
-        if args.scorer == "rm" and not tokenizer.chat_template and not tokenizer.sep_token:
-            fail(f"{args.model}: the tokenizer has neither a chat template nor a separator for pairs of texts")
-        if args.backend == "auto":
-            args.backend = "vllm" if importlib.util.find_spec("vllm") and tokenizer.chat_template else "hf"
-        if args.backend == "vllm" and not tokenizer.chat_template:
-            fail(f"{args.model}: a model that reads pairs of texts runs on --backend hf")
-        if args.backend == "vllm" and args.batch_tokens:
-            fail("--batch-tokens does nothing on the backend vllm")
-        if args.scorer == "logp":
-            end_of_turn(tokenizer)  # fails here, before the model loads, where there is no chat template
-        make_scorer = lambda: {"rm": rm_scorer, "logp": logp_scorer}[args.scorer](args, tokenizer, tokens_seen)  # noqa: E731
+    if args.missing_eos_penalty and not sets_reward:
+        fail("--missing-eos-penalty changes the reward, which another scorer has set; --primary gives this one")
+    if args.baseline and args.baseline not in models:
+        fail(f"{', '.join(args.responses)}: no response is of the model {args.baseline!r}; there are {', '.join(map(str, models))}")
+    window = JUDGE_WINDOW if args.scorer == "judge" else WINDOW
+    ids = shard_windows(list(places)[:args.limit], window, args.shard)
+    seen: Counter = Counter()  # tokens in batches, and what a scorer counts of its own
+    if args.scorer == "verify":
+        make_scorer = verify_scorer
+    elif args.scorer == "judge":
+        if not importlib.util.find_spec("openai"):
+            fail("--scorer judge needs the package openai: pip install openai")
+        if args.base_url.startswith("https://api.openai.com") and not os.environ.get("OPENAI_API_KEY"):
+            fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY, found none")
+        make_scorer = lambda: judge_scorer(args, seen)  # noqa: E731
+    else:
+        make_scorer = check_model(args, seen)
     facts = run_facts(args, args.responses + [args.model] * (args.model is not None))
-    done = resume(args, facts, {"out", "overwrite", "limit", "shard", "batch_tokens"}, ids, WINDOW)
+    done = resume(args, facts, {"out", "overwrite", "limit", "shard", "batch_tokens", "max_requests"}, ids, window)
     if done < len(ids):
         encode, score = make_scorer()
         if not done:  # only now that the model is there
             Path(args.out).write_bytes(b"")
             write_meta(args.out, facts)
     with tqdm(total=len(ids), initial=done, unit="prompt", desc=args.scorer) as progress:
-        for start in range(done, len(ids), WINDOW):
-            rows = [merged_row(places[prompt_id]) for prompt_id in ids[start:start + WINDOW]]
-            jobs: dict[tuple, list[dict]] = {}  # equal jobs of one prompt are scored once
-            for row in rows:
-                for response in row["responses"]:
-                    put(response, args, sets_reward, None, None, None)
-                    try:
-                        jobs.setdefault((row["id"], encode(row, response)), []).append(response)
-                    except ValueError as error:
-                        put(response, args, sets_reward, None, None, str(error))
-            share = len(rows) / max(1, len(jobs))  # the bar counts prompts, and moves with every batch of responses
-            scores = score([job for _, job in jobs], lambda count: progress.update(count * share))
-            for responses, (value, tokens) in zip(jobs.values(), scores):
-                for response in responses:
-                    put(response, args, sets_reward, *((value, tokens, None) if math.isfinite(value) else (None, None, "not finite")))
+        for start in range(done, len(ids), window):
+            rows = [merged_row(places[prompt_id]) for prompt_id in ids[start:start + window]]
+            results: list[dict] = [{} for _ in rows]
+            jobs: dict[tuple, list[tuple]] = {}  # equal jobs of one prompt are scored once
+            for k, row in enumerate(rows):
+                for place in places_of(row, args):
+                    job = encode(row, *(row["responses"][i] for i in place))
+                    if isinstance(job, str):
+                        results[k][place] = job
+                    else:
+                        jobs.setdefault((k, job), []).append(place)
+            share = len(rows) / max(1, len(jobs))  # the bar counts prompts, and moves with every batch of jobs
+            found = score([job for _, job in jobs], lambda count: progress.update(count * share)) if jobs else []
+            for ((k, _), targets), result in zip(jobs.items(), found):
+                results[k].update(dict.fromkeys(targets, result))
+            for row, of_row in zip(rows, results):
+                write_results(row, of_row, args, sets_reward)
             append_rows(args.out, rows)
-    facts["counts"] = summary(args.out, args.scorer, args.name)
-    if tokens_seen:
-        facts["counts"]["padding"] = round(1 - tokens_seen["real"] / tokens_seen["padded"], 4)
+    facts["counts"] = summary(args.out, args)
+    if seen["padded"]:
+        facts["counts"]["padding"] = round(1 - seen.pop("real") / seen.pop("padded"), 4)
+    facts["counts"].update(seen)
     facts["seconds"] = round(time.time() - started, 2)
     write_meta(args.out, facts)
     if not facts["counts"]["mean"]:
         fail(f"{args.out}: no response has a score: {facts['counts']['without']}")
     print(json.dumps({"out": args.out, **facts["counts"], "resumed_rows": done, "seconds": facts["seconds"]}))
+
+def check_model(args: argparse.Namespace, seen: Counter) -> Callable:
+    """What can be known of a model before it loads; completes --max-length and --backend, and returns what makes the scorer."""
+    tokenizer = load_tokenizer(args.model, args.revision)
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+    kind = (config.architectures or ["no architecture"])[0]
+    room = min(getattr(config, "max_position_embeddings", None) or sys.maxsize, tokenizer.model_max_length)
+    if args.max_length and args.max_length > room:
+        fail(f"--max-length {args.max_length}: {args.model} reads at most {room} tokens")
+    if args.scorer == "pairrm":
+        if config.model_type != "deberta-v2" or None in (ids := tokenizer.convert_tokens_to_ids(list(PAIRRM_MARKERS))) or tokenizer.unk_token_id in ids:
+            fail(f"{args.model}: expected PairRM (a deberta-v2 whose tokenizer has {', '.join(PAIRRM_MARKERS)}), found a {config.model_type}")
+        return lambda: pairrm_scorer(args, tokenizer, seen)
+    args.max_length = args.max_length or room
+    causal = kind.endswith("ForCausalLM")
+    if args.scorer == "logp" or causal:
+        end_of_turn(tokenizer)  # fails here, before the model loads, where there is no chat template
+    if args.scorer == "logp":
+        return lambda: logp_scorer(args, tokenizer, seen)
+    if args.scorer == "embed":
+        return lambda: embed_scorer(args, tokenizer, seen, causal)
+    if config.num_labels != 1 or not kind.endswith("ForSequenceClassification"):
+        fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {kind} with {config.num_labels}")
+    if os.path.isdir(args.model):  # vLLM would not miss it; transformers' own report is read when it loads
+        names = (name for path in Path(args.model).glob("*.safetensors") for name in safe_open(path, "pt").keys())
+        if not any(name.startswith(("score", "classifier")) for name in names):
+            fail(f"{args.model}: the weights hold no reward head (score or classifier)")
+    if not tokenizer.chat_template and not tokenizer.sep_token:
+        fail(f"{args.model}: the tokenizer has neither a chat template nor a separator for pairs of texts")
+    if args.backend == "auto":
+        args.backend = "vllm" if importlib.util.find_spec("vllm") and tokenizer.chat_template else "hf"
+    if args.backend == "vllm" and not tokenizer.chat_template:
+        fail(f"{args.model}: a model that reads pairs of texts runs on --backend hf")
+    if args.backend == "vllm" and args.batch_tokens:
+        fail("--batch-tokens does nothing on the backend vllm")
+    return lambda: rm_scorer(args, tokenizer, seen)
 
 if __name__ == "__main__":
     try:
