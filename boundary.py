@@ -13,12 +13,17 @@ more from off-policy data; else it is in the fine-tuning stage and learns more f
 
 Where this departs from the paper: 1) The caption of its Table 3 prints V_off / (V_off + V_on), which contradicts Algorithm 1 and the
 table's own numbers (Llama-3's .62 is fine-tuning). 2) Algorithm 1's "otherwise" gives ties to V_off; --tie half shares them, --tie
-skip leaves them out. 3) The interval (1,000 bootstrap samples of prompts) is ours, and so is the length beside the score: a
-preference model that likes long answers moves the boundary.
+skip leaves them out. 3) Ours are the interval (1,000 bootstrap samples of prompts), the histogram "won_share" (prompts by the share
+of their comparisons that the on-policy response won) and "length_matched", the score over the comparisons whose texts differ by at
+most a fifth of the longer one: a preference model that likes long answers moves the boundary.
 
-Where responses carry "logp" (score.py --scorer logp with the same model), F.1's check is made too: the share of comparisons in which
-the model gives the on-policy response the higher probability (S2 Table 8: 84 to 97 %), as a sum and per token. Below 80 % the algorithm
-stands on weak ground. Prints the result as a sentence, then as one JSON line.
+Where responses carry "logp" (score.py --scorer logp with the same model), three more parts of the paper are computed:
+"distinct"     F.1: the share of comparisons in which the model gives the on-policy response the higher probability (S2 Table 8: 84 to
+               97 %), as a sum and per token. Below 80 % the algorithm stands on weak ground.
+"consistency"  eqs. 10 and 11, which Algorithm 1 simplifies for distinct sources: how often the preference model agrees with the
+               probabilities of the model (on), and with an off-policy source that finds its own responses the likelier ones (off).
+"diversity"    eq. 12: logp of the best minus logp of the worst response of a source, over prompts (train_dpo.py logs it by step).
+Prints the result as a sentence, then as one JSON line.
 """
 
 import argparse
@@ -58,24 +63,106 @@ def verdict(row: dict, i: int, j: int, by_wins: bool) -> float | None:
     mine, other = row["responses"][i]["reward"], row["responses"][j]["reward"]
     return None if mine is None or other is None else 0.5 if mine == other else float(mine > other)
 
-def apply_tie(won: float, lost: float, ties: float, tie: str) -> tuple[float, float]:
+def logp_gaps(mine: dict, other: dict) -> tuple[float, float]:
+    """log pi(mine) - log pi(other) of two responses, summed and per token; nan where one has no log-probability."""
+    if mine.get("logp") is None or other.get("logp") is None:
+        return math.nan, math.nan
+    return mine["logp"] - other["logp"], mine["logp"] / mine["logp_tokens"] - other["logp"] / other["logp_tokens"]
+
+def similar_length(one: str, other: str) -> bool:
+    """Whether two texts differ by at most 20 % of the longer one, in characters."""
+    return 5 * abs(len(one) - len(other)) <= max(len(one), len(other))
+
+def best_and_worst(row: dict, indices: list[int], by_wins: bool) -> tuple[int, int] | None:
+    """(chosen, rejected) among one source's responses: PC_on or PC_off of Algorithm 1. None where they tie or are fewer than two.
+
+    By wins: by the mean probability of winning against the others of the source, which for two is who wins.
+    """
+    if by_wins:
+        against = {i: [row["wins"][i][j] for j in indices if j != i and row["wins"][i][j] is not None] for i in indices}
+        value = {i: sum(some) / len(some) if some else None for i, some in against.items()}
+    else:
+        value = {i: row["responses"][i]["reward"] for i in indices}
+    known = [i for i in indices if value[i] is not None]
+    if len(known) < 2 or value[best := max(known, key=value.get)] == value[worst := min(known, key=value.get)]:
+        return None
+    return (best, worst) if row["responses"][best]["text"] != row["responses"][worst]["text"] else None
+
+def prompt_means(prompts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(P,) means over each prompt's comparisons; `prompts` and `values` are (C,), one entry a comparison, prompts any P numbers."""
+    _, prompt = np.unique(prompts, return_inverse=True)
+    return np.bincount(prompt, values) / np.bincount(prompt)
+
+def apply_tie(won: np.ndarray, lost: np.ndarray, ties: np.ndarray, tie: str) -> tuple[np.ndarray, np.ndarray]:
     """(V_on, V_off) from comparisons that the on-policy response won, lost and tied; Algorithm 1's own rule is "off"."""
     return won + (ties / 2 if tie == "half" else 0), lost + {"off": ties, "half": ties / 2, "skip": 0}[tie]
 
-def boundary(v_on: float, v_off: float) -> tuple[float, str, str]:
-    """(score, stage, which data to use): the end of Algorithm 1."""
-    return (v_on / (v_on + v_off), *(("injection", "off") if v_off > v_on else ("fine-tuning", "on")))
+def boundary(prompts: np.ndarray, verdicts: np.ndarray, tie: str) -> dict | None:
+    """Algorithm 1 over comparisons (C,): their prompts, and 1 where on-policy won, 0 lost, 0.5 tied; None where no comparison counts."""
+    ids, prompt = np.unique(prompts, return_inverse=True)
+    won, lost, ties = (np.bincount(prompt[verdicts == value], minlength=len(ids)) for value in (1, 0, 0.5))
+    on, off = apply_tie(won, lost, ties, tie)  # per prompt
+    v_on, v_off = on.sum().item(), off.sum().item()
+    if not v_on + v_off:
+        return None
+    stage, use = ("injection", "off") if v_off > v_on else ("fine-tuning", "on")
+    return {"v_on": v_on, "v_off": v_off, "ties": ties.sum().item(), "score": v_on / (v_on + v_off),
+            "ci": bootstrap_interval(on, on + off), "stage": stage, "use": use, "n_prompts": len(on), "n_comparisons": len(verdicts)}
 
-def distinctness(prompts: list[tuple[list[tuple], list[tuple]]]) -> dict | None:
-    """F.1: P(on-policy response has the higher probability), macro-averaged over prompts; None where no prompt has log-probabilities.
+def distinctness(prompts: np.ndarray, gaps: np.ndarray) -> dict | None:
+    """F.1: P(on-policy response has the higher probability), macro-averaged over prompts; `gaps` are (C, 2), summed and per token."""
+    if not len(gaps):
+        return None
+    shares = [prompt_means(prompts, column > 0) for column in gaps.T]
+    return {"sum": shares[0].mean(), "mean": shares[1].mean(), "n_prompts": len(shares[0])}
 
-    A prompt is (on-policy, off-policy) lists of (summed logp, number of tokens).
+def consistency(prompts: np.ndarray, verdicts: np.ndarray, gaps: np.ndarray) -> dict | None:
+    """Eqs. 10 and 11 over comparisons (C,), averaged over prompts: agreement of P* with P_theta and with P_off.
+
+    The indicator sends 1/2 to 0 (Definition 5.5), so a tie is "not preferred", in `verdicts` as in `gaps` (summed log-probabilities,
+    eq. 8). P_off is intractable; as in F.1, I[P_off(y1 > y2)] = 0. Then eq. 11 as written counts ties (0 XNOR 0 = 1), as Algorithm 1's
+    "otherwise" does; the form to which the paper simplifies it, I[P*(y2 > y1)], does not. The stage follows from the former.
     """
-    shares = {"sum": [], "mean": []}
-    for on, off in prompts:
-        for name, of in (("sum", lambda response: response[0]), ("mean", lambda response: response[0] / response[1])):
-            shares[name].append(np.mean([of(mine) > of(other) for mine in on for other in off]))
-    return {name: float(np.mean(values)) for name, values in shares.items()} | {"n_prompts": len(prompts)} if prompts else None
+    if not len(gaps):
+        return None
+    won, likelier = verdicts > 0.5, gaps > 0
+    on, off, simplified = (prompt_means(prompts, same).mean() for same in (won == likelier, ~won, verdicts < 0.5))
+    return {"on": on, "off": off, "off_simplified": simplified, "stage": "injection" if off > on + 1e-12 else "fine-tuning",
+            "n_prompts": len(np.unique(prompts)), "n_comparisons": len(gaps)}  # 1e-12: not by the rounding of equal means
+
+def intra_diversity(pairs: list[tuple[float, float]]) -> dict | None:
+    """Eq. 12 over logp_gaps of chosen and rejected, signed as printed; None where no pair has both log-probabilities.
+
+    The signed mean cancels and the paper's Fig. 3 is about spread, so the mean absolute value and the standard deviation too.
+    """
+    if not len(gaps := np.array([pair for pair in pairs if not math.isnan(pair[0])])):
+        return None
+    return {"mean": gaps[:, 0].mean(), "abs": np.abs(gaps[:, 0]).mean(), "std": gaps[:, 0].std(), "per_token": gaps[:, 1].mean(),
+            "n_pairs": len(gaps), "without_logp": len(pairs) - len(gaps)}
+
+def advice(result: dict) -> str:
+    """The stage and what to do as a sentence, and what speaks against it."""
+    low, high = result["ci"]
+    sentence = (f"Preference {result['stage']} stage: train on {result['use']}-policy data next (boundary score "
+                f"{result['score']:.3f}, 95 % interval {low:.3f} to {high:.3f}, {result['n_prompts']} prompts"
+                f"{', undecided at 95 %' if low <= 0.5 <= high else ''}).")
+    doubts = []
+    if (matched := result["length_matched"]) and matched["stage"] != result["stage"]:
+        doubts.append(f"the {matched['n_comparisons']} comparisons of texts of similar length say {matched['stage']} "
+                      f"(score {matched['score']:.3f}, {matched['ci'][0]:.3f} to {matched['ci'][1]:.3f})")
+    if (exact := result["consistency"]) and exact["stage"] != result["stage"]:
+        doubts.append(f"the exact consistencies say {exact['stage']} (eq. 10 {exact['on']:.3f}, eq. 11 {exact['off']:.3f})")
+    if result["distinct"] and result["distinct"]["sum"] < 0.8:
+        doubts.append(f"only {result['distinct']['sum']:.0%} of on-policy responses are the more probable ones (F.1: 84 to 97 %)")
+    return sentence + (f" Take it with care: {'; '.join(doubts)}." if doubts else "")
+
+def check_logps(row: dict, where: str) -> None:
+    """Every "logp" is null, or finite with the number of its tokens beside it; else the run ends."""
+    for response in row["responses"]:
+        logp, tokens = response.get("logp"), response.get("logp_tokens")
+        if logp is not None and not (type(logp) in (int, float) and math.isfinite(logp) and type(tokens) is int and tokens > 0):
+            fail(f'{where}: expected "logp" to be null, or finite beside its "logp_tokens" (score.py writes both), '
+                 f'found {logp!r:.40} and {tokens!r:.40}')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -160,6 +247,26 @@ def reward_of(response: dict, where: str) -> float | None:
         fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
     return reward
 
+def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool]:
+    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null."""
+    have: Counter = Counter()
+
+    def check(row: dict, where: str) -> None:
+        wins = row.get("wins")
+        have["no wins" if wins is None else "wins"] += 1
+        for value in (value for line in wins or [] for value in line):
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                fail(f'{where}: expected "wins" to hold probabilities or null, found {value!r:.40}')
+        have["reward"] += sum(wins is None and reward_of(response, where) is not None for response in row["responses"])
+        visit(row, where)
+
+    places = index_rows(paths, check)
+    if have["wins"] and have["no wins"]:
+        fail(f"{', '.join(paths)}: {have['wins']} rows have wins and {have['no wins']} have none")
+    if not have["wins"] and not have["reward"]:
+        fail(f"{', '.join(paths)}: no response has a reward")
+    return places, have["wins"] > 0
+
 def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float]:
     """95 % percentile interval of sum(numerators) / sum(denominators) when prompts are drawn again, 1,000 times; one entry a prompt."""
     rng = np.random.default_rng(0)
@@ -206,69 +313,57 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
-    have: Counter = Counter()
-
-    def visit(row: dict, where: str) -> None:
-        have["wins" if row.get("wins") else "no wins"] += 1
-        for response in row["responses"]:
-            have["reward"] += not row.get("wins") and reward_of(response, where) is not None
-
-    places = index_rows(args.scored, visit)
-    by_wins = have["wins"] > 0
-    if by_wins and have["no wins"]:
-        fail(f"{', '.join(args.scored)}: {have['wins']} rows have wins and {have['no wins']} have none")
-    if not by_wins and not have["reward"]:
-        fail(f"{', '.join(args.scored)}: no response has a reward")
+    places, by_wins = index_verdicts(args.scored, check_logps)
     facts = run_facts(args, args.scored)
     check_out(args, facts, {"out", "overwrite"})
 
-    won, lost, ties = [], [], []  # per prompt
-    counts: Counter = Counter()
-    lengths: dict[str, list[int]] = {"on": [], "off": []}
-    with_logps = []
-    for prompt_places in places.values():
-        row = merged_row(prompt_places)
-        indices = {source: [i for i, response in enumerate(row["responses"]) if response["source"] == source] for source in lengths}
+    comparisons, counts = [], Counter()
+    lengths, models, pairs = {"on": [], "off": []}, {"on": set(), "off": set()}, {"on": [], "off": []}
+    for number, prompt_id in enumerate(sorted(places)):  # sorted: the bootstrap's draws do not depend on the order of rows
+        row = merged_row(places[prompt_id])
+        responses = row["responses"]
+        indices = {source: [i for i, response in enumerate(responses) if response["source"] == source] for source in lengths}
         if not indices["on"] or not indices["off"]:
             counts["prompts_with_one_source"] += 1
             continue
-        verdicts = [verdict(row, i, j, by_wins) for i in indices["on"] for j in indices["off"]]
-        counts["without_verdict"] += verdicts.count(None)
-        if set(verdicts) == {None}:
+        met = [(i, j, verdict(row, i, j, by_wins)) for i in indices["on"] for j in indices["off"]]
+        without = sum(better is None for _, _, better in met)
+        counts["without_verdict"] += without
+        if without == len(met):
             counts["prompts_without_verdict"] += 1
             continue
-        won.append(verdicts.count(1.0))
-        lost.append(verdicts.count(0.0))
-        ties.append(verdicts.count(0.5))
+        comparisons += [(number, better, *logp_gaps(responses[i], responses[j]), similar_length(responses[i]["text"], responses[j]["text"]))
+                        for i, j, better in met]
         for source, some in indices.items():
-            lengths[source] += [len(row["responses"][i]["text"]) for i in some]
-        logps = [[(row["responses"][i]["logp"], row["responses"][i]["logp_tokens"]) for i in some
-                  if row["responses"][i].get("logp") is not None] for some in indices.values()]
-        if all(logps):
-            with_logps.append(tuple(logps))
-    if not won or (args.tie == "skip" and not sum(won) + sum(lost)):
-        fail(f"{', '.join(args.scored)}: no prompt has an on-policy and an off-policy response that can be compared: {dict(counts)}")
+            lengths[source] += [len(responses[i]["text"]) for i in some]
+            models[source] |= {str(responses[i]["model"]) for i in some if responses[i].get("model") is not None}
+            pair = best_and_worst(row, some, by_wins)
+            pairs[source] += [logp_gaps(responses[pair[0]], responses[pair[1]])] if pair else []
+    prompts, verdicts, *gaps, similar = np.array(comparisons, dtype=float).reshape(-1, 5).T  # (C,) each; None becomes nan
+    gaps, judged, measured = np.stack(gaps, 1), ~np.isnan(verdicts), ~np.isnan(gaps[0])
+    counts["without_logp"] = int((judged & ~measured).sum())
+    result = boundary(prompts[judged], verdicts[judged], args.tie)
+    if not result:
+        fail(f"{', '.join(args.scored)}: no prompt has an on-policy and an off-policy response that can be compared: {dict(+counts)}")
 
-    votes = np.array([apply_tie(*of_prompt, args.tie) for of_prompt in zip(won, lost, ties)])  # (prompts, 2)
-    v_on, v_off = votes.sum(0).tolist()
-    score, stage, use = boundary(v_on, v_off)
-    low, high = bootstrap_interval(votes[:, 0], votes.sum(1))
-    distinct = distinctness(with_logps)
-    advice = (f"Preference {stage} stage: train on {use}-policy data next (boundary score {score:.3f}, 95 % interval {low:.3f} to {high:.3f}, "
-              f"{len(won)} prompts{', undecided at 95 %' if low <= 0.5 <= high else ''}).")
-    if distinct and distinct["sum"] < 0.8:
-        advice += f" Take it with care: only {distinct['sum']:.0%} of on-policy responses are the more probable ones (F.1: 84 to 97 %)."
-    result = {"kind": "boundary", "v_on": v_on, "v_off": v_off, "ties": sum(ties), "score": score, "ci": [low, high],
-              "stage": stage, "use": use, "advice": advice, "n_prompts": len(won), "tie": args.tie,
-              "by": "wins" if by_wins else "reward", "avg_length": {source: float(np.mean(some)) for source, some in lengths.items()},
-              "distinct": distinct, **{name: counts[name] for name in ("without_verdict", "prompts_without_verdict",
-                                                                       "prompts_with_one_source")}}
+    close, both = judged & (similar == 1), judged & measured
+    won_shares = Counter(f"{share:.3g}" for share in sorted(prompt_means(prompts[judged], verdicts[judged] == 1)))
+    diversity = {source: intra_diversity(some) for source, some in pairs.items()}
+    result = {"kind": "boundary", **result, "tie": args.tie, "by": "wins" if by_wins else "reward",
+              "models": {source: sorted(some) for source, some in models.items()},
+              "avg_length": {source: float(np.mean(some)) for source, some in lengths.items()},
+              "length_matched": boundary(prompts[close], verdicts[close], args.tie), "won_share": won_shares,
+              "distinct": distinctness(prompts[measured], gaps[measured]),
+              "consistency": consistency(prompts[both], verdicts[both], gaps[both, 0]),
+              "diversity": diversity if any(diversity.values()) else None,
+              **{name: counts[name] for name in ("without_verdict", "without_logp", "prompts_without_verdict", "prompts_with_one_source")}}
+    result["advice"] = advice(result)
     facts.update(counts={"rows": len(places), **counts}, seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
     beside = Path(f"{args.out}.tmp")
     beside.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(beside, args.out)
-    print(advice)
+    print(result["advice"])
     print(json.dumps(result))
 
 if __name__ == "__main__":

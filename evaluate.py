@@ -9,10 +9,12 @@ winrate  Reads   --scored  files of score.py, merged by id, with responses of tw
     A win rate by the reward that also labelled the training pairs (S1 section 5.1 reports such rewards) says how well the policy
     learned that reward, not how good it is; the lengths stand beside it for that reason.
 
-report   Reads   RESULT.json ...    Writes  --out DIR: report.md, report.csv, report.png (mean reward and win rate with intervals)
+report   Reads   RESULT.json ...  of winrate and of boundary.py
+         Writes  --out DIR    report.md and, of win rates, report.csv and report.png (mean reward and win rate with intervals), of
+                              boundaries boundary.csv: S2's Table 3, a line per file, named after its on-policy model
 
     python evaluate.py winrate --scored out/eval.jsonl --model out/dpo_on50 --baseline out/models/policy --out out/on50.json
-    python evaluate.py report out/on0.json out/on50.json out/on100.json --out out/report
+    python evaluate.py report out/on0.json out/on50.json out/on100.json out/boundary.json --out out/report
 
 Prints the result as its last line, one JSON object.
 """
@@ -44,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     winrate.add_argument("--out", required=True, help="the result, JSON")
     winrate.add_argument("--overwrite", action="store_true", help="replace an --out of another run")
     report = commands.add_parser("report", allow_abbrev=False, help="a table and figures from results")
-    report.add_argument("results", nargs="+", metavar="RESULT.json")
+    report.add_argument("results", nargs="+", metavar="RESULT.json", help="of winrate or boundary.py")
     report.add_argument("--out", required=True, metavar="DIR")
     return parser.parse_args(argv)
 
@@ -94,23 +96,11 @@ def training_of(model: str) -> dict | None:
 def main_winrate(args: argparse.Namespace) -> None:
     started = time.time()
     models: Counter = Counter()
-    have: Counter = Counter()
-
-    def visit(row: dict, where: str) -> None:
-        have["wins" if row.get("wins") else "no wins"] += 1
-        for response in row["responses"]:
-            models[response.get("model")] += 1
-            have["reward"] += not row.get("wins") and reward_of(response, where) is not None
-
-    places = index_rows(args.scored, visit)
+    places, by_wins = index_verdicts(args.scored, lambda row, where: models.update(
+        response.get("model") for response in row["responses"]))
     for name in (args.model, args.baseline):
         if name not in models:
             fail(f"{', '.join(args.scored)}: no response is of the model {name!r}; there are {', '.join(map(str, models))}")
-    by_wins = have["wins"] > 0
-    if by_wins and have["no wins"]:
-        fail(f"{', '.join(args.scored)}: {have['wins']} rows have wins and {have['no wins']} have none")
-    if not by_wins and not have["reward"]:
-        fail(f"{', '.join(args.scored)}: no response has a reward")
     facts = run_facts(args, args.scored)
     check_out(args, facts, {"out", "overwrite", "command"})
 
@@ -180,6 +170,31 @@ def table(rows: list[dict]) -> list[list[str]]:
             ("{0[0]:.1f} to {0[1]:.1f}", row["ci"]), ("{}", row["n"]), ("{}", row["characters"]), ("{:.0f}", row["seconds"])))])
     return cells
 
+def boundary_table(results: dict[str, dict]) -> list[list[str]]:
+    """S2's Table 3 (with Table 8's distinctness) as text cells, header first, shares in percent; `results` are boundary.py's by file.
+
+    A line is named after its on-policy model, or after its file where it has several or another line has the same.
+    """
+    def share(result: dict | None) -> str:
+        return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in (result["score"], *result["ci"]))) if result else ""
+
+    policies = [result["models"]["on"] for result in results.values()]
+    stems = [str(Path(path).with_suffix("")) for path in results]
+    models, files = short_names(sum(policies, [])), short_names(stems)
+    cells = [["setting", "prompts", "V_on", "V_off", "ties", "score (95 % interval)", "length-matched", "distinct", "stage", "use"]]
+    for result, policy, stem in zip(results.values(), policies, stems):
+        setting = models[policy[0]] if len(policy) == 1 and policies.count(policy) == 1 else files[stem]
+        cells.append([setting, *(str(result[name]) for name in ("n_prompts", "v_on", "v_off", "ties")), share(result),
+                      share(result["length_matched"]), f"{100 * result['distinct']['sum']:.1f}" if result["distinct"] else "",
+                      result["stage"], result["use"]])
+    return cells
+
+def markdown(cells: list[list[str]]) -> list[str]:
+    """The lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
 def draw(rows: list[dict], path: Path) -> None:
     """Two panels of points with 95 % intervals: mean reward of every line, win rate of those that have one."""
     import matplotlib
@@ -205,30 +220,33 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 def main_report(args: argparse.Namespace) -> None:
-    results = []
+    results: dict[str, dict[str, dict]] = {"winrate": {}, "boundary": {}}  # {kind: {file: result}}
+    needs = {"winrate": ("ci",), "boundary": ("ci", "models", "length_matched", "distinct")}
     for path in args.results:
         try:
             result = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            fail(f"{path}: expected a result of `evaluate.py winrate`, found {error}")
-        if not isinstance(result, dict) or result.get("kind") != "winrate" or "ci" not in result:
-            fail(f'{path}: expected a result of `evaluate.py winrate`, found no "kind": "winrate" with its numbers')
-        results.append(result)
+            fail(f"{path}: expected a result of `evaluate.py winrate` or of boundary.py, found {error}")
+        kind = str(result.get("kind")) if isinstance(result, dict) else None
+        if kind not in results or not result.keys() >= {*needs[kind]}:
+            fail(f'{path}: expected a result of `evaluate.py winrate` or of boundary.py, found no "kind" of these with its numbers')
+        results[kind][path] = result
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         fail(f"{out}: expected a folder, found a file")
     out.mkdir(parents=True, exist_ok=True)
-    rows = report_rows(results)
-    cells = table(rows)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    (out / "report.md").write_text("\n".join(lines) + "\n")
-    with open(out / "report.csv", "w", newline="") as file:
-        csv.writer(file).writerows(cells)
-    draw(rows, out / "report.png")
-    print("\n".join(lines))
-    print(json.dumps({"out": args.out, "results": len(results), "rows": len(rows)}))
+    rows = report_rows(list(results["winrate"].values()))
+    tables = {"report": table(rows), "boundary": boundary_table(results["boundary"])}
+    tables = {name: cells for name, cells in tables.items() if len(cells) > 1}
+    for name, cells in tables.items():
+        with open(out / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(cells)
+    if rows:
+        draw(rows, out / "report.png")
+    text = "\n\n".join("\n".join(markdown(cells)) for cells in tables.values())
+    (out / "report.md").write_text(text + "\n")
+    print(text)
+    print(json.dumps({"out": args.out, "results": len(args.results), "rows": sum(len(cells) - 1 for cells in tables.values())}))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
@@ -312,6 +330,26 @@ def reward_of(response: dict, where: str) -> float | None:
     if reward is not None and (isinstance(reward, (bool, str)) or not isinstance(reward, (int, float)) or not math.isfinite(reward)):
         fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
     return reward
+
+def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool]:
+    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null."""
+    have: Counter = Counter()
+
+    def check(row: dict, where: str) -> None:
+        wins = row.get("wins")
+        have["no wins" if wins is None else "wins"] += 1
+        for value in (value for line in wins or [] for value in line):
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                fail(f'{where}: expected "wins" to hold probabilities or null, found {value!r:.40}')
+        have["reward"] += sum(wins is None and reward_of(response, where) is not None for response in row["responses"])
+        visit(row, where)
+
+    places = index_rows(paths, check)
+    if have["wins"] and have["no wins"]:
+        fail(f"{', '.join(paths)}: {have['wins']} rows have wins and {have['no wins']} have none")
+    if not have["wins"] and not have["reward"]:
+        fail(f"{', '.join(paths)}: no response has a reward")
+    return places, have["wins"] > 0
 
 def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float]:
     """95 % percentile interval of sum(numerators) / sum(denominators) when prompts are drawn again, 1,000 times; one entry a prompt."""

@@ -14,13 +14,15 @@ Writes  --out        the same rows; each response gains "reward": 1.25 or null, 
                  Input and cuts are the library's (1,224 tokens of the conversation, 2,048 in all), with budgets per pair.
 --scorer judge   a chat model behind an OpenAI-compatible server (--base-url; the key from OPENAI_API_KEY) in AlpacaEval 2's scheme: two
                  responses as `m` and `M`, in an order drawn per prompt, one token asked for, and "wins"[i][j] = p(m) / (p(m) + p(M)) from
-                 its log-probabilities; "reward" is the mean win. --baseline NAME asks only for pairs with that model's response.
+                 its log-probabilities; "reward" is the mean win. --baseline NAME asks only for pairs with that model's response, and more than
+                 1 % without a verdict is then an error. The prompt is our own wording; --judge-prompt reads another.
 --scorer verify  1 where the last boxed answer, or else the last number, equals the row's "answer", else 0 (as in GSM8K).
 --scorer logp    log pi(y|x): "logp", the sum over the response's tokens and its end-of-turn token, none where it was cut, and
                  "logp_tokens" (S2 Table 8, S1 section 5.3 "on-policiness"). The vocabulary meets 512 tokens at a time.
 --scorer embed   row "cosine": the cosines of the responses' embeddings (S1 section 5.3 "similarity": "last layer sentence embedding").
                  Of a causal model: its last hidden state, mean over the response's tokens, behind the prompt; of an encoder: the
                  response alone, pooled as its 1_Pooling/config.json says (mean without one).
+--scorer category  row "category": one of WildChat's 16 labels (S1 Fig. 7) by a chat model on the same client.
 The first scorer that makes rewards sets "reward"; a further one only adds to "scores", unless --primary. Equal responses of a prompt
 are scored once, and two of them are a tie. The agreement of two scorers is printed (S3 B.1).
 
@@ -61,13 +63,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 WINDOW = 256  # rows scored, sorted by length and appended together; fixed, so that resuming is exact
-JUDGE_WINDOW = 32  # the same for a judge, whose requests cost money: a kill loses no more than these rows' ...
-JUDGE_THREADS = 32  # ... and so many of them are under way at once
+SERVER_WINDOW = 32  # the same for a server, whose answers cost money: a kill loses no more than these rows' ...
+THREADS = 32  # ... and so many requests are under way at once
 CHUNK = 512  # tokens that meet the vocabulary at once
 PAIRRM_SOURCE, PAIRRM_TOTAL = 1224, 2048  # tokens of a conversation, and with both candidates (PairRM's own limits)
 PAIRRM_MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-JUDGE_SYSTEM = "You compare two answers to an instruction and say which of them a careful human reader would prefer."
-JUDGE_PROMPT = """Here are an instruction and two answers to it, named m and M.
+JUDGE_PROMPT = """<|im_start|>system
+You compare two answers to an instruction and say which of them a careful human reader would prefer.
+<|im_end|>
+<|im_start|>user
+Here are an instruction and two answers to it, named m and M.
 
 [instruction]
 {instruction}
@@ -82,7 +87,22 @@ JUDGE_PROMPT = """Here are an instruction and two answers to it, named m and M.
 [end of answer M]
 
 Which answer would a careful human reader prefer: the one that is more helpful, correct and pleasant to read? Length alone is no merit.
-Reply with the name of the better answer, m or M, and nothing else."""
+Reply with the name of the better answer, m or M, and nothing else.
+<|im_end|>"""
+CATEGORY_PROMPT = """Here are the kinds of requests that people make of an assistant:
+{categories}
+
+Here is a request:
+[request]
+{prompt}
+[end of the request]
+
+Of which kind is it? Reply with one number from the list, and nothing else."""
+CATEGORIES = (  # WildChat's; mind the commas
+    "linguistics", "factual information (general or professional), history or common practices", "recommendation",
+    "tips, opinions or advice", "analysis or decision explanation", "mathematical reasoning or calculation", "logical reasoning",
+    "coding", "assisting or creative writing", "roleplay", "editing or rewriting", "information extraction or summarization",
+    "classification", "multilinguality or translation", "awareness of ethics and other risks", "other")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--responses", required=True, nargs="+", metavar="FILE", help="responses, JSONL, merged by id")
     flag("--out", required=True, help="scored responses, JSONL")
-    flag("--scorer", choices=["rm", "pairrm", "judge", "verify", "logp", "embed"], default="rm")
+    flag("--scorer", choices=["rm", "pairrm", "judge", "verify", "logp", "embed", "category"], default="rm")
     flag("--name", help='key in "scores" (default: the scorer\'s)')
     flag("--primary", action="store_true", help='the new score becomes "reward" although there is one')
     flag("--missing-eos-penalty", type=float, metavar="X", help="takes X from the reward of cut responses (TRL's name); scores keep the raw value")
@@ -105,6 +125,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dtype", choices=["auto", "float32", "bfloat16"], help="auto, the default: bfloat16 on CUDA (pairrm: float32), float32 on a CPU")
     flag("--batch-tokens", type=int, help="tokens in a batch, padding included, hf backend (default 8192)")
     flag("--baseline", metavar="NAME", help='judge: only pairs with a response of this "model"')
+    flag("--scheme", choices=["alpaca", "letter"], help="judge: its probabilities (alpaca, the default), or the letter that it answers")
+    flag("--judge-prompt", metavar="FILE", help="judge: its prompt, with {instruction}, {output_1} and {output_2} (default: ours); alpaca_eval's "
+         "stands in its package at evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt")
     flag("--base-url", metavar="URL", help="judge: the server (default https://api.openai.com/v1)")
     flag("--max-requests", type=int, help="judge: stop before a window of rows that would need more verdicts than this in all")
     args = parser.parse_args(argv)
@@ -113,21 +136,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if given := [name for name in names if getattr(args, name) not in (None, False)]:
             parser.error(f"--{given[0].replace('_', '-')} {why}")
 
-    refuse(["backend"] if args.scorer != "rm" else [])
-    refuse(["baseline", "base_url", "max_requests"] if args.scorer != "judge" else [])
-    refuse(["missing_eos_penalty"] if args.scorer not in ("rm", "verify") else [])
-    refuse(["name", "primary"] if args.scorer in ("logp", "embed") else [])
-    refuse(["revision", "dtype", "batch_tokens"] if args.scorer in ("verify", "judge") else [])
-    refuse(["max_length"] if args.scorer in ("verify", "judge", "pairrm") else [])
-    refuse(["model"] if args.scorer == "verify" else [])
+    uses = {"backend": "rm", "baseline scheme judge_prompt": "judge", "base_url max_requests": "judge category", "model": "all but verify",
+            "missing_eos_penalty": "rm verify", "name primary": "rm pairrm judge verify", "max_length": "rm logp embed",
+            "revision dtype batch_tokens": "rm pairrm logp embed"}
+    for names, scorers in uses.items():
+        used = args.scorer != "verify" if scorers == "all but verify" else args.scorer in scorers.split()
+        refuse([] if used else names.split())
     if args.scorer != "verify" and not args.model:
         parser.error(f"--scorer {args.scorer} needs --model")
     for name in ("limit", "max_length", "batch_tokens", "max_requests"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
     args.name = args.name or args.scorer
-    if args.scorer == "judge":
-        args.base_url = args.base_url or "https://api.openai.com/v1"
+    if args.scorer in ("judge", "category"):
+        args.base_url, args.scheme = args.base_url or "https://api.openai.com/v1", args.scheme or "alpaca"
     elif args.scorer != "verify":
         if args.dtype in (None, "auto"):
             args.dtype = "bfloat16" if torch.cuda.is_available() and args.scorer != "pairrm" else "float32"
@@ -135,9 +157,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scorers. Each is made by a function that returns jobs_of(row) -> {place: job, or why there is none}, where a place is the index of a
-# response or a pair (i, j) of them, i < j, and a job a tuple (equal jobs of a prompt are scored once); and score(jobs, update) -> one
-# result per job: a number, a tuple, or why there is none. `write_...` brings the results of a row into it.
+# scorers. Each is made by a function that returns encode(row, response) -> a job (a tuple; equal jobs of a prompt are scored once), or why
+# there is none, with two responses for pairrm and judge; and score(jobs, update) -> one result per job, or why there is none: a string.
+# places_of says which responses are encoded, write_results brings the results into the row.
 
 def answer_of(text: str) -> str | None:
     """The final answer of a worked solution: the last \\boxed{...}, else what follows ####, else the last number."""
@@ -348,57 +370,104 @@ def pairrm_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[C
         return [number((a - b) / 2) for a, b in zip(forward, backward)]
     return encode, score
 
-def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Callable]:
-    """AlpacaEval 2's pairwise judge (weighted_alpaca_eval_gpt4_turbo): the probability that the first response is better than the second.
+def chat_server(args: argparse.Namespace, seen: Counter) -> Callable:
+    """ask(conversations, read, update, **options): what `read` makes of the server's answer to each, or why there is none.
 
-    p(m) / (p(m) + p(M)) among the five most likely first tokens, m and M naming the two; which stands first is drawn per prompt, so a
-    judge that likes one place favours neither side. Errors of the server that pass are tried again by the client, 8 times.
+    Requests go out at once, at most THREADS of them; errors that pass (429, 5xx, a lost connection) are tried again by the client,
+    8 times; any other ends the run.
     """
     import openai
     client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=8, timeout=120)
 
-    def encode(row: dict, first: dict, second: dict) -> tuple:
-        instruction = as_text(row["prompt"])
-        swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]  # alpaca_eval's draw
-        if args.baseline and second["model"] == args.baseline:  # output_1 is the baseline, before the draw
-            swapped = not swapped
-        return instruction, first["text"], second["text"], swapped
+    def ask(conversations: list[list[dict]], read: Callable, update: Callable[[float], object], **options) -> list:
+        def one(messages: list[dict]) -> object:
+            try:
+                answer = client.chat.completions.create(model=args.model, messages=messages, **options)
+            except openai.BadRequestError as error:  # too long, or refused for what it says: no answer to this one
+                return f"refused by the server: {error.message[:200]}"
+            return read(answer.choices[0]) if answer.choices else "an answer without choices"
 
-    def ask(job: tuple) -> float | str:
-        instruction, first, second, swapped = job
-        texts = {"instruction": instruction, "output_1": second if swapped else first, "output_2": first if swapped else second}
-        prompt = re.sub(r"\{(instruction|output_1|output_2)\}", lambda match: texts[match[1]], JUDGE_PROMPT)
+        if args.max_requests and seen["requests"] + len(conversations) > args.max_requests:
+            sys.exit(f"score.py: --max-requests {args.max_requests}: {seen['requests']} answers asked for, the next rows need "
+                     f"{len(conversations)} more; what is written stays, and the same command goes on")
+        found = []
         try:
-            answer = client.chat.completions.create(
-                model=args.model, max_tokens=1, temperature=1, logprobs=True, top_logprobs=5,
-                messages=[{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": prompt}])
-        except openai.BadRequestError as error:  # too long, or refused for what it says: this pair has no verdict
-            return f"refused by the server: {error.message[:200]}"
-        content = answer.choices[0].logprobs.content if answer.choices and answer.choices[0].logprobs else None
-        if not content:
-            return "no log-probabilities in the server's answer"
-        p = {label: sum(math.exp(top.logprob) for top in content[0].top_logprobs if top.token.strip() == label) for label in "mM"}
-        if not p["m"] + p["M"]:
-            return "neither m nor M among the five most likely first tokens"
-        return p["M" if swapped else "m"] / (p["m"] + p["M"])
-
-    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
-        if args.max_requests and seen["requests"] + len(jobs) > args.max_requests:
-            sys.exit(f"score.py: --max-requests {args.max_requests}: {seen['requests']} verdicts asked for, the next rows need {len(jobs)} "
-                     "more; what is written stays, and the same command goes on")
-        verdicts = []
-        try:
-            with ThreadPoolExecutor(JUDGE_THREADS) as pool:
-                for verdict in pool.map(ask, jobs):
-                    verdicts.append(verdict)
+            with ThreadPoolExecutor(THREADS) as pool:
+                for answer in pool.map(one, conversations):
+                    found.append(answer)
                     update(1)
         except openai.APIError as error:  # the key, the model's name, no server, 429 or 5xx to the end
             fail(f"{args.base_url}: {type(error).__name__}: {error.message[:300]} (the same command goes on behind the last whole window)")
-        seen.update(requests=len(jobs))
-        if jobs and all(isinstance(verdict, str) for verdict in verdicts):
+        seen.update(requests=len(conversations))
+        return found
+    return ask
+
+def messages_of(template: str, texts: dict[str, str]) -> list[dict]:
+    """The messages of a prompt file with its {names} filled in: <|im_start|>role ... <|im_end|> blocks as in alpaca_eval's, or one user turn."""
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", template, re.DOTALL) or [("user", template)]
+    names = re.compile("|".join(re.escape(f"{{{name}}}") for name in texts))  # in one pass: braces in a text stay what they are
+    return [{"role": role, "content": names.sub(lambda match: texts[match[0][1:-1]], content)} for role, content in turns]
+
+def read_verdict(choice, scheme: str) -> float | str:
+    """The probability of `m` against `M` from the first token's five best log-probabilities (alpaca_eval's logprob_parser), or its letter."""
+    if scheme == "letter":
+        letter = (choice.message.content or "").strip()
+        return float(letter == "m") if letter in ("m", "M") else f"neither m nor M but {letter[:20]!r}"
+    content = choice.logprobs.content if choice.logprobs else None
+    if not content:
+        return "no log-probabilities in the server's answer (--scheme letter takes its letter)"
+    p = {label: sum(math.exp(top.logprob) for top in content[0].top_logprobs if top.token.strip() == label) for label in "mM"}
+    return p["m"] / (p["m"] + p["M"]) if p["m"] + p["M"] else "neither m nor M among the five most likely first tokens"
+
+def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Callable]:
+    """AlpacaEval 2's pairwise judge (weighted_alpaca_eval_gpt4_turbo): the probability that the first response is better than the second.
+
+    m and M name output_1 and output_2; which response is output_1 is drawn per prompt, so a judge that likes one place favours nobody.
+    """
+    ask = chat_server(args, seen)
+    template = Path(args.judge_prompt).read_text() if args.judge_prompt else JUDGE_PROMPT
+
+    def encode(row: dict, first: dict, second: dict) -> tuple:
+        instruction = as_text(row["prompt"])
+        swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]  # alpaca_eval's draw
+        if args.baseline and second["model"] == args.baseline:  # output_1 is the baseline's, before the draw
+            swapped = not swapped
+        return instruction, first["text"], second["text"], swapped
+
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
+        conversations = [messages_of(template, {"instruction": instruction, "output_1": second if swapped else first,
+                                                "output_2": first if swapped else second}) for instruction, first, second, swapped in jobs]
+        options = {"logprobs": True, "top_logprobs": 5} if args.scheme == "alpaca" else {}
+        verdicts = ask(conversations, lambda choice: read_verdict(choice, args.scheme), update, max_tokens=1, temperature=1, **options)
+        if all(isinstance(verdict, str) for verdict in verdicts):
             fail(f"{args.model}: none of {len(jobs)} verdicts in a row could be read: {verdicts[0]}")
-        return verdicts
+        return [1 - verdict if swapped and isinstance(verdict, float) else verdict for verdict, (*_, swapped) in zip(verdicts, jobs)]
     return encode, score
+
+def category_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Callable]:
+    """One of WildChat's 16 categories per prompt (S1 section 5.1, Fig. 7; the papers' own prompt is unpublished).
+
+    The answer is a number, since labels hold commas; one that cannot be read is asked for once more, then counts as "other".
+    """
+    ask = chat_server(args, seen)
+    listed = "\n".join(f"{i}. {label}" for i, label in enumerate(CATEGORIES, 1))
+
+    def read(choice) -> str | None:
+        answer = (choice.message.content or "").strip().rstrip(".")
+        return CATEGORIES[int(answer) - 1] if answer.isdecimal() and 1 <= int(answer) <= len(CATEGORIES) else None
+
+    def score(jobs: list[tuple], update: Callable[[float], object]) -> list[str]:
+        conversations = [messages_of(CATEGORY_PROMPT, {"categories": listed, "prompt": prompt}) for prompt, in jobs]
+        labels = ask(conversations, read, update, max_tokens=4, temperature=0)
+        again = [i for i, label in enumerate(labels) if label not in CATEGORIES]
+        for i, label in zip(again, ask([conversations[i] for i in again], read, lambda count: None, max_tokens=4, temperature=0)):
+            labels[i] = label
+        unread = [i for i in again if labels[i] not in CATEGORIES]
+        seen.update(unreadable=len(unread))
+        if len(unread) == len(jobs):
+            fail(f"{args.model}: none of {len(jobs)} answers in a row names a category: {labels[0] or 'no number from 1 to 16'}")
+        return [label if label in CATEGORIES else "other" for label in labels]
+    return lambda row: (as_text(row["prompt"]),), score
 
 def completion_ids(tokenizer, mark: str, eot: int, response: dict) -> list[int]:
     """Ids of a response as a model is trained on it: as sampled where this tokenizer sampled it, ended unless it was cut."""
@@ -492,10 +561,10 @@ def compared(row: dict, baseline: str | None) -> list[tuple[int, int]]:
     return [(i, j) for i, j in combinations(range(len(ours)), 2) if baseline is None or ours[i] != ours[j]]
 
 def places_of(row: dict, args: argparse.Namespace) -> list[tuple[int, ...]]:
-    """What is scored of a row: (i,) for a response, (i, j) for two; of equal texts the first stands for all."""
+    """What is scored of a row: (i,) for a response, (i, j) for two, of equal texts the first for all; () for the prompt."""
     texts = [response["text"] for response in row["responses"]]
     if args.scorer not in ("pairrm", "judge"):
-        return [(i,) for i in range(len(texts))]
+        return [()] if args.scorer == "category" else [(i,) for i in range(len(texts))]
     pairs = [sorted((texts.index(texts[i]), texts.index(texts[j]))) for i, j in compared(row, args.baseline)]
     return sorted({(i, j) for i, j in pairs if i != j})
 
@@ -518,13 +587,15 @@ def write_results(row: dict, results: dict[tuple[int, ...], object], args: argpa
     elif args.scorer == "embed":
         vectors = [results[i,] for i in range(len(responses))]
         row["cosine"] = [[None if isinstance(a, str) or isinstance(b, str) else round(float(a @ b), 6) for b in vectors] for a in vectors]
+    elif args.scorer == "category":
+        row["category"] = results[()]
     elif args.scorer in ("pairrm", "judge"):
         write_wins(row, results, args, sets_reward)
     else:
         for i, response in enumerate(responses):
             put_reward(response, args, sets_reward, results[i,])
     if sets_reward:
-        row["labeler"] = ":".join([args.name] + [args.model] * (args.model is not None))
+        row["labeler"] = ":".join(filter(None, (args.name, args.model, args.judge_prompt and Path(args.judge_prompt).name, args.baseline)))
         if args.primary and "wins" in row and args.scorer not in ("pairrm", "judge"):
             row["wins"] = None  # another scorer's: boundary.py and evaluate.py would count them before this reward
 
@@ -745,8 +816,12 @@ def summary(out: str, args: argparse.Namespace) -> dict:
     missing: Counter = Counter()
     values: dict[str, list[float]] = {}
     alike: dict[str, Counter] = {}
+    categories: Counter = Counter()
     for _, _, row in read_jsonl(out, ("responses",)):
         counts.update(rows=1, responses=len(row["responses"]))
+        if args.scorer == "category":
+            categories[row["category"]] += 1
+            continue
         if args.scorer == "embed":
             others = [[cosine for j, cosine in enumerate(line) if j != i and cosine is not None] for i, line in enumerate(row["cosine"])]
             own = [math.fsum(some) / len(some) if some else None for some in others]
@@ -764,6 +839,8 @@ def summary(out: str, args: argparse.Namespace) -> dict:
                       if None not in (own[i], own[j], other[i], other[j])]
             alike.setdefault(name, Counter()).update(pairs=len(orders) - orders.count(0), alike=sum(order > 0 for order in orders),
                                                      prompts_that_differ=any(order < 0 for order in orders))
+    if categories:
+        return {**counts, "categories": dict(categories.most_common())}
     agreement = {name: {"share": round(of["alike"] / of["pairs"], 4) if of["pairs"] else None, "pairs": of["pairs"],
                         "prompts_that_differ": of["prompts_that_differ"]} for name, of in sorted(alike.items())}
     return {**counts, "without": dict(missing), "mean": {source: math.fsum(some) / len(some) for source, some in values.items()},
@@ -773,35 +850,43 @@ def main(args: argparse.Namespace) -> None:
     started = time.time()
     have: Counter = Counter()
     models: Counter = Counter()
+    labelers: Counter = Counter()
 
     def visit(row: dict, where: str) -> None:
-        have.update(response.get("reward") is not None for response in row["responses"])
+        rewarded = [response.get("reward") is not None for response in row["responses"]]
+        have.update(rewarded)
+        labelers.update([str(row.get("labeler"))] * any(rewarded))
         models.update(response.get("model") for response in row["responses"])
 
     places = index_rows(args.responses, visit)
     # the first scorer makes the reward; after that only --primary may
-    makes_reward = args.scorer not in ("logp", "embed")
+    makes_reward = args.scorer in ("rm", "pairrm", "judge", "verify")
     sets_reward = makes_reward and (args.primary or not have[True])
     if makes_reward and not args.primary and have[True] and have[False]:
         fail(f"{', '.join(args.responses)}: {have[True]} responses have a reward, {have[False]} none; --primary gives all this one")
+    if len(labelers) > 1 and not args.primary:
+        fail(f"{', '.join(args.responses)}: rewards of different labelers: {', '.join(labelers)}; one of them must score all first (--primary)")
     if args.missing_eos_penalty and not sets_reward:
         fail("--missing-eos-penalty changes the reward, which another scorer has set; --primary gives this one")
     if args.baseline and args.baseline not in models:
         fail(f"{', '.join(args.responses)}: no response is of the model {args.baseline!r}; there are {', '.join(map(str, models))}")
-    window = JUDGE_WINDOW if args.scorer == "judge" else WINDOW
+    by_server = {"judge": judge_scorer, "category": category_scorer}.get(args.scorer)
+    window = SERVER_WINDOW if by_server else WINDOW
     ids = shard_windows(list(places)[:args.limit], window, args.shard)
     seen: Counter = Counter()  # tokens in batches, and what a scorer counts of its own
     if args.scorer == "verify":
         make_scorer = verify_scorer
-    elif args.scorer == "judge":
+    elif by_server:
         if not importlib.util.find_spec("openai"):
-            fail("--scorer judge needs the package openai: pip install openai")
+            fail(f"--scorer {args.scorer} needs the package openai: pip install openai")
         if args.base_url.startswith("https://api.openai.com") and not os.environ.get("OPENAI_API_KEY"):
             fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY, found none")
-        make_scorer = lambda: judge_scorer(args, seen)  # noqa: E731
+        if args.judge_prompt and not os.path.isfile(args.judge_prompt):
+            fail(f"{args.judge_prompt}: no such file")
+        make_scorer = lambda: by_server(args, seen)  # noqa: E731
     else:
         make_scorer = check_model(args, seen)
-    facts = run_facts(args, args.responses + [args.model] * (args.model is not None))
+    facts = run_facts(args, args.responses + [name for name in (args.model, args.judge_prompt) if name])
     done = resume(args, facts, {"out", "overwrite", "limit", "shard", "batch_tokens", "max_requests"}, ids, window)
     if done < len(ids):
         encode, score = make_scorer()
@@ -833,8 +918,10 @@ def main(args: argparse.Namespace) -> None:
     facts["counts"].update(seen)
     facts["seconds"] = round(time.time() - started, 2)
     write_meta(args.out, facts)
-    if not facts["counts"]["mean"]:
+    if not facts["counts"].get("mean", True):
         fail(f"{args.out}: no response has a score: {facts['counts']['without']}")
+    if args.baseline and (missing := sum(facts["counts"]["without"].values())) > 0.01 * facts["counts"]["responses"]:
+        fail(f"{args.out}: over 1 % of responses have no verdict, {missing} of {facts['counts']['responses']}: {facts['counts']['without']}")
     print(json.dumps({"out": args.out, **facts["counts"], "resumed_rows": done, "seconds": facts["seconds"]}))
 
 def check_model(args: argparse.Namespace, seen: Counter) -> Callable:

@@ -1,13 +1,17 @@
 """
-boundary.py: V_on, V_off and the stage that follows (S2, Algorithm 1), its bootstrap interval, the check of S2's F.1.
+boundary.py: V_on, V_off and the stage that follows (S2, Algorithm 1), its bootstrap interval, the length-matched score,
+the check of S2's F.1, the exact consistencies (eqs. 10, 11), the intra-diversity (eq. 12).
 
 Covers  METHODS.md 10's vector as rewards and as wins under every --tie, equal texts, m x n responses, the interval
-        against a closed form and a normal approximation, distinctness by hand, what is counted and left out, what is
-        refused.
+        against a closed form and a normal approximation, the bounds of the length match, distinctness by hand,
+        consistency by its definition in plain loops and its reduction to Algorithm 1, diversity by hand and as
+        train_dpo.py has it, each sentence of advice, what is counted and left out, what is refused.
 Run     python -m pytest tests/test_boundary.py
 """
 
 import json
+import math
+import random
 
 import boundary
 import numpy as np
@@ -191,3 +195,253 @@ def test_nothing_to_compare_is_a_sentence(tmp_path, capsys):
 
 def test_wins_in_some_rows_only(tmp_path, capsys):
     assert "1 rows have wins and 1 have none" in refused(tmp_path, capsys, [as_wins(), prompt_row(1, [1.0], [0.0])])
+
+
+def with_logps(row, *logps, tokens=1):
+    """The row with log-probabilities, in the order of its responses; None leaves a null."""
+    for some, logp in zip(row["responses"], logps, strict=True):
+        some.update(logp=logp, logp_tokens=None if logp is None else tokens)
+    return row
+
+
+def test_the_order_of_rows_changes_nothing(tmp_path, capsys):
+    rng = random.Random(3)
+    rows = [with_logps(prompt_row(k, [rng.gauss(0, 1), rng.gauss(0, 1)], [rng.gauss(0, 1)]),
+                       *(-rng.random() for _ in range(3))) for k in range(30)]
+    result = run(tmp_path, capsys, rows)
+    rng.shuffle(rows)
+    assert run(tmp_path, capsys, rows) == result
+
+
+def test_models_and_the_histogram_of_shares_won(tmp_path, capsys):
+    rows = [prompt_row(0, [1.0, 2.0], [0.0, -1.0]), prompt_row(1, [1.0, 2.0], [0.0, 3.0]),  # 4 of 4, 2 of 4
+            prompt_row(2, [1.0], [1.0, 2.0, 0.0]), prompt_row(3, [0.0], [1.0]),             # a tie is not won: 1 of 3, 0
+            prompt_row(4, [2.0, 1.0, None], [1.5]), prompt_row(5, [9.0], [])]               # 1 of 2; not compared
+    rows[0]["responses"][0]["model"], rows[5]["responses"][0]["model"] = "b", "c"
+    rows[0]["responses"][3]["model"] = None
+    result = run(tmp_path, capsys, rows)
+    assert result["won_share"] == {"0": 1, "0.333": 1, "0.5": 2, "1": 1}
+    assert list(result["won_share"]) == ["0", "0.333", "0.5", "1"]
+    assert result["models"] == {"on": ["b", "on"], "off": ["off"]}
+    assert (result["n_comparisons"], result["n_prompts"]) == (14, 5)
+
+
+# ----- length-matched score ------------------------------------------------------------------------------------------
+
+def test_length_matching_by_hand(tmp_path, capsys):
+    rows = [prompt_row(0, [1.0], [0.0, 2.0]), prompt_row(1, [0.0], [1.0, 0.0]), prompt_row(2, [1.0], [0.0, None])]
+    # 10 with 8: 2 <= 2, won; 10 with 7: 3 > 2, lost. 5 with 4: 1 <= 1, lost; 5 with 6: 1 <= 1.2, tied. 9 with 90: won;
+    # 9 with 9: no verdict
+    for row, sizes in zip(rows, [(10, 8, 7), (5, 4, 6), (9, 90, 9)]):
+        for some, letter, size in zip(row["responses"], "abc", sizes):
+            some["text"] = letter * size
+    result = run(tmp_path, capsys, rows)
+    assert (result["v_on"], result["v_off"], result["ties"]) == (2, 3, 1)
+    matched = result["length_matched"]
+    assert (matched["v_on"], matched["v_off"], matched["ties"], matched["n_comparisons"]) == (1, 2, 1, 3)
+    assert matched["score"] == pytest.approx(1 / 3) and matched["n_prompts"] == 2 and matched["ci"] == [0.0, 1.0]
+    assert run(tmp_path, capsys, rows, "--tie", "half")["length_matched"]["score"] == 1.5 / 3
+    assert run(tmp_path, capsys, rows, "--tie", "skip")["length_matched"]["score"] == 1 / 2
+
+
+def test_no_pair_of_similar_length(tmp_path, capsys):
+    row = prompt_row(0, [1.0], [0.0])
+    row["responses"][0]["text"] = "a much longer answer than the other"
+    assert run(tmp_path, capsys, [row])["length_matched"] is None
+
+
+def test_advice_where_the_longer_text_wins(tmp_path, capsys):
+    # on-policy wins six times by a long text and loses three of four at equal length
+    rows = [prompt_row(k, [1.0 if k < 7 else -1.0], [0.0]) for k in range(10)]
+    for row in rows[:6]:
+        row["responses"][0]["text"] *= 3
+    result = run(tmp_path, capsys, rows)
+    assert (result["score"], result["stage"], result["length_matched"]["score"]) == (0.7, "fine-tuning", 0.25)
+    assert result["length_matched"]["stage"] == "injection"
+    assert "Take it with care: the 4 comparisons of texts of similar length say injection (score 0.250" in result["advice"]
+    for row in rows[:6]:
+        row["responses"][0]["text"] = row["responses"][0]["text"][:6]  # all match: nothing to warn of
+    result = run(tmp_path, capsys, rows)
+    assert result["length_matched"]["score"] == 0.7 and "care" not in result["advice"]
+
+
+# ----- consistency (eqs. 10 and 11) ----------------------------------------------------------------------------------
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def xnor_share(one, other, on, off):
+    """Eq. 10 or 11 of one prompt as the paper prints it: mean over the m x n pairs of I[P_1(y1 > y2)] XNOR I[P_2(y1 > y2)]."""
+    agree = 0
+    for y1 in on:
+        for y2 in off:
+            p1, p2 = sigmoid(one[y1] - one[y2]), sigmoid(other[y1] - other[y2])  # eqs. 7 and 8
+            first, second = (1 if p1 > 0.5 else 0), (1 if p2 > 0.5 else 0)       # I sends [0, 0.5] to 0
+            agree += 1 - (first ^ second)
+    return agree / (len(on) * len(off))
+
+
+# log-probabilities of each prompt's responses, m on-policy ones first, under the ground truth, the policy and the
+# off-policy source; the first two have ties, where P is 1/2, and the last finds every off-policy response likelier
+TOY = [{"m": 2, "truth": [-1.0, -4.0, -1.0, -3.0], "policy": [-2.0, -5.0, -5.0, -6.0], "off": [-9.0, -8.0, -1.0, -2.0]},
+       {"m": 2, "truth": [-2.0, -1.0, -3.0, -4.0], "policy": [-9.0, -3.0, -4.0, -4.0], "off": [-7.0, -8.0, -6.0, -5.0]},
+       {"m": 1, "truth": [-2.0, -1.0, -2.5, -2.0], "policy": [-1.0, -1.0, -2.0, -3.0], "off": [-9.0, -1.0, -1.0, -1.0]}]
+
+
+@pytest.mark.parametrize("form", ["wins", "rewards"])
+def test_consistency_by_its_definition(tmp_path, capsys, form):
+    rows, exact = [], {"on": [], "off": [], "off_simplified": []}
+    for number, toy in enumerate(TOY):
+        truth, on, off = toy["truth"], range(toy["m"]), range(toy["m"], 4)
+        exact["on"].append(xnor_share(truth, toy["policy"], on, off))
+        exact["off"].append(xnor_share(truth, toy["off"], on, off))
+        pairs = [(y1, y2) for y1 in on for y2 in off]
+        exact["off_simplified"].append(sum(sigmoid(truth[y2] - truth[y1]) > 0.5 for y1, y2 in pairs) / len(pairs))
+        row = prompt_row(number, *([truth[i] if form == "rewards" else None for i in some] for some in (on, off)))
+        if form == "wins":
+            row["wins"] = [[None if i == j else sigmoid(truth[i] - truth[j]) for j in range(4)] for i in range(4)]
+        rows.append(with_logps(row, *toy["policy"]))
+    exact = {name: sum(values) / 3 for name, values in exact.items()}
+    result = run(tmp_path, capsys, rows)["consistency"]
+    assert {name: result[name] for name in exact} == pytest.approx(exact, abs=1e-12)
+    # by hand; ties of P* are one of prompt 0's four comparisons and one of prompt 2's three
+    assert exact["on"] == pytest.approx((2 / 4 + 2 / 4 + 2 / 3) / 3)
+    assert exact["off"] == pytest.approx((3 / 4 + 0 + 2 / 3) / 3)
+    assert exact["off_simplified"] == pytest.approx((2 / 4 + 0 + 1 / 3) / 3)
+    assert (result["n_prompts"], result["n_comparisons"]) == (3, 11) and result["stage"] == "fine-tuning"
+
+
+def test_where_the_two_forms_of_eq_11_differ(tmp_path, capsys):
+    # one won, two tied of three, the policy distinct: eq. 10 is 1/3, eq. 11 2/3 as written (0 XNOR 0) and 0 simplified
+    row = with_logps(prompt_row(0, [1.0], [0.0, 1.0, 1.0]), -1.0, -2.0, -2.0, -2.0)
+    result = run(tmp_path, capsys, [row])
+    assert result["consistency"] == {"on": pytest.approx(1 / 3), "off": pytest.approx(2 / 3), "off_simplified": 0.0,
+                                     "stage": "injection", "n_prompts": 1, "n_comparisons": 3}
+    assert (result["v_on"], result["v_off"], result["stage"]) == (1, 2, "injection")  # Algorithm 1's "otherwise"
+    result = run(tmp_path, capsys, [row], "--tie", "skip")
+    assert result["stage"] == "fine-tuning" and result["consistency"]["stage"] == "injection"
+    assert "the exact consistencies say injection (eq. 10 0.333, eq. 11 0.667)" in result["advice"]
+
+
+def test_consistency_is_of_the_whole_response(tmp_path, capsys):
+    # eq. 8 compares log-probabilities, not those per token: -5 > -6 though -5 < -6 / 6
+    row = with_logps(prompt_row(0, [1.0], [0.0]), -5.0, -6.0)
+    row["responses"][1]["logp_tokens"] = 6
+    result = run(tmp_path, capsys, [row])
+    assert result["consistency"]["on"] == 1 and result["distinct"] == {"sum": 1.0, "mean": 0.0, "n_prompts": 1}
+
+
+def test_full_distinctness_reduces_to_algorithm_1(tmp_path, capsys):
+    # section 5.3: where the policy finds all its own responses likelier, eqs. 10 and 11 are the shares of V_on and V_off
+    rng = random.Random(0)
+    stages = set()
+    for trial in range(20):
+        rows = [with_logps(prompt_row(k, [float(rng.randint(0, 3)) for _ in range(2)],
+                                      [float(rng.randint(0, 3)) - trial % 2 for _ in range(3)]),
+                           *(-1 - rng.random() for _ in range(2)), *(-3 - rng.random() for _ in range(3))) for k in range(7)]
+        result = run(tmp_path, capsys, rows)
+        assert result["distinct"]["sum"] == 1 and result["ties"] > 0
+        exact = result["consistency"]
+        assert exact["on"] == pytest.approx(result["v_on"] / 42) and exact["off"] == pytest.approx(result["v_off"] / 42)
+        assert exact["stage"] == result["stage"] and "exact" not in result["advice"]
+        stages.add(result["stage"])
+    assert stages == {"injection", "fine-tuning"}
+    # equal in thirds, where the means round: V_off > V_on is not so, and neither is eq. 11 > eq. 10
+    rows = [with_logps(prompt_row(k, [0.5], [1.0 * (j >= won) for j in range(3)]), -1.0, -2.0, -2.0, -2.0)
+            for k, won in enumerate((1, 2, 1, 2, 3, 0))]
+    result = run(tmp_path, capsys, rows)
+    assert result["v_on"] == result["v_off"] == 9
+    assert result["stage"] == result["consistency"]["stage"] == "fine-tuning"
+
+
+def test_advice_where_the_exact_consistency_disagrees(tmp_path, capsys):
+    # the policy loses three of four and knows it: eq. 10 is 1, eq. 11 is 3/4
+    rows = [with_logps(prompt_row(k, [1.0 if k == 0 else -1.0], [0.0]), -1.0 if k == 0 else -9.0, -5.0) for k in range(4)]
+    result = run(tmp_path, capsys, rows)
+    assert (result["stage"], result["consistency"]["stage"]) == ("injection", "fine-tuning")
+    assert (result["consistency"]["on"], result["consistency"]["off"]) == (1.0, 0.75)
+    assert result["advice"].endswith("Take it with care: the exact consistencies say fine-tuning (eq. 10 1.000, eq. 11 0.750); "
+                                     "only 25% of on-policy responses are the more probable ones (F.1: 84 to 97 %).")
+
+
+def test_log_probabilities_in_part_of_the_responses(tmp_path, capsys):
+    # prompt 0: one on-policy response has none, so two of four comparisons count; prompt 1 has none; 2 has no verdict
+    # beside one that has
+    rows = [with_logps(prompt_row(0, [1.0, 2.0], [0.0, 3.0]), -1.0, None, -2.0, -2.0), prompt_row(1, [1.0], [0.0]),
+            with_logps(prompt_row(2, [None, 1.0], [0.0]), -1.0, -3.0, -2.0)]
+    result = run(tmp_path, capsys, rows)
+    assert (result["n_comparisons"], result["without_logp"], result["without_verdict"]) == (6, 3, 1)
+    exact = result["consistency"]
+    # 1 beats 0, as likely said; 1 loses to 3, against it; then 1 beats 0 though the less likely one
+    assert (exact["on"], exact["off"], exact["n_prompts"], exact["n_comparisons"]) == (0.25, 0.25, 2, 3)
+    assert result["distinct"] == {"sum": (1 + 0.5) / 2, "mean": (1 + 0.5) / 2, "n_prompts": 2}
+    assert result["diversity"] == {"on": None, "off": {"mean": 0.0, "abs": 0.0, "std": 0.0, "per_token": 0.0, "n_pairs": 1,
+                                                       "without_logp": 0}}
+    none = run(tmp_path, capsys, [prompt_row(1, [1.0, 0.0], [0.5])])
+    assert none["consistency"] is none["diversity"] is none["distinct"] is None and none["without_logp"] == 2
+
+
+# ----- intra-diversity (eq. 12) --------------------------------------------------------------------------------------
+
+def test_diversity_by_hand(tmp_path, capsys):
+    import train_dpo
+    # on: best 3 (-8, 4 tokens), worst 1 (-30, 10); 2 lies between. off: best -12 (3), worst -10 (5)
+    first = prompt_row(0, [2.0, 3.0, 1.0], [5.0, 4.0])
+    for some, logp, tokens in zip(first["responses"], (-99.0, -8.0, -30.0, -12.0, -10.0), (9, 4, 10, 3, 5)):
+        some.update(logp=logp, logp_tokens=tokens)
+    # on: best -20 (4), worst -6 (2); the two off-policy ones tie, so PC_off has no pair here
+    second = prompt_row(1, [0.0, 7.0], [1.0, 1.0])
+    for some, logp, tokens in zip(second["responses"], (-6.0, -20.0, -3.0, -4.0), (2, 4, 1, 1)):
+        some.update(logp=logp, logp_tokens=tokens)
+    # on: the worst has none; off: one response
+    third = with_logps(prompt_row(2, [1.0, 2.0], [0.0]), None, -1.0, -1.0)
+    result = run(tmp_path, capsys, [first, second, third])["diversity"]
+    pairs = [{"diversity": -8.0 + 30, "diversity_per_token": -8 / 4 + 30 / 10},
+             {"diversity": -20.0 + 6, "diversity_per_token": -20 / 4 + 6 / 2}]
+    assert result["on"] == {"mean": (22 - 14) / 2, "abs": (22 + 14) / 2, "std": 18.0, "per_token": (1 - 2) / 2,
+                            "n_pairs": 2, "without_logp": 1}
+    assert result["off"] == {"mean": -2.0, "abs": 2.0, "std": 0.0, "per_token": -12 / 3 + 10 / 5, "n_pairs": 1,
+                             "without_logp": 0}
+    logged = train_dpo.means(pairs)
+    assert result["on"] == pytest.approx({"mean": logged["diversity"], "abs": logged["diversity_abs"], "std": logged["diversity_std"],
+                                          "per_token": logged["diversity_per_token"], "n_pairs": 2, "without_logp": 1})
+
+
+def test_diversity_by_wins_within_the_source(tmp_path, capsys):
+    # rewards say otherwise and do not count. on: 1 beats 0 and 2, 0 beats 2: (1, 2). off: 4 beats 3, whatever the others
+    beats = {(1, 0): 0.9, (1, 2): 0.6, (0, 2): 0.7, (4, 3): 0.8, (0, 4): 1.0, (1, 4): 1.0, (2, 4): 1.0, (3, 0): 1.0}
+    wins = [[beats.get((i, j), 1 - beats[j, i] if (j, i) in beats else None) for j in range(5)] for i in range(5)]
+    row = with_logps(prompt_row(0, [9.0, 1.0, 5.0], [9.0, 1.0], wins=wins), -1.0, -2.0, -4.0, -16.0, -8.0)
+    result = run(tmp_path, capsys, [row])
+    assert (result["diversity"]["on"]["mean"], result["diversity"]["off"]["mean"]) == (-2.0 + 4.0, -8.0 + 16.0)
+    assert (result["v_on"], result["v_off"], result["without_verdict"]) == (3, 1, 2)
+
+
+def test_equal_texts_are_no_pair(tmp_path, capsys):
+    row = with_logps(prompt_row(0, [1.0, 2.0], [0.0, 3.0]), -1.0, -2.0, -4.0, -8.0)
+    row["responses"][1]["text"] = row["responses"][0]["text"]
+    assert run(tmp_path, capsys, [row])["diversity"] == {"on": None, "off": {"mean": -4.0, "abs": 4.0, "std": 0.0, "per_token": -4.0,
+                                                                             "n_pairs": 1, "without_logp": 0}}
+
+
+# ----- bad input -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("logp, tokens", [(float("nan"), 3), ("-1.0", 3), (-1.0, None), (-1.0, 0), (True, 3)], ids=str)
+def test_log_probabilities_that_are_none(tmp_path, capsys, logp, tokens):
+    rows = [prompt_row(0, [1.0], [0.0]), prompt_row(1, [1.0], [0.0])]
+    rows[1]["responses"][1].update(logp=logp, logp_tokens=tokens)
+    assert 'scored.jsonl:2: expected "logp" to be null, or finite beside its "logp_tokens"' in refused(tmp_path, capsys, rows)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), "0.5"], ids=str)
+def test_wins_that_are_no_probabilities(tmp_path, capsys, value):
+    row = as_wins()
+    row["wins"][0][2] = value
+    assert 'scored.jsonl:1: expected "wins" to hold probabilities or null, found' in refused(tmp_path, capsys, [row])
+
+
+def test_a_row_without_responses_beside_wins(tmp_path, capsys):
+    # a pairwise scorer leaves an empty matrix there: it has wins, and is counted as a prompt that cannot be compared
+    result = run(tmp_path, capsys, [as_wins(), prompt_row(1, [], [], wins=[])])
+    assert (result["n_prompts"], result["prompts_with_one_source"], result["by"]) == (1, 1, "wins")

@@ -66,4 +66,6 @@ def test_the_whole_pipeline(folder):
     assert (folder / "report" / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{said['win_rate']:.1f}" in (folder / "report" / "report.md").read_text()
     meta = json.loads((folder / "dpo" / "metrics.meta.json").read_text())
-    assert set(meta["inputs"]) == {"pairs.jsonl", "policy/model.safetensors", "policy/config.json", "token ids"}
+    model = {f"policy/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+                                           "tokenizer_config.json", "chat_template.jinja")}
+    assert set(meta["inputs"]) == {"pairs.jsonl", "token ids"} | model
