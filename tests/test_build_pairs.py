@@ -1,7 +1,7 @@
 """
 build_pairs.py: what is chosen, rejected and dropped, and why, and how on- and off-policy pairs are mixed.
 
-Covers  best_worst on hand-made cases, mix (METHODS.md 10: exact counts, nested, blind to row order), and whole runs on
+Covers  best-worst on hand-made cases, mix (METHODS.md 10: exact counts, nested, blind to row order), and whole runs on
         hand-made rows: the pair's keys, drop counts by reason, --total, --truncated, --stats, files of one source only,
         bad rewards.
 Run     python -m pytest tests/test_build_pairs.py
@@ -11,13 +11,29 @@ import json
 
 import build_pairs
 import pytest
-from build_pairs import Response, best_worst, mix
+from build_pairs import Choice, Response, mix, select
 from conftest import read_rows, write_rows
 
 
 def some(*responses):
-    """(reward, text, cut) triples as the table that best_worst reads."""
-    return {i: Response(reward, text and hash(text), cut) for i, (reward, text, cut) in enumerate(responses)}
+    """(reward, text, cut) triples as the table that selection reads."""
+    return [Response("on", reward, text and hash(text), cut) for reward, text, cut in responses]
+
+
+def best_worst(responses, truncated):
+    """(chosen, rejected) of the default rule, or the reason why there is no pair."""
+    args = build_pairs.parse_args(["--scored", "in.jsonl", "--out", "out.jsonl", "--truncated", truncated])
+    pairs, reasons = select(responses, "on", args, "p0")
+    assert len(pairs) + len(reasons) == 1
+    return (pairs[0].chosen, pairs[0].rejected) if pairs else reasons[0]
+
+
+def sources(ids, ratio, total, seed):
+    """{id: source} of mix() for prompts with one pair of either source."""
+    on, off = [Choice(prompt_id, 0, 1) for prompt_id in ids], [Choice(prompt_id, 2, 3) for prompt_id in ids]
+    pairs = mix(on, off, ratio, total, "exclusive", seed)
+    assert len(pairs) == len({pair.id for pair in pairs}) == total
+    return {pair.id: "on" if pair.chosen == 0 else "off" for pair in pairs}
 
 
 def response(text, reward, source="on", **more):
@@ -98,25 +114,25 @@ def test_mixing_counts_are_exact_and_nested():
     ids = [f"p{k}" for k in range(10)]
     before = set()
     for ratio, expected in ((0.0, 0), (0.3, 3), (0.5, 5), (1.0, 10)):
-        source_of = mix(ids, ratio, 10, seed=0)
+        source_of = sources(ids, ratio, 10, seed=0)
         on = {prompt_id for prompt_id, source in source_of.items() if source == "on"}
         assert set(source_of) == set(ids) and set(source_of.values()) <= {"on", "off"}
         assert len(on) == expected and before <= on
         before = on
-    assert list(mix(ids[:5], 0.5, 5, seed=0).values()).count("on") == 3  # floor(2.5 + .5)
+    assert list(sources(ids[:5], 0.5, 5, seed=0).values()).count("on") == 3  # floor(2.5 + .5)
     # .29 * 100 is 28.999999999999996
-    assert list(mix([f"p{k}" for k in range(100)], 0.29, 100, 0).values()).count("on") == 29
+    assert list(sources([f"p{k}" for k in range(100)], 0.29, 100, 0).values()).count("on") == 29
     # in floating point 14.499999999999998
-    assert list(mix([f"p{k}" for k in range(100)], 0.145, 100, 0).values()).count("on") == 15
+    assert list(sources([f"p{k}" for k in range(100)], 0.145, 100, 0).values()).count("on") == 15
 
 
 def test_mixing_ignores_the_order_of_ids_and_obeys_the_seed():
     ids = [f"p{k}" for k in range(50)]
-    assert mix(ids, 0.5, 20, seed=3) == mix(ids[::-1], 0.5, 20, seed=3)
-    draws = [mix(ids, 0.5, 50, seed) for seed in range(3)]
+    assert sources(ids, 0.5, 20, seed=3) == sources(ids[::-1], 0.5, 20, seed=3)
+    draws = [sources(ids, 0.5, 50, seed) for seed in range(3)]
     assert draws[0] != draws[1] != draws[2] != draws[0]
     # a smaller total takes some of the prompts of a larger one
-    assert set(mix(ids, 0.5, 20, seed=3)) <= set(mix(ids, 0.5, 30, seed=3))
+    assert set(sources(ids, 0.5, 20, seed=3)) <= set(sources(ids, 0.5, 30, seed=3))
 
 
 # ---- whole runs
@@ -133,7 +149,7 @@ def test_a_pair_row(tmp_path, capsys):
         "rejected": [{"role": "assistant", "content": "on bad"}], "chosen_reward": 2.5, "rejected_reward": -1.5,
         "chosen_model": "model-on", "rejected_model": "model-on", "chosen_finish": "stop", "rejected_finish": None,
         "chosen_token_ids": [1, 2], "rejected_token_ids": [3], "chosen_tokenizer": "abc", "rejected_tokenizer": "abc",
-        "chosen_logp": -3.5, "rejected_logp": -4.5}
+        "chosen_logp": -3.5, "rejected_logp": -4.5, "labeler": None, "cosine": None}
     assert {key: printed[key] for key in ("rows", "responses", "pairs", "on", "off", "dropped")} == {
         "rows": 1, "responses": 2, "pairs": 1, "on": 1, "off": 0, "dropped": {}}
 
@@ -196,7 +212,7 @@ def test_total(tmp_path, capsys):
         run(tmp_path, capsys, plain_rows(3), "--total", "4", "--overwrite")
     err = capsys.readouterr().err
     assert exit_status.value.code == 2 and (tmp_path / "pairs.jsonl").read_bytes() == before
-    assert "4 pairs are asked for and 3 prompts have a pair of off and on-policy responses" in err
+    assert "4 pairs are asked for and 3 can be had, with an on-ratio of 0.5, 3 on-policy and 3 other pairs" in err
 
 
 @pytest.mark.parametrize("ratio", ["-0.1", "1.01", "nan"])
