@@ -1,9 +1,9 @@
 """
-generate.py: exact sampling that ignores its batch, runs that can be killed, and imports.
+generate.py: exact sampling that ignores its batch, and runs that can be killed. tests/test_imports.py has the importers.
 
 Covers  sample_tokens against a float64 oracle and by frequencies; greedy against transformers' own; independence of
         batch, order, --limit and shards; resume after a torn line and after kill -9; other arguments refused; ids,
-        finish and text; presets; the importers `rows` and `ultrafeedback_binarized`.
+        finish and text; presets; --diverse, --mix-ref, --num-beams; soft-capped attention; what the last line reports.
 Run     python -m pytest tests/test_generate.py
 """
 
@@ -19,8 +19,8 @@ import generate
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, read_rows, write_rows
-from generate import sample_tokens
+from conftest import CHATML, REPO, make_policy, make_tokenizer, read_rows, write_rows
+from generate import mix_logits, sample_tokens
 
 
 def oracle(logits, uniform, temperature, top_p, top_k):
@@ -76,18 +76,33 @@ def test_the_ends_of_the_unit_interval():
     assert sample_tokens(logits, almost_one, 0.7, 1.0, 0).tolist() == [39] * 50
 
 
-@pytest.mark.parametrize("logits, temperature, expected", [
-    ((3.0, 1.0, -1.5), 1.0, (0.872262, 0.118048, 0.009690)), ((3.0, 1.0, -1.5), 0.7, (0.944245, 0.054230, 0.001525)),
-    ((1.0, 1.0, 1.5), 1.0, (0.274069, 0.274069, 0.451863)), ((1.0, 1.0, 1.5), 0.7, (0.247358, 0.247358, 0.505284))])
-def test_frequencies_over_a_grid_of_uniforms(logits, temperature, expected):
-    # METHODS.md 10's mixed logits: over an even grid of u, shares are the probabilities to within one step of the grid
+@pytest.mark.parametrize("weights, mixed, temperature, expected", [
+    ([1.5, -0.5], (3.0, 1.0, -1.5), 1.0, (0.872262, 0.118048, 0.009690)),
+    ([1.5, -0.5], (3.0, 1.0, -1.5), 0.7, (0.944245, 0.054230, 0.001525)),
+    ([1.5, -0.5], (3.0, 1.0, -1.5), 3.0, (0.575855, 0.295654, 0.128491)),  # S1 Table 3 goes up to 3
+    ([0.5, 0.5], (1.0, 1.0, 1.5), 1.0, (0.274069, 0.274069, 0.451863)),
+    ([0.5, 0.5], (1.0, 1.0, 1.5), 0.7, (0.247358, 0.247358, 0.505284))])
+def test_mixed_logits_and_their_frequencies_over_a_grid_of_uniforms(weights, mixed, temperature, expected):
+    # METHODS.md 10's vectors: over an even grid of u, shares are the probabilities to within one step of the grid
+    logits = mix_logits(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 3.0]]), weights, 3)
+    assert logits.tolist() == [list(mixed)]
     count = 20_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens = sample_tokens(torch.tensor([logits]).expand(count, 3), grid, temperature, 1.0, 0)
+    tokens = sample_tokens(logits.expand(count, 3), grid, temperature, 1.0, 0)
     assert (tokens.bincount(minlength=3) / count).tolist() == pytest.approx(expected, abs=1.5 / count)
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 0.9, 0), (0.7, 0.9, 4)])
+def test_rows_that_only_pad_the_embeddings_are_cut_and_masked_after_mixing():
+    policy = torch.tensor([[2.0, 1.0, 9.0, 9.0]])  # two tokens, two rows of padding; the reference has one
+    reference = torch.tensor([[0.0, 1.0, -torch.inf]])  # its weight -.5 would make +inf of it
+    for weights, expected in (([1.5, -0.5], [3.0, 1.0, -torch.inf]), ([1.0, 0.0], [2.0, 1.0, -torch.inf])):
+        assert mix_logits(policy, reference, weights, 2).tolist() == [expected]
+    bfloat16 = mix_logits(torch.tensor([[2.0078125]], dtype=torch.bfloat16), torch.tensor([[1.0]], dtype=torch.bfloat16),
+                          [1.5, -0.5], 1)
+    assert bfloat16.dtype == torch.float32 and bfloat16.item() == 1.5 * 2.0 - 0.5  # bfloat16 holds no 2.0078125
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (3.0, 1.0, 0), (0.7, 0.9, 0), (0.7, 0.9, 4)])
 def test_frequencies_of_draws_pass_a_chi_square_test(temperature, top_p, top_k):
     logits = normal_logits(1, 12, 1.5, seed=4)
     count = 20_000
@@ -241,8 +256,8 @@ def test_a_torn_file_is_completed_byte_for_byte(tmp_path, capsys, policy, small_
 
 
 def test_kill_9_and_the_same_command_again(tmp_path, capsys, policy):
-    # 192 rows are three windows of 64; the process dies once the first window is on disk
-    prompts = [{"id": f"k{k}", "prompt": f"prompt {k}"} for k in range(192)]
+    # 320 rows are five windows of 64; the process dies once the first window, or a part of it, is on disk
+    prompts = [{"id": f"k{k}", "prompt": f"prompt {k}"} for k in range(320)]
     flags = ["--n", "2", "--max-tokens", "24"]
     run(tmp_path, capsys, policy, prompts, *flags, out="whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
@@ -260,7 +275,7 @@ def test_kill_9_and_the_same_command_again(tmp_path, capsys, policy):
     left = out.read_bytes()
     assert 0 < len(left) < len(whole) and whole.startswith(left)
     _, printed = run(tmp_path, capsys, policy, prompts, *flags)
-    assert out.read_bytes() == whole and printed["resumed_rows"] in (64, 128)
+    assert out.read_bytes() == whole and printed["resumed_rows"] == left.count(b"\n") // 64 * 64
 
 
 def refused(tmp_path, capsys, model, rows, *flags, **more):
@@ -335,130 +350,316 @@ def test_presets():
     assert settings("--preset", "s3") == [8, 0.6, 1.0, 0, 1024]                 # S3 Table 6
     assert settings("--preset", "s2", "--n", "5", "--top-k", "0") == [5, 0.7, 0.9, 0, 2048]
     assert settings("--greedy") == [1, 0.0, 1.0, 0, 2048]                       # S1 Appendix D
+    assert settings("--num-beams", "3", "--preset", "s3") == [1, 1.0, 1.0, 0, 1024]  # S3 B.4
+    assert settings("--diverse") == settings() and settings("--diverse", "--preset", "s2") == settings("--preset", "s2")
+    mixed = ["--mix-ref", "r", "--mix-weights", "1.5", "-0.5"]
+    assert settings(*mixed) == [1, 0.7, 1.0, 0, 2048] and settings(*mixed, "--n", "3", "--top-p", ".8") == [3, 0.7, 0.8, 0, 2048]
+    for flags in (mixed, ["--num-beams", "3"]):  # vLLM has neither
+        assert generate.parse_args(["--model", "m", "--prompts", "p", "--out", "o", *flags]).backend == "hf"
 
 
-def test_a_flag_that_would_do_nothing_is_refused(capsys):
-    sampling, importing = ["--model", "m", "--prompts", "p", "--out", "o"], ["--import-format", "rows", "--import-data",
-                                                                             "d", "--out", "o"]
-    for flags in ([*sampling, "--greedy", "--n", "2"], [*sampling, "--greedy", "--seed", "1"],
-                  [*sampling, "--greedy", "--temperature", "1"],
-                  [*sampling, "--backend", "vllm", "--batch-size", "2"],
-                  [*sampling, "--backend", "hf", "--tensor-parallel", "2"],
-                  [*sampling, "--import-data", "d"], [*sampling, "--temperature", "0"], [*sampling, "--top-p", "0"],
-                  [*sampling, "--top-p", "1.1"],
-                  [*sampling, "--top-k", "-1"], [*sampling, "--n", "0"], [*importing, "--model", "m"],
-                  [*importing, "--seed", "1"],
-                  [*importing, "--greedy"], [*importing, "--import-split", "s"], ["--out", "o"],
-                  ["--model", "m", "--out", "o"],
-                  # vLLM takes at most 2, and says so only once the model is loaded
-                  [*sampling, "--backend", "vllm", "--temperature", "3"]):
-        with pytest.raises(SystemExit) as exit_status:
-            generate.parse_args(flags)
-        assert exit_status.value.code == 2, flags
-    assert capsys.readouterr().err.count("error:") == 18
+SAMPLING = ["--model", "m", "--prompts", "p", "--out", "o"]
+IMPORTING = ["--import-format", "rows", "--import-data", "d", "--out", "o"]
+MIX = ["--mix-ref", "r", "--mix-weights", "1", "0"]
 
 
-# ---- import
-
-def import_file(tmp_path, capsys, data, form="rows", *flags, out="off.jsonl"):
-    generate.main(generate.parse_args(["--import-format", form, "--import-data", str(data), "--out",
-                                       str(tmp_path / out), *flags]))
-    return read_rows(tmp_path / out), json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def import_refused(tmp_path, capsys, data, form="rows"):
+@pytest.mark.parametrize("flags, sentence", [
+    ([*SAMPLING, "--greedy", "--n", "2"], "--n does nothing under --greedy"),
+    ([*SAMPLING, "--greedy", "--seed", "1"], "--seed does nothing under --greedy"),
+    ([*SAMPLING, "--greedy", "--temperature", "1"], "--temperature does nothing under --greedy"),
+    ([*SAMPLING, "--backend", "vllm", "--batch-size", "2"], "--batch-size does nothing on the backend vllm"),
+    ([*SAMPLING, "--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel does nothing on the backend hf"),
+    ([*SAMPLING, "--import-data", "d"], "--import-data needs --import-format"),
+    ([*SAMPLING, "--lang", "en"], "--lang needs --import-format"),
+    ([*SAMPLING, "--temperature", "0"], "expected --temperature above 0"), ([*SAMPLING, "--top-p", "0"], "--top-p in (0, 1]"),
+    ([*SAMPLING, "--top-p", "1.1"], "--top-p in (0, 1]"), ([*SAMPLING, "--top-k", "-1"], "--top-k 0 (off) or more"),
+    ([*SAMPLING, "--n", "0"], "--n must be at least 1, found 0"),
+    # vLLM takes at most 2, and says so only once the model is loaded
+    ([*SAMPLING, "--backend", "vllm", "--temperature", "3"], "vllm samples at temperatures up to 2"),
+    ([*SAMPLING, "--diverse", "--n", "1"], "--n must be at least 2"),
+    ([*SAMPLING, "--num-beams", "1"], "--num-beams must be at least 2"),
+    ([*SAMPLING, "--num-beams", "0"], "--num-beams must be at least 2"),
+    ([*SAMPLING, "--num-beams", "3", "--batch-size", "4"], "--batch-size does nothing under --num-beams"),
+    ([*SAMPLING, "--num-beams", "3", "--backend", "vllm"], "--num-beams runs on the backend hf alone"),
+    ([*SAMPLING, *MIX, "--backend", "vllm"], "--mix-ref runs on the backend hf alone"),
+    ([*SAMPLING, "--mix-ref", "r"], "--mix-ref needs --mix-weights"), ([*SAMPLING, *MIX[2:]], "--mix-weights needs --mix-ref"),
+    ([*SAMPLING, "--mix-ref", "r", "--mix-weights", "1", "nan"], "two finite --mix-weights"),
+    ([*SAMPLING, "--diverse-context", "full"], "--diverse-context needs --diverse"),
+    ([*SAMPLING, "--diverse", "--greedy"], "not allowed with argument"), ([*SAMPLING, "--diverse", *MIX], "not allowed with argument"),
+    ([*SAMPLING, "--num-beams", "3", "--greedy"], "not allowed with argument"),
+    ([*SAMPLING, *MIX, "--num-beams", "3"], "not allowed with argument"),
+    ([*IMPORTING, "--model", "m"], "--model is about sampling"), ([*IMPORTING, "--seed", "1"], "--seed is about sampling"),
+    ([*IMPORTING, "--greedy"], "--greedy is about sampling"), ([*IMPORTING, "--diverse"], "--diverse is about sampling"),
+    ([*IMPORTING, *MIX], "is about sampling"), ([*IMPORTING, "--num-beams", "3"], "--num-beams is about sampling"),
+    ([*IMPORTING, "--import-split", "s"], "--import-split names a split of a hub id, and --import-data is a file"),
+    ([*IMPORTING, "--lang", "en"], "--lang is about oasst2 alone"), (["--out", "o"], "sampling needs --model and --prompts"),
+    (["--model", "m", "--out", "o"], "sampling needs --model and --prompts"),
+    (["--import-format", "rows", "--out", "o"], "importing needs --import-format and --import-data")])
+def test_a_flag_that_would_do_nothing_is_refused(capsys, flags, sentence):
     with pytest.raises(SystemExit) as exit_status:
-        import_file(tmp_path, capsys, data, form)
-    assert exit_status.value.code == 2 and not (tmp_path / "off.jsonl").exists()
-    return capsys.readouterr().err
+        generate.parse_args(flags)
+    assert exit_status.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_rows_in_both_forms(tmp_path, capsys):
-    data = write_rows(tmp_path / "data.jsonl", [
-        {"prompt": "one", "response": "a", "model": "m1", "answer": "1"},
-        {"id": 7, "prompt": "two", "responses": ["b", {"text": "c", "model": "m2"}]},
-        {"prompt": [{"role": "user", "content": "one"}], "response": "d", "model": "m3"}])
-    rows, printed = import_file(tmp_path, capsys, data)
-    unknown = {"finish": None, "tokens": None, "token_ids": None, "tokenizer": None, "scores": None}
-    one = hashlib.sha256(b'[{"content": "one", "role": "user"}]').hexdigest()[:16]
-    assert rows == [
-        {"prompt": [{"role": "user", "content": "one"}], "answer": "1", "id": one, "responses": [
-            {"text": "a", "source": "off", "model": "m1", **unknown},
-            {"text": "d", "source": "off", "model": "m3", **unknown}]},
-        {"prompt": [{"role": "user", "content": "two"}], "id": "7", "responses": [
-            {"text": "b", "source": "off", "model": None, **unknown},
-            {"text": "c", "source": "off", "model": "m2", **unknown}]}]
-    assert (printed["rows"], printed["responses"], printed["rows_merged_into_others"]) == (2, 4, 1)
-    on, _ = import_file(tmp_path, capsys, data, "rows", "--source", "on", "--limit", "1", out="on.jsonl")
-    assert len(on) == 1 and [response["source"] for response in on[0]["responses"]] == ["on", "on"]
+def test_two_beginnings_of_text_are_refused_and_a_prompt_ends_with_the_assistants_header(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "two", "{{ '<|im_start|><|im_start|>' + messages[0]['content'] }}")
+    with pytest.raises(SystemExit):
+        generate.prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
+    tokenizer.chat_template = CHATML
+    ids = generate.prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
+    assert tokenizer.decode(ids) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_demo_data_imports(tmp_path, capsys):
-    rows, printed = import_file(tmp_path, capsys, REPO / "data" / "demo_train.jsonl")
-    lines = (REPO / "data" / "demo_train.jsonl").read_text().splitlines()
-    assert len(rows) == len(lines) == printed["rows"] and all(len(row["responses"]) >= 2 for row in rows)
+# ---- S1's diverse responses
+
+Z = ("Please generate another response that is different from all the previous ones. It can differ in aspects such as but not "
+     "limited to tone, formality, strategy, judgment, conciseness, structure. It can also involve asking for clarity if the input "
+     "prompt is unclear.")  # S1 Appendix H
 
 
-ULTRA = [{"prompt": "x", "prompt_id": f"id{k % 3}", "score_chosen": 8.0 + k, "score_rejected": 5.5,
-          "chosen": [{"role": "user", "content": f"q{k % 3}"}, {"role": "assistant", "content": f"good {k}"}],
-          "rejected": [{"role": "user", "content": f"q{k % 3}"}, {"role": "assistant", "content": f"bad {k}"}]}
-         for k in range(4)]
+def test_diverse_responses_see_all_earlier_ones(tmp_path, capsys, policy):
+    prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": [
+        {"role": "system", "content": "Be kind"}, {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]}]
+    (tmp_path / "long").mkdir()
+    long = longer_policy(tmp_path / "long", 2048)
+    rows, printed = run(tmp_path, capsys, long, prompts, "--diverse", "--n", "3")
+    assert (printed["responses"], printed["skipped_context_too_long"]) == (6, 0)
+    plain, _ = run(tmp_path, capsys, long, prompts, "--n", "3", out="plain.jsonl")
+    for row, alone, given in zip(rows, plain, prompts):
+        texts = [response["text"] for response in row["responses"]]
+        assert row["prompt"] == alone["prompt"]  # x alone
+        assert row["responses"][0] == alone["responses"][0] and row["responses"][1] != alone["responses"][1]
+        # the conversations, typed out as prompts of the same id: a plain run's sample k there is the diverse y_k
+        turns = list(row["prompt"])
+        for k in (1, 2):
+            turns += [{"role": "assistant", "content": texts[k - 1]}, {"role": "user", "content": Z}]
+            by_hand, _ = run(tmp_path, capsys, long, [{"id": given["id"], "prompt": turns}], "--n", "3",
+                             out=f"{given['id']}{k}.jsonl", name=f"{given['id']}{k}.prompts")
+            assert by_hand[0]["responses"][k] == row["responses"][k]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_ultrafeedback_binarized(tmp_path, capsys, kind):
-    data = tmp_path / f"train_prefs.{kind}"
-    if kind == "jsonl":
-        write_rows(data, ULTRA)
-    else:
-        import pyarrow
-        import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ULTRA), data)
-    rows, printed = import_file(tmp_path, capsys, data, "ultrafeedback_binarized")
-    assert [row["id"] for row in rows] == ["id0", "id1", "id2"] and printed["rows_merged_into_others"] == 1
-    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": f"q{k}"}] for k in range(3)]
-    assert [response["text"] for response in rows[0]["responses"]] == ["good 0", "bad 0", "good 3", "bad 3"]
-    assert [response["scores"] for response in rows[0]["responses"]] == [{"ultrafeedback": score}
-                                                                         for score in (8.0, 5.5, 11.0, 5.5)]
-    assert {response["source"] for row in rows for response in row["responses"]} == {"off"}
+def longer_policy(folder, positions, seed=0):
+    """The tests' policy with another context length."""
+    model = make_policy(folder, seed)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (lambda row: row.pop("rejected"), ":3: expected the key 'rejected'"),
-    (lambda row: row["rejected"][0].update(content="another"), ":3: chosen and rejected answer different prompts"),
-    (lambda row: row["chosen"].pop(), ":3: expected chosen to be messages that end with the assistant's"),
-    (lambda row: row.update(chosen="text"), ":3: expected chosen to be messages that end with the assistant's"),
-    (lambda row: row.update(chosen=["a", "b"]), ":3: expected chosen to be messages that end with the assistant's"),
-    (lambda row: row["chosen"][1].update(content=None), ":3: expected a response in text"),
-])
-def test_bad_rows_of_ultrafeedback(tmp_path, capsys, change, sentence):
-    rows = json.loads(json.dumps(ULTRA))
-    change(rows[2])
-    err = import_refused(tmp_path, capsys, write_rows(tmp_path / "bad.jsonl", rows), "ultrafeedback_binarized")
-    assert f"bad.jsonl{sentence}" in err and err.count("\n") == 1
+def test_diverse_with_the_prompt_alone(tmp_path, capsys, policy):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows, _ = run(tmp_path, capsys, policy, [{"id": "p", "prompt": turns}], "--diverse", "--n", "3", "--max-tokens", "8",
+                  "--diverse-context", "prompt-only")
+    asked = [*turns[:2], {"role": "user", "content": f"c\n\n{Z}"}]
+    by_hand, _ = run(tmp_path, capsys, policy, [{"id": "p", "prompt": asked}], "--n", "3", "--max-tokens", "8", out="by_hand.jsonl")
+    assert rows[0]["responses"][1:] == by_hand[0]["responses"][1:] and rows[0]["responses"][0] != by_hand[0]["responses"][0]
+    assert rows[0]["prompt"] == turns
 
 
-@pytest.mark.parametrize("row, sentence", [
-    ({"prompt": "q"}, ':2: expected "response" or a list "responses", found prompt'),
-    ({"response": "a"}, ":2: expected the key 'prompt'"),
-    ({"prompt": "q", "response": None}, ":2: expected a response in text"),
-    ({"prompt": "q", "responses": []}, ':2: expected "response" or a list'),
-    ({"prompt": "q", "responses": [{"model": "m"}]}, ":2: expected a response in text"),
-    ({"prompt": [{"role": "assistant", "content": "q"}], "response": "a"},
-     ":2: expected a prompt that ends with a user turn"),
-    ({"id": "same", "prompt": "other", "response": "a"}, "the id same stands for two prompts"),
-])
-def test_bad_rows_to_import(tmp_path, capsys, row, sentence):
-    data = write_rows(tmp_path / "bad.jsonl", [{"id": "same", "prompt": "q", "response": "a"}, row])
-    assert f"{sentence}" in import_refused(tmp_path, capsys, data)
+def test_a_conversation_beyond_the_context_is_skipped_and_counted(tmp_path, capsys, policy):
+    # 512 positions, a byte each, and 12 to write: z alone takes 276 of them, so the third conversation is too long for both
+    # prompts and the second for the long one
+    rows, printed = run(tmp_path, capsys, policy, [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}], "--diverse")
+    assert [len(row["responses"]) for row in rows] == [2, 1]
+    assert (printed["responses"], printed["skipped_context_too_long"], printed["skipped_too_long"]) == (3, 5, 0)
+    _, again = run(tmp_path, capsys, policy, [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}], "--diverse")
+    assert (again["resumed_rows"], again["skipped_context_too_long"]) == (2, 5)
 
 
-def test_a_parquet_file_that_is_none(tmp_path, capsys):
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    assert "bad.parquet: expected a parquet file" in import_refused(tmp_path, capsys, tmp_path / "bad.parquet",
-                                                                    "ultrafeedback_binarized")
-    import pyarrow
-    import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"chosen": "a"}]), tmp_path / "short.parquet")
-    err = import_refused(tmp_path, capsys, tmp_path / "short.parquet", "ultrafeedback_binarized")
-    assert "short.parquet: expected the column 'rejected', found chosen" in err
+@pytest.mark.parametrize("flags", [["--n", "2"], ["--n", "2", "--diverse", "--diverse-context", "prompt-only"]], ids=["plain", "diverse"])
+def test_shards_make_up_the_whole_file_however_many_and_though_one_was_killed(tmp_path, capsys, policy, small_windows, flags):
+    run(tmp_path, capsys, policy, PROMPTS, *flags, out="whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in whole] == [row["id"] for row in PROMPTS]
+    for count in (1, 2, 3):
+        lines = []
+        for i in range(count):
+            out, shard = tmp_path / f"{i}of{count}.jsonl", ["--shard", f"{i}/{count}"]
+            run(tmp_path, capsys, policy, PROMPTS, *flags, *shard, out=out.name)
+            if i == count - 1:  # killed in its first window, or with a torn line behind it
+                out.write_bytes(out.read_bytes()[:len(out.read_bytes()) * 2 // 3])
+                _, printed = run(tmp_path, capsys, policy, PROMPTS, *flags, *shard, out=out.name)
+                assert printed["resumed_rows"] < printed["rows"]
+            lines.append(out.read_text().splitlines())
+        assert sorted(line for shard in lines for line in shard) == sorted(whole)
+        assert [len(shard) for shard in lines] == {1: [11], 2: [7, 4], 3: [4, 4, 3]}[count]
+    assert "--shard 3/4: expected at most one shard per window of 4 rows" in refused(tmp_path, capsys, policy, PROMPTS, *flags,
+                                                                                     "--shard", "3/4", out="none.jsonl")
+
+
+# ---- DPO-Mix-P's mixture
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return make_policy(tmp_path_factory.mktemp("reference"), seed=1)
+
+
+def mixture(reference, a, b):
+    return ["--mix-ref", reference, "--mix-weights", str(a), str(b)]
+
+
+def test_a_mixture_token_by_token(tmp_path, capsys, policy, reference, tokenizer):
+    # without caches, padding or batches: both models over the whole text, mixed in float64, then the oracle's draw
+    from transformers import AutoModelForCausalLM
+    models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in (policy, reference)]
+    for a, b, flags in ((1.5, -0.5, ["--max-tokens", "30"]), (0.5, 0.5, ["--temperature", "1", "--top-p", ".9", "--top-k", "40"])):
+        rows, printed = run(tmp_path, capsys, policy, PROMPTS[:6], *mixture(reference, a, b), *flags, out=f"{a}.jsonl")
+        assert printed["responses"] == 6  # one each
+        temperature, top_p, top_k = (0.7, 1.0, 0) if a == 1.5 else (1.0, 0.9, 40)
+        for row in rows:
+            ids, sampled = generate.prompt_ids(tokenizer, row["prompt"]), []
+            for uniform in generate.draws(0, row["id"], 0, 30 if a == 1.5 else 12):
+                with torch.no_grad():
+                    logits = [model(torch.tensor([ids + sampled])).logits[0, -1].double().numpy() for model in models]
+                sampled.append(oracle(a * logits[0] + b * logits[1], uniform, temperature, top_p, top_k))
+                if sampled[-1] == tokenizer.eos_token_id:
+                    break
+            assert row["responses"][0]["token_ids"] == [token for token in sampled if token != tokenizer.eos_token_id]
+
+
+def test_a_mixture_ignores_its_batch(tmp_path, capsys, policy, reference):
+    assert len({len(row["prompt"][0]["content"]) for row in PROMPTS[:4]}) == 4  # unlike lengths, padded on the left
+    texts = []
+    for size in ("1", "4"):
+        run(tmp_path, capsys, policy, PROMPTS, *mixture(reference, 1.5, -0.5), "--batch-size", size, "--n", "2", out=f"{size}.jsonl")
+        texts.append((tmp_path / f"{size}.jsonl").read_text())
+    assert texts[0] == texts[1]
+
+
+def test_a_reference_with_absolute_positions_ignores_the_padding(tmp_path, capsys, policy):
+    from transformers import GPT2Config, GPT2LMHeadModel  # rotary positions would hide a shift
+    tokenizer = make_tokenizer(tmp_path / "gpt2")
+    torch.manual_seed(1)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=2, initializer_range=0.3,
+                               tie_word_embeddings=False)).save_pretrained(tmp_path / "gpt2")
+    for size in ("1", "4"):
+        run(tmp_path, capsys, policy, PROMPTS, *mixture(str(tmp_path / "gpt2"), 0.5, 0.5), "--batch-size", size, out=f"{size}.jsonl")
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "4.jsonl").read_text()
+
+
+def test_weights_of_one_model_alone_and_mixtures_of_one_model_are_plain_sampling(tmp_path, capsys, policy, reference):
+    settings = ["--n", "2", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "50"]
+    plain, _ = run(tmp_path, capsys, policy, PROMPTS, *settings, out="plain.jsonl")
+    for name, a, b in ((reference, 1, 0), (policy, 1.5, -0.5), (policy, 0.5, 0.5)):
+        run(tmp_path, capsys, policy, PROMPTS, *settings, *mixture(name, a, b), "--overwrite")
+        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    mixed, _ = run(tmp_path, capsys, policy, PROMPTS, *settings, *mixture(reference, 0.5, 0.5), "--overwrite")
+    assert all(a["responses"] != b["responses"] for a, b in zip(mixed, plain))
+    other, _ = run(tmp_path, capsys, reference, PROMPTS, *settings, out="other.jsonl")  # all weight on the other model
+    swapped, _ = run(tmp_path, capsys, policy, PROMPTS, *settings, *mixture(reference, 0, 1), "--overwrite")
+    assert [[response["token_ids"] for response in row["responses"]] for row in swapped] == [
+        [response["token_ids"] for response in row["responses"]] for row in other]
+
+
+def test_padded_embeddings_change_no_token(tmp_path, capsys, policy, reference):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    for name, source, rows, fill in (("policy", policy, 272, 40.0), ("reference", reference, 264, -40.0)):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        vocabulary = model.config.vocab_size
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():  # rows of another scale would be drawn if anything let them
+            model.lm_head.weight[vocabulary:] = model.lm_head.weight[:rows - vocabulary] * fill
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / name)
+    rows, _ = run(tmp_path, capsys, policy, PROMPTS, *mixture(reference, 1.5, -0.5))
+    padded, _ = run(tmp_path, capsys, str(tmp_path / "policy"), PROMPTS, *mixture(str(tmp_path / "reference"), 1.5, -0.5),
+                    out="padded.jsonl")
+    assert [row["responses"][0]["token_ids"] for row in padded] == [row["responses"][0]["token_ids"] for row in rows]
+
+
+def test_a_reference_with_another_vocabulary_or_a_shorter_context(tmp_path, capsys, policy):
+    other = make_policy(tmp_path / "other", seed=1)
+    vocabulary = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] = {token: 255 - i for token, i in vocabulary["model"]["vocab"].items()}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    err = refused(tmp_path, capsys, policy, PROMPTS, *mixture(other, 0.5, 0.5))
+    assert f"{other}: its tokenizer has another vocabulary than that of {policy}" in err and not (tmp_path / "out.jsonl").exists()
+    short = longer_policy(tmp_path / "short", 64)
+    _, printed = run(tmp_path, capsys, policy, [{"prompt": "hi"}, {"prompt": "x" * 40}], *mixture(short, 0.5, 0.5))
+    assert (printed["rows"], printed["skipped_too_long"]) == (1, 1)
+
+
+# ---- S3's sampled beams
+
+def test_sampled_beams_are_transformers_own_and_ignore_the_other_prompts(tmp_path, capsys, policy, tokenizer):
+    from transformers import AutoModelForCausalLM
+    rows, printed = run(tmp_path, capsys, policy, PROMPTS, "--num-beams", "3")
+    assert (printed["responses"], printed["rows"]) == (11, 11)
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    for row in rows:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        torch.manual_seed(generate.stable_hash(0, "generate", row["id"], 0) % 2**63)
+        output = model.generate(**ids, do_sample=True, num_beams=3, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=12)
+        output = output[0, ids["input_ids"].shape[1]:].tolist()
+        assert row["responses"][0]["token_ids"] == (output + [tokenizer.eos_token_id])[:(output + [tokenizer.eos_token_id]).index(
+            tokenizer.eos_token_id)]
+    run(tmp_path, capsys, policy, PROMPTS[:3:-1], "--num-beams", "3", out="others.jsonl", name="others.prompts")
+    assert read_rows(tmp_path / "others.jsonl")[::-1] == rows[4:]
+    plain, _ = run(tmp_path, capsys, policy, PROMPTS, "--n", "1", "--temperature", "1", "--top-p", "1", out="plain.jsonl")
+    two, _ = run(tmp_path, capsys, policy, PROMPTS, "--num-beams", "3", "--n", "2", out="two.jsonl")
+    assert [row["responses"][:1] for row in two] == [row["responses"] for row in rows]
+    for a, b in ((rows, plain), (rows, [{"responses": row["responses"][1:]} for row in two])):
+        assert sum(x["responses"][0]["token_ids"] != y["responses"][0]["token_ids"] for x, y in zip(a, b)) > 8
+
+
+# ---- attention, reports
+
+def test_a_soft_cap_on_attention_is_kept(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+    tokenizer = make_tokenizer(tmp_path / "gemma")
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=32, max_position_embeddings=512, attn_logit_softcapping=0.5,
+                          query_pre_attn_scalar=1, initializer_range=0.3, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id,
+                          bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    Gemma2ForCausalLM(config).float().save_pretrained(tmp_path / "gemma")
+    model = str(tmp_path / "gemma")
+    rows, _ = run(tmp_path, capsys, model, PROMPTS, "--greedy")
+    doubled, _ = run(tmp_path, capsys, model, PROMPTS, "--top-p", "1", "--n", "1", *mixture(model, 0.5, 0.5), out="mixed.jsonl")
+    plain, _ = run(tmp_path, capsys, model, PROMPTS, "--top-p", "1", "--n", "1", out="plain.jsonl")
+    assert doubled == plain  # the reference has the cap as well
+    firsts = {}
+    for attention in ("eager", "sdpa"):
+        loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
+        with torch.no_grad():
+            firsts[attention] = [loaded(torch.tensor([generate.prompt_ids(tokenizer, row["prompt"])])).logits[0, -1].argmax().item()
+                                 for row in rows]
+    found = [(row["responses"][0]["token_ids"] + [tokenizer.eos_token_id])[0] for row in rows]
+    assert found == firsts["eager"] != firsts["sdpa"]
+
+
+@pytest.mark.parametrize("text, preamble, header", [
+    ("Here's another response:\nHi", 1, 0), ("Sure, here is a different take on it. Hi", 1, 0), ("Here’s an alternative: hi", 1, 0),
+    ("**Sure!** Here is a completely different answer:", 1, 0), ("Another response:\n\nHi", 1, 0), ("Alternative version 2: Hi", 1, 0),
+    ("Here is the recipe you asked for:", 0, 0), ("Sure, I can help with another one.", 0, 0), ("There is another way.", 0, 0),
+    ("Another day, another dollar: a saying", 0, 0), ("assistant\n\nHi", 0, 1), ("\n<|assistant|>\nHi", 0, 1), ("Assistant:\nHi", 0, 1),
+    ("The assistant\nsaid", 0, 0), ("assistant professors are", 0, 0)])
+def test_what_counts_as_a_preamble_or_a_role_header(text, preamble, header):
+    assert (bool(generate.PREAMBLE.match(text)), bool(generate.ROLE_HEADER.match(text))) == (bool(preamble), bool(header))
+
+
+def test_equal_samples_quantiles_and_special_tokens_are_reported(tmp_path, capsys, policy):
+    path = write_rows(tmp_path / "prompts.jsonl", [*PROMPTS, {"id": "s", "prompt": "say <|im_end|> twice: <|im_end|>"}])
+    flags = ["--model", policy, "--prompts", path, *HF, "--n", "2"]
+    generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "cold.jsonl"), "--temperature", "1e-4"]))
+    printed = capsys.readouterr()
+    report = json.loads(printed.out.splitlines()[-1])
+    assert (report["prompts_with_equal_samples"], report["equal_samples_share"], report["prompts_with_special_tokens"]) == (12, 1.0, 1)
+    assert "100.0% of the prompts have 2 equal samples at temperature 0.0001" in printed.err
+    assert "1 prompts hold one of the tokenizer's special tokens as text" in printed.err
+    generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "hot.jsonl"), "--temperature", "1.5", "--top-p", "1",
+                                       "--max-tokens", "60"]))
+    printed = capsys.readouterr()
+    report = json.loads(printed.out.splitlines()[-1])
+    assert report["equal_samples_share"] == 0 and "equal samples" not in printed.err
+    responses = [response for row in read_rows(tmp_path / "hot.jsonl") for response in row["responses"]]
+    lengths = sorted(response["tokens"] for response in responses)
+    assert len(lengths) == 24 and report["tokens"] == sum(lengths)
+    # between the ranks 5 and 6, 11 and 12, 17 and 18 of 24, counted from 0
+    assert report["tokens_min_25_50_75_max"] == [lengths[0], 0.25 * lengths[5] + 0.75 * lengths[6], (lengths[11] + lengths[12]) / 2,
+                                                 0.75 * lengths[17] + 0.25 * lengths[18], lengths[-1]]
+    cut = sum(response["finish"] == "length" for response in responses)
+    assert 0 < cut < 24 and (report["truncated"], report["truncated_share"]) == (cut, round(cut / 24, 4))
+    meta = json.loads((tmp_path / "hot.meta.json").read_text())
+    assert meta["counts"]["truncated_share"] == report["truncated_share"] and meta["counts"]["prompts_with_special_tokens"] == 1
