@@ -9,12 +9,15 @@ winrate  Reads   --scored  files of score.py, merged by id, with responses of tw
     A win rate by the reward that also labelled the training pairs (S1 section 5.1 reports such rewards) says how well the policy
     learned that reward, not how good it is; the lengths stand beside it for that reason.
 
-report   Reads   RESULT.json ...  of winrate and of boundary.py
-         Writes  --out DIR    report.md and, of win rates, report.csv and report.png (mean reward and win rate with intervals), of
-                              boundaries boundary.csv: S2's Table 3, a line per file, named after its on-policy model
+report   Reads   RESULT ...   any of: results of winrate, of benchmarks, of boundary.py; metrics.jsonl of trainings; the pairs' meta files
+         Writes  --out DIR    report.md with every table (also a CSV) and figure (PNG and PDF) that these can fill
+    Models whose training differs in seeds and paths alone, back to the prompts, are one setting: the sd over its seeds stands apart from
+    the interval over prompts. Tables: report (S1 2, 3; S2 1; S3 1 to 4), benchmarks_SUITE (S1 4, 5), gains and delta (S2 1, 3, 4, 5, by the
+    rule of METHODS 4.6), boundary (S2 3), pair_sets (S3 5), trace: files and weights behind each result by their hashes. Figures: report
+    (S1 6), categories (S1 2, 7, 8), lengths (S1 3), on_ratio and filters (S1 4, 5), training (S2 3).
 
     python evaluate.py winrate --scored out/eval.jsonl --model out/dpo_on50 --baseline out/models/policy --out out/on50.json
-    python evaluate.py report out/on0.json out/on50.json out/on100.json out/boundary.json --out out/report
+    python evaluate.py report out/on0.json out/on50.json out/on100.json out/boundary.json out/*/metrics.jsonl --out out/report
 
 Prints the result as its last line, one JSON object.
 """
@@ -28,16 +31,19 @@ import itertools
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterator, NoReturn
 
 import numpy as np
 
 PENALTIES = np.logspace(-4, 4, 10)  # ALPACA_LC 3: LogisticRegressionCV(Cs=10)
+MINIMAL_PENALTY = PENALTIES[6]  # of the fit without difficulty: weak, as the leaderboard's are (ALPACA_LC 3: index 5 or 6, nearly always)
 GAMED_WEIGHT = 0.1  # ALPACA_LC 3: lambda .2 over 2 gamed models
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,8 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     winrate.add_argument("--allow-missing", action="store_true", help="more than 1 % of prompts may lack a verdict or a response")
     winrate.add_argument("--out", required=True, help="the result, JSON")
     winrate.add_argument("--overwrite", action="store_true", help="replace an --out of another run")
-    report = commands.add_parser("report", allow_abbrev=False, help="a table and figures from results")
-    report.add_argument("results", nargs="+", metavar="RESULT.json", help="of winrate or boundary.py")
+    report = commands.add_parser("report", allow_abbrev=False, help="tables and figures from results")
+    report.add_argument("results", nargs="+", metavar="RESULT", help="of winrate, benchmarks, boundary.py; a training's metrics.jsonl; "
+                        "the pairs' meta file")
     report.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args(argv)
     if args.command == "winrate":
@@ -190,7 +197,7 @@ def length_controlled(p: np.ndarray, deltas: np.ndarray, places: np.ndarray, gam
     theta = fit_l1(features, targets, weights, penalty)
     equal, effect = length_effect(features[:n], theta)
     return {"formula": "length_controlled_minimal" if gamma is None else "length_controlled_v1",
-            "length_controlled_winrate": 100 * equal.mean(), "lc_standard_error": 100 * equal.std(ddof=1) / math.sqrt(n),
+            "length_controlled_winrate": 100 * equal.mean(), "lc_standard_error": None if gamma is None else 100 * equal.std(ddof=1) / math.sqrt(n),
             "theta": theta.tolist(), "C": penalty, "equal": equal, "effect": effect}
 
 def draw_prompts(n: int) -> np.ndarray:
@@ -218,15 +225,61 @@ def adjusted_rates(p: np.ndarray, effect: np.ndarray, counts: np.ndarray, groups
     with np.errstate(invalid="ignore"):
         return 100 * ((counts * (np.nan_to_num(p) - effect)) @ groups.T) / (counts @ groups.T)
 
+MACHINE = {"out", "overwrite", "resume", "save_every", "keep_last", "micro_tokens", "activation_checkpointing", "stats", "plot", "command"}
+
+@lru_cache(maxsize=None)
+def file_hash(path: str) -> str | None:
+    """sha256, None where there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+@lru_cache(maxsize=None)
+def origins(meta: Path) -> dict[str, str]:
+    """{path: hash} of all that a file was made from, by the meta file beside it, those beside its inputs, and so on."""
+    inputs = json.loads(meta.read_text())["inputs"] if meta.exists() else {}
+    return {name: known for path in inputs for name, known in origins(Path(path).with_suffix(".meta.json")).items()} | inputs
+
+def given(args: dict) -> dict:
+    return {name: value for name, value in args.items() if name not in MACHINE and value is not None and value is not False}
+
+def recipe(facts: dict, ignored: set[str]) -> dict:
+    """What made a file, names of files aside: the arguments but `ignored` ones in its meta file and in those of its inputs, and hashes of
+    inputs that have no meta file or are no longer what it speaks of."""
+    def made(value: object) -> object:
+        if isinstance(value, list):
+            return [made(one) for one in value]
+        own = sorted(known for path, known in facts["inputs"].items()
+                     if isinstance(value, str) and Path(value) in (Path(path), Path(path).parent))
+        if not own:
+            return value
+        meta = Path(value, "metrics.meta.json") if os.path.isdir(value) else Path(value).with_suffix(".meta.json")
+        known = meta.exists() and facts["inputs"].get(value) in (None, file_hash(value))
+        return recipe(json.loads(meta.read_text()), ignored) if known else own
+
+    return {name: made(value) for name, value in facts["args"].items() if name not in ignored and value is not None}
+
 def training_of(model: str) -> dict | None:
-    """What train_dpo.py says of the pairs and the time of a model, where the name is a folder that it wrote."""
+    """What train_dpo.py says of a model, where the name is a folder that it wrote, and build_pairs.py of its pairs ("made").
+
+    Models of one "recipe" differ in seeds and paths alone; those of one "family" in the pairs' on-policy share and filter too.
+    """
     meta = Path(model, "metrics.meta.json")
     if not meta.exists():
         return None
     facts = json.loads(meta.read_text())
-    return {"pairs": facts["counts"]["pairs"], "seconds": facts["counts"]["seconds"], "steps": facts["counts"]["steps"],
-            "args": {name: facts["args"][name] for name in ("pairs", "loss", "beta", "lr", "epochs", "batch_size", "seed")
-                     if name in facts["args"]}}
+    args, counts, inputs = given(facts["args"]), facts.get("counts", {}), facts["inputs"]
+    pairs = args.get("pairs", "")
+    beside, made = Path(pairs or "-").with_suffix(".meta.json"), None
+    if beside.exists() and file_hash(pairs) == inputs.get(pairs):
+        of_pairs = json.loads(beside.read_text())
+        made = {"args": given(of_pairs["args"]), "inputs": of_pairs["inputs"],
+                "counts": {name: of_pairs["counts"].get(name) for name in ("pairs", "on", "off", "cross")}}
+    digests = {name: hashlib.sha256(json.dumps(recipe(facts, ignored), sort_keys=True).encode()).hexdigest()[:16]
+               for name, ignored in (("recipe", MACHINE | {"seed"}), ("family", MACHINE | {"seed", "on_ratio", "filter", "boundary"}))}
+    return {"pairs": counts.get("pairs"), "seconds": counts.get("seconds"), "steps": counts.get("steps"), "args": args, "inputs": inputs,
+            "made": made, **digests}
 
 def judged_prompts(places: dict, model: str, baseline: str, by_wins: bool) -> tuple[dict[str, dict], int]:
     """{id: {"instruction", "category", "p", "len", "len_baseline", "reward", "reward_baseline"}} of prompts that both models answered,
@@ -275,6 +328,8 @@ def rates(prompts: list[dict], groups: dict, reference: dict, penalty: float | N
                 for key, mask in groups.items()}
     draws = {"win_rate": [], "length_controlled_winrate": [], "groups": []}
     if found.sum() >= 5:
+        if penalty is None and reference["gamma"] is None:  # on few prompts cross-validation shrinks every rate to 50
+            penalty = MINIMAL_PENALTY
         fit = length_controlled(p, deltas, reference["places"], reference["gamma"], reference["gamed"], penalty)
         drawn = draw_prompts(len(p))
         controlled, adjusted = lc_bootstrap(p, deltas, drawn, fit["C"], masks, reference["gamma"], reference["gamed"])
@@ -441,7 +496,7 @@ def main_winrate(args: argparse.Namespace) -> None:
               **{f"avg_length{side}": int(np.mean([prompt[f"len{side}"] for prompt in prompts])) for side in ("", "_baseline")},
               **{f"reward{side}": mean_reward([prompt[f"reward{side}"] for prompt in prompts if prompt[f"reward{side}"] is not None])
                  for side in ("", "_baseline")},
-              "n_without_verdict": without, "n_other_prompts": others, "training": training_of(names[0])}
+              "n_without_verdict": without, "n_other_prompts": others, "bins_of": args.bins_of, "training": training_of(names[0])}
     if args.minus:
         result["minus"] = {"model": names[1]} | difference(*measured)
     facts.update(counts={"prompts": len(common) + others, "compared": own["n_total"], "without_verdict": without, "others": others},
@@ -455,53 +510,191 @@ def main_winrate(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # report
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito; more series go to a further picture
+NEEDS = {"winrate": ("model", "baseline", "ci", "n_total"), "benchmarks": ("model", "suite", "tasks"), "meta": (),
+         "pairs": ("args", "counts"), "boundary": ("ci", "models", "length_matched", "distinct")}  # what a result of each kind must have
+
+def read_result(path: str) -> dict:
+    """A result with its "kind" and "file"; the kind "metrics" is a training, "pairs" build_pairs.py's meta file, "meta" any other."""
+    if path.endswith(".jsonl"):
+        model, rows = str(Path(path).parent), [row for _, _, row in read_jsonl(path, ("step", "loss"))]
+        return {"kind": "metrics", "file": path, "model": model, "rows": rows, "training": training_of(model)}
+    try:
+        result, found = json.loads(Path(path).read_text()), 'no "kind" of these with its numbers'
+    except (OSError, ValueError) as error:
+        result, found = None, error
+    result = result if isinstance(result, dict) else {}
+    kind = str(result.get("kind"))
+    if isinstance(result.get("args"), dict) and path.endswith(".meta.json"):
+        kind = "pairs" if {"scored", "on_ratio"} <= result["args"].keys() else "meta"
+    if not result.keys() >= {*NEEDS.get(kind, ["kind of a result"])}:
+        fail(f"{path}: expected a result of `evaluate.py winrate` or of `benchmarks`, of boundary.py, a training's metrics.jsonl or the "
+             f"pairs' meta file, found {found}")
+    return result | {"kind": kind, "file": path}
+
 def short_names(names: list[str]) -> dict[str, str]:
     """Last part of each path, or the whole path where two end alike."""
-    ends = Counter(Path(name).name for name in set(names))
+    ends = Counter(map(os.path.basename, {os.path.abspath(name) for name in names}))
     return {name: Path(name).name if ends[Path(name).name] == 1 else name for name in names}
 
-def report_rows(results: list[dict]) -> list[dict]:
-    """One line per model, the baselines first: (setting, pairs, reward, win rate, interval, prompts, characters, seconds)."""
-    names = short_names([name for result in results for name in (result["baseline"], result["model"])])
-    rows = {}
+def grouped(results: list[dict], names: dict[str, str]) -> dict[tuple, tuple[str, list[dict]]]:
+    """{key: (setting, runs)}: models that were made alike but for seeds and paths, and measured alike, are the runs of one setting."""
+    groups: dict[tuple, dict[str, dict]] = {}
     for result in results:
-        rows.setdefault(result["baseline"], {
-            "setting": f"{names[result['baseline']]} (baseline)", "pairs": None, "reward": result["reward_baseline"], "win_rate": None,
-            "ci": None, "n": result["n_total"], "characters": result["avg_length_baseline"], "seconds": None})
-    for result in results:
-        training = result["training"] or {"pairs": None, "seconds": None}
-        rows[(result["baseline"], result["model"])] = {
-            "setting": names[result["model"]], "pairs": training["pairs"], "reward": result["reward"], "win_rate": result["win_rate"],
-            "ci": result["ci"], "n": result["n_total"], "characters": result["avg_length"], "seconds": training["seconds"]}
-    return list(rows.values())
+        recipe = (result.get("training") or {}).get("recipe") or result["model"]
+        key = (recipe, *(str(result.get(name)) for name in ("suite", "baseline", "by", "labelers")))
+        same = groups.setdefault(key, {}).setdefault(result["model"], result)
+        if any(same.get(name) != result.get(name) for name in ("win_rate", "length_controlled_winrate", "tasks")):
+            groups[(*key, result["file"])] = {result["model"]: result}  # the same model, measured on other answers or questions
+    settings = {}
+    for key, runs in groups.items():
+        ends = os.path.commonprefix([Path(model).name for model in runs]).rstrip("_-.") or names[min(runs)]
+        settings[key] = f"{ends} ({len(runs)} seeds)" if len(runs) > 1 else names[min(runs)]
+    often = Counter(settings.values())
+    return {key: (settings[key] + (f", {short_names([run['file']])[run['file']]}" if often[settings[key]] > 1 else ""), list(runs.values()))
+            for key, runs in groups.items() for run in [min(runs.values(), key=lambda run: run["file"])]}
 
-def table(rows: list[dict]) -> list[list[str]]:
-    """The report as text cells, header first."""
-    cells = [["setting", "pairs", "reward", "win rate", "95 % interval", "prompts", "characters", "training seconds"]]
-    for row in rows:
-        cells.append([row["setting"], *("" if value is None else text.format(value) for text, value in (
-            ("{}", row["pairs"]), ("{:.2f}", row["reward"] and row["reward"]["mean"]), ("{:.1f}", row["win_rate"]),
-            ("{0[0]:.1f} to {0[1]:.1f}", row["ci"]), ("{}", row["n"]), ("{}", row["characters"]), ("{:.0f}", row["seconds"])))])
-    return cells
+def over_runs(runs: list[dict | None], name: str, ci: str = "ci") -> dict | None:
+    """One number over runs: mean, mean ends of the runs' intervals over prompts, and kept apart from these the sd over seeds."""
+    known = [run for run in runs if run and run.get(name) is not None]
+    values, ends = [run[name] for run in known], [run[ci] for run in known if run.get(ci)]
+    return {"mean": float(np.mean(values)), "ci": np.mean(ends, 0).tolist() if ends else None,
+            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None} if values else None
 
-def boundary_table(results: dict[str, dict]) -> list[list[str]]:
-    """S2's Table 3 (with Table 8's distinctness) as text cells, header first, shares in percent; `results` are boundary.py's by file.
+def shown(value: float | dict | None, form: str = ".2f", part: str = "mean") -> str:
+    """A number, or the mean, sd or interval of over_runs, as text; "" for None."""
+    value = value[part] if isinstance(value, dict) else value
+    return "" if value is None else f"{value[0]:{form}} to {value[1]:{form}}" if part == "ci" else format(value, form)
+
+def span(numbers: list[int | None]) -> str:
+    known = sorted(number for number in numbers if number is not None)
+    return " to ".join(dict.fromkeys(f"{number:,}" for number in (*known[:1], *known[-1:])))
+
+def report_lines(winrates: list[dict], averages: dict[str, dict], names: dict[str, str]) -> list[dict]:
+    """What tables and figures show of each baseline (50 against itself), then of each setting; averages: of benchmarks, by model."""
+    groups, baselines = grouped(winrates, names), {}
+    rates = {name: 50.0 for name in ("length_controlled_winrate", "win_rate") if any(run.get(name) is not None for run in winrates)}
+    for key, (_, [run, *_]) in groups.items():
+        itself = rates | {"model": run["baseline"], "n_total": run["n_total"], "avg_length": run.get("avg_length_baseline"),
+                          "reward": run.get("reward_baseline"), "by": ""}
+        baselines.setdefault((run["baseline"], *key[1:5]), (f"{names[run['baseline']]} (baseline)", [itself]))
+    return [{"setting": setting, "against": key[2:5], "runs": runs, "training": runs[0].get("training") or {},
+             "lc": over_runs(runs, "length_controlled_winrate", "lc_ci"), "wins": over_runs(runs, "win_rate"),
+             "reward": over_runs([run.get("reward") for run in runs], "mean"), "average": averages.get(runs[0]["model"]),
+             "n": span([run["n_total"] for run in runs])} for key, (setting, runs) in [*baselines.items(), *groups.items()]]
+
+def models_table(lines: list[dict]) -> list[dict]:
+    """S1's Tables 2 and 3, the columns of S2's Table 1, LC and win rates of S3's Tables 1 to 4."""
+    return [{"setting": line["setting"], "seeds": str(len(runs)) if len(runs) > 1 else "",
+             "pairs": span([(run.get("training") or {}).get("pairs") for run in runs]),
+             "LC": shown(line["lc"]), "LC 95 %": shown(line["lc"], ".1f", "ci"), "LC sd over seeds": shown(line["lc"], part="sd"),
+             "win rate": shown(line["wins"]), "95 %": shown(line["wins"], ".1f", "ci"), "sd over seeds": shown(line["wins"], part="sd"),
+             "standard error": shown(over_runs(runs, "standard_error")), "characters": shown(over_runs(runs, "avg_length"), ".0f"),
+             "reward": shown(line["reward"]), "benchmarks": shown(line["average"]), "prompts": line["n"],
+             "training seconds": shown(over_runs([run.get("training") for run in runs], "seconds"), ".0f"),
+             "judge": ", ".join(runs[0].get("labelers") or [str(runs[0].get("by"))]), "formula of LC": runs[0].get("formula") or ""}
+            for line in lines for runs in [line["runs"]]]
+
+def benchmarks_table(suites: list[tuple[str, list[dict]]]) -> list[dict]:
+    """S1's Tables 4 and 5, S3's benchmarks: score (se over questions, sd over seeds) by task; the settings of one suite."""
+    table = []
+    for setting, runs in suites:
+        line = {"setting": setting, "seeds": str(len(runs)) if len(runs) > 1 else ""}
+        for task in runs[0]["tasks"]:
+            n = span([run["tasks"][task]["n"] for _, others in suites for run in others])
+            score, error = (over_runs([run["tasks"][task] for run in runs], name) for name in ("score", "stderr"))
+            line[f"{task} (n = {n})"] = shown(score) + f" (se {shown(error) or '?'}{', sd ' * bool(score['sd'])}{shown(score, part='sd')})"
+        average = over_runs(runs, "average")
+        table.append(line | {"average": shown(average), "sd over seeds": shown(average, part="sd")})
+    return table
+
+def delta(off: float, on: float) -> str:
+    """S2's ratio of two gains from one start model, by the rule of METHODS 4.6."""
+    return f"{off / on:.2f}" if on > 0 else "+inf" if off > 0 else "-"
+
+def gains(lines: list[dict]) -> list[dict]:
+    """What each trained setting gained on the models it started from: points of LC or, where one has none, of win rate."""
+    measured = {(os.path.abspath(run["model"]), line["against"]): (line["setting"], run) for line in lines[::-1] for run in line["runs"]}
+    found = []
+    for line in (line for line in lines if line["training"].get("args", {}).get("model")):
+        paths = [run["training"]["args"]["model"] for run in line["runs"]]
+        starts = [measured.get((os.path.abspath(path), line["against"]), (path, {})) for path in paths]
+        both = [(run, start) for run, (_, start) in zip(line["runs"], starts) if start]
+        lc = all(of.get("length_controlled_winrate") is not None for pair in both for of in pair)
+        name = "length_controlled_winrate" if lc else "win_rate"
+        counts = (line["training"].get("made") or {}).get("counts", {})
+        kinds = [kind for kind in ("on", "off", "cross") if counts.get(kind)]
+        args = {key: value for key, value in line["training"]["args"].items()
+                if key not in ("model", "reference", "pairs", "eval_pairs", "seed")}
+        found.append({"setting": line["setting"], "start": starts[0][0], "path": os.path.abspath(paths[0]), "n": line["n"],
+                      "data": "mixed" if len(kinds) > 1 else "".join(kinds), "measure": "LC" if lc else "win rate",
+                      "value": over_runs(line["runs"], name),
+                      "gain": over_runs([{"gain": run[name] - start[name]} for run, start in both], "gain"),
+                      "alike": (starts[0][0], line["against"], name, args)})
+    return found
+
+def delta_table(found: list[dict], boundaries: list[dict]) -> list[dict]:
+    """S2's Tables 1, 3, 4, 5: every off- with every on-trained child of one start model, both trained with the same arguments."""
+    scores = {os.path.abspath(result["models"]["on"][0]): f"{100 * result['score']:.1f}" for result in boundaries
+              if len(result["models"]["on"]) == 1}
+    return [{"start model": off["start"], "boundary score": scores.get(off["path"], ""), "measure": off["measure"],
+             "off-trained": off["setting"], "gain off": shown(off["gain"], "+.2f"), "on-trained": on["setting"],
+             "gain on": shown(on["gain"], "+.2f"), "delta": delta(off["gain"]["mean"], on["gain"]["mean"]), "prompts": off["n"]}
+            for off in found for on in found if (off["data"], on["data"]) == ("off", "on") and off["alike"] == on["alike"]
+            and off["gain"] and on["gain"]]
+
+def boundary_table(results: list[dict]) -> list[dict]:
+    """S2's Table 3 (with Table 8's distinctness), shares in percent.
 
     A line is named after its on-policy model, or after its file where it has several or another line has the same.
     """
     def share(result: dict | None) -> str:
         return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in (result["score"], *result["ci"]))) if result else ""
 
-    policies = [result["models"]["on"] for result in results.values()]
-    stems = [str(Path(path).with_suffix("")) for path in results]
+    policies = [result["models"]["on"] for result in results]
+    stems = [str(Path(result["file"]).with_suffix("")) for result in results]
     models, files = short_names(sum(policies, [])), short_names(stems)
-    cells = [["setting", "prompts", "V_on", "V_off", "ties", "score (95 % interval)", "length-matched", "distinct", "stage", "use"]]
-    for result, policy, stem in zip(results.values(), policies, stems):
-        setting = models[policy[0]] if len(policy) == 1 and policies.count(policy) == 1 else files[stem]
-        cells.append([setting, *(str(result[name]) for name in ("n_prompts", "v_on", "v_off", "ties")), share(result),
-                      share(result["length_matched"]), f"{100 * result['distinct']['sum']:.1f}" if result["distinct"] else "",
-                      result["stage"], result["use"]])
-    return cells
+    return [{"setting": models[policy[0]] if len(policy) == 1 and policies.count(policy) == 1 else files[stem],
+             "prompts": str(result["n_prompts"]), **{name: str(result[name.lower()]) for name in ("V_on", "V_off", "ties")},
+             "score (95 % interval)": share(result), "length-matched": share(result["length_matched"]),
+             "distinct": f"{100 * result['distinct']['sum']:.1f}" if result["distinct"] else "",
+             "stage": result["stage"], "use": result["use"]} for result, policy, stem in zip(results, policies, stems)]
+
+def pairs_table(results: list[dict]) -> list[dict]:
+    """S3's Table 5, the margin and how the pairs were made, from build_pairs.py's meta files."""
+    names, table = short_names([result["file"] for result in results]), []
+    for result in results:
+        args, counts = result["args"], result["counts"]
+        made = ", ".join(f"{name} {value}" for name, value in given(args).items() if name != "scored")
+        for name, numbers in (result.get("stats") or {"": {}}).items():
+            table.append({"pair set": names[result["file"]].removesuffix(".meta.json"), "made by": made,
+                          **{kind: span([counts.get(kind) or None]) for kind in ("pairs", "on", "off", "cross")}, "of": name,
+                          "n": shown(numbers.get("n"), ","), **{part: shown(numbers.get(part)) for part in
+                                                                ("mean", "std", "min", "25%", "median", "75%", "max")}})
+    return table
+
+def trace_table(results: list[dict]) -> list[dict]:
+    """Each result back to checkpoint, pairs and scored files by the hashes of the meta files; weights are not hashed again."""
+    def marks(inputs: dict[str, str]) -> str:
+        return "; ".join(f"{path} {known[:12]}" + ("" if (now := file_hash(path)) == known else " (changed)" if now else " (not here)")
+                         for path, known in inputs.items())
+
+    def weights(model: str, inputs: dict[str, str]) -> str:
+        own = [known[:12] for path, known in inputs.items() if Path(path).parent == Path(model) and path.endswith(".safetensors")]
+        return " ".join([model, *own[:1]]) + f" and {len(own) - 1} files more" * (len(own) > 1)
+
+    table = []
+    for result in results:
+        training, beside = result.get("training") or {}, Path(result["file"]).with_suffix(".meta.json")
+        inputs, args, whole = training.get("inputs") or {}, training.get("args") or {}, origins(beside)
+        models = result["models"]["on"] if result["kind"] == "boundary" else [result["model"]]
+        direct = json.loads(beside.read_text())["inputs"] if beside.exists() and result["kind"] != "metrics" else {}
+        table.append({"result": result["file"], "model": "; ".join(weights(model, whole) for model in models),
+                      "measured on": marks({path: known for path, known in direct.items() if Path(path).parent not in map(Path, models)}),
+                      "start model": weights(args["model"], inputs) if "model" in args else "",
+                      "pairs": marks({path: known for path, known in inputs.items() if path == args.get("pairs")}),
+                      "scored": marks((training.get("made") or {}).get("inputs") or {})})
+    return table
 
 def markdown(cells: list[list[str]]) -> list[str]:
     """The lines of a table."""
@@ -509,58 +702,209 @@ def markdown(cells: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Two panels of points with 95 % intervals: mean reward of every line, win rate of those that have one."""
+def write_table(table: list[dict], path: Path) -> list[str]:
+    """The columns that say something, as CSV and as lines of Markdown."""
+    columns = [name for name in table[0] if any(line[name] for line in table)]
+    cells = [columns, *([line[name] for name in columns] for line in table)]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(cells)
+    return markdown(cells)
+
+def bars(axes: list, panels: list[tuple], marks: dict[str, tuple], rows: list[str]) -> None:
+    """Panels (label, reference line or None, {series: [(middle, low, high) or None per row]}): intervals, on bars from 0 beside a line."""
+    for axis, (label, reference, series) in zip(axes, panels):
+        step = 0.8 / len(series)
+        for k, (name, points) in enumerate(series.items()):
+            colour, marker = marks[name]
+            place, middle, low, high = np.array([(row, *point) for row, point in enumerate(points) if point], dtype=float).reshape(-1, 4).T
+            place += step * (k - (len(series) - 1) / 2)
+            if reference is not None:
+                axis.barh(place, middle, height=0.85 * min(step, 0.6), color=colour, alpha=0.3, linewidth=0)
+            axis.errorbar(middle, place, xerr=np.array([middle - low, high - middle]), fmt=marker, color=colour, capsize=2.5, markersize=4,
+                          label=name)
+            for x, y, value in zip(high, place, middle):
+                axis.annotate(f"{value:.2f}" if reference is None else f"{value:.1f}", (x, y), textcoords="offset points", xytext=(4, 0),
+                              va="center", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axis.margins(x=0.14)
+        if reference is not None and axis.get_xlim()[0] <= reference <= axis.get_xlim()[1]:
+            axis.axvline(reference, color="grey", linestyle="--", linewidth=1)
+        axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+        axis.set_axisbelow(True)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [""] * len(rows), fontsize=9)
+
+def curves(axes: list, panels: list[tuple], marks: dict[str, tuple], bands: bool) -> None:
+    """Panels (x label, y label, {series: [(x, middle, low, high)]}): lines with error bars or, where `bands`, shades."""
+    for axis, (x_label, y_label, series) in zip(axes, panels):
+        apart = 0.01 * np.ptp([x for points in series.values() for x, *_ in points])  # error bars at one x stand side by side
+        for k, (name, points) in enumerate(series.items()):
+            x, middle, low, high = np.array(sorted(points), dtype=float).T
+            colour, marker = marks[name]
+            style = {"color": colour, "linestyle": ("-", "--", "-.")[k % 3], "linewidth": 1.3, "label": name}
+            if bands:
+                axis.plot(x, middle, **style)
+                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            else:
+                axis.errorbar(x + apart * (k - (len(series) - 1) / 2), middle, yerr=np.array([middle - low, high - middle]), marker=marker,
+                              markersize=5, capsize=3, **style)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.grid(alpha=0.3)
+
+def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str] | bool) -> list[str]:
+    """PNG and PDF, as many pairs as the series need; the names of the PNG files."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.45 * len(rows)), sharey=True, layout="constrained")
-    places = np.arange(len(rows))[::-1]
-    panels = (("mean reward", "#0072B2", [row["reward"] and (row["reward"]["mean"], row["reward"]["ci"]) for row in rows]),
-              ("win rate against the baseline (%)", "#D55E00", [row["ci"] and (row["win_rate"], row["ci"]) for row in rows]))
-    for axis, (label, colour, points) in zip(axes, panels):
-        for place, point in zip(places, points):
-            if point:
-                middle, (low, high) = point
-                axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=4)
-                axis.annotate(f"{middle:.2f}" if axis is axes[0] else f"{middle:.1f}", (middle, place), textcoords="offset points",
-                              xytext=(0, 7), ha="center", fontsize=9)
-        axis.set_xlabel(label)
-        axis.grid(axis="x", alpha=0.3)
-        axis.margins(y=0.25)
-    axes[1].axvline(50, color="grey", linestyle="--", linewidth=1)
-    axes[0].set_yticks(places, [f"{row['setting']}\nn = {row['n']}" for row in rows])
-    figure.suptitle("mean and 95 % bootstrap interval over prompts", fontsize=10)
-    figure.savefig(path, dpi=150)
+    names, files = list(dict.fromkeys(name for *_, series in panels for name in series)), []
+    for k in range(0, len(names), len(COLOURS)):
+        marks = dict(zip(names[k:], zip(COLOURS, "os^Dv*")))  # the same in all panels
+        some = [(*head, kept) for *head, series in panels if (kept := {name: points for name, points in series.items() if name in marks})]
+        most, legend = max(len(series) for *_, series in some), names != [""]
+        width, height = (2.2 + 3.7 * len(some), 1 + len(what) * max(0.45, 0.19 * most)) if draw is bars else (0.8 + 4 * len(some), 3.4)
+        figure, [axes] = plt.subplots(1, len(some), figsize=(width, height + 0.22 * legend * most), layout="constrained", squeeze=False)
+        draw(axes, some, marks, what)
+        if legend:
+            handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(some), 2), frameon=False, fontsize=8)
+        files.append(path.with_name(f"{path.name}{f'_{k // len(COLOURS) + 1}' if k else ''}.png"))
+        for file in (files[-1], files[-1].with_suffix(".pdf")):
+            figure.savefig(file, dpi=150)
+            figure.set_layout_engine("none")  # laid out once
+        plt.close(figure)
+    return [file.name for file in files]
+
+def sweep(lines: list[dict], measure: str, of: Callable) -> dict[str, list[tuple]]:
+    """{series: [(x, middle, low, high)]} of settings that differ in x alone; of(counts, args) of their pairs gives (rest, name, x).
+
+    The error is the sd over seeds where a setting has several runs, else the interval over prompts (S1 Fig. 4 does not say).
+    """
+    found: dict[tuple, list[tuple]] = {}
+    for line in lines:
+        made = line["training"].get("made")
+        if made and line["training"].get("family") and line[measure] and (place := of(made["counts"], made["args"])):
+            (*rest, x), value = place, line[measure]
+            low, high = [value["mean"] + sign * value["sd"] for sign in (-1, 1)] if value["sd"] is not None else value["ci"]
+            found.setdefault((line["training"]["family"], line["against"], *rest), []).append(
+                (line, (x, value["mean"], min(low, value["mean"]), max(high, value["mean"]))))
+    series = {}
+    for (*_, name), some in found.items():
+        if len({x for _, (x, *_) in some}) > 1:
+            start = short_names([some[0][0]["training"]["args"]["model"]])
+            label = f"{name or 'pairs'} on {' '.join(start.values())} (n = {', '.join(dict.fromkeys(line['n'] for line, _ in some))})"
+            series[label if label not in series else f"{label}, {some[0][0]['setting']} ..."] = [point for _, point in some]
+    return series
+
+def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str, str]) -> Iterator[tuple]:
+    """(file's name, title, note, function, panels, its last argument) of each figure that these results can fill."""
+    def point(value: dict | None) -> tuple | None:
+        return (value["mean"], *value["ci"]) if value and value["ci"] else None
+
+    panels = [(label, reference, {"": [point(line[name]) for line in lines]}) for name, label, reference in (
+        ("reward", "mean reward", None), ("wins", "win rate (%)", 50), ("lc", "length-controlled win rate (%)", 50))]
+    panels = [panel for panel in panels if any(panel[2][""])]
+    if panels:
+        yield ("report", "Settings (S1 Fig. 6)", "Means and 95 % bootstrap intervals over prompts, n = prompts; a setting with several "
+               "seeds has the mean of its runs and of their intervals' ends", bars, panels,
+               [f"{line['setting']}\nn = {line['n']}" for line in lines])
+    lc = all(run.get("length_controlled_winrate") is not None for run in results["winrate"])
+    name, ci, rate = ("length_controlled_winrate", "lc_ci", "LC win rate") if lc else ("win_rate", "ci", "win rate")
+
+    # S1 Figs. 2, 7, 8
+    own = {line["setting"]: [{"all": run} | run.get("categories", {}) for run in line["runs"] if "ci" in run] for line in lines}
+    differences: dict[str, dict] = {}
+    for run in (run for run in results["winrate"] if run.get("minus")):
+        label = f"{names[run['model']]} minus {names[run['minus']['model']]}"
+        differences[label if label not in differences else f"{label}, {run['file']}"] = run
+    minus = {label: [{"all": run["minus"] | {"n_total": run["n_total"]}} | run["minus"].get("categories", {})]
+             for label, run in differences.items()}
+    counts = Counter()
+    for run in (run for runs in (own | minus).values() for run in runs):
+        counts |= Counter({category: group["n_total"] for category, group in run.items()})
+    if len(counts) > 1 or minus:
+        panels = [(label, reference, {series: [point(over_runs([of.get(row) for of in runs], name, ci)) for row, _ in counts.most_common()]
+                                      for series, runs in some.items() if runs})
+                  for label, reference, some in ((f"{rate} (%)", 50, own), (f"difference of {rate}s (points)", 0, minus)) if some]
+        yield ("categories", "Categories of prompts (S1 Figs. 2, 7, 8)", "95 % bootstrap intervals over prompts, those of differences "
+               "paired; n = prompts", bars, panels, [f"{row}\nn = {n}" for row, n in counts.most_common()])
+    # S1 Fig. 3
+    places: dict[tuple, dict] = {}
+    for run, what, of, label in [(run, "", run, names[run["model"]]) for run in results["winrate"]] + [
+            (run, "difference of ", run["minus"], label) for label, run in differences.items()]:
+        bins = [(sum(map(float, bin.split(" to "))) / 2, *point(over_runs([group], name, ci)), group["n_total"])
+                for bin, group in of.get("length_bins", {}).items() if point(over_runs([group], name, ci))]
+        if bins:
+            series = places.setdefault((f"characters, {', '.join(run.get('bins_of') or ['all prompts'])}", f"{what}{rate} (%)"), {})
+            label += f" (n = {', '.join(str(n) for *_, n in bins)})"
+            series[label if label not in series else f"{label}, {run['file']}"] = [tuple(numbers) for *numbers, _ in bins]
+    if places:
+        yield ("lengths", "Lengths of the answer (S1 Fig. 3)", "A point per bin, at its middle; 95 % bootstrap intervals over prompts; n = "
+               "prompts per bin", curves, [(*labels, series) for labels, series in places.items()], False)
+    # S1 Figs. 4, 5
+    error = "Bars: sd over seeds where a setting has several runs, else the 95 % interval over prompts; n = prompts"
+    measure = "lc" if lc else "wins"
+    if series := sweep(lines, measure, lambda counts, args: not counts.get("cross") and (
+            args.get("filter"), args.get("filter"), counts.get("on", 0) / max(1, counts.get("on", 0) + counts.get("off", 0)))):
+        yield "on_ratio", "On-policy share of the pairs (S1 Fig. 4)", error, curves, [("on-policy share", f"{rate} (%)", series)], False
+    if series := sweep(lines, measure, lambda counts, args: args.get("filter") and (
+            args.get("on_ratio"), args["filter"].split(":")[0], float(args["filter"].split(":")[1]))):
+        yield "filters", "Share of the pairs that a filter kept (S1 Fig. 5)", error, curves, [("share kept", f"{rate} (%)", series)], False
+    # S2 Fig. 3
+    panels = []
+    for key, label in (("loss", "loss"), ("margin", "margin, beta h"), ("diversity", "intra-diversity (S2 eq. 12), nats")):
+        series = {}
+        for run in results["metrics"]:
+            rows = [(row["step"], row[key], row.get(f"{key}_std") or 0.0) for row in run["rows"] if row.get(key) is not None]
+            width = math.ceil(len(rows) / 60)  # steps to a point: a longer run is no clearer
+            means = [np.mean(rows[k:k + width], 0) for k in range(0, len(rows), width or 1)]
+            series |= {f"{names[run['model']]} (n = {run['rows'][0].get('pairs')} pairs a step, {width} a point)":
+                       [(step, middle, middle - std, middle + std) for step, middle, std in means]} if rows else {}
+        panels += [("step", label, series)] if series else []
+    if panels:
+        yield ("training", "Training (S2 Fig. 3)", "Means over the pairs of a step and the steps of a point; shades: +- the standard "
+               "deviation over the pairs of a step", curves, panels, True)
 
 def main_report(args: argparse.Namespace) -> None:
-    results: dict[str, dict[str, dict]] = {"winrate": {}, "boundary": {}}  # {kind: {file: result}}
-    needs = {"winrate": ("ci",), "boundary": ("ci", "models", "length_matched", "distinct")}
-    for path in args.results:
-        try:
-            result = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            fail(f"{path}: expected a result of `evaluate.py winrate` or of boundary.py, found {error}")
-        kind = str(result.get("kind")) if isinstance(result, dict) else None
-        if kind not in results or not result.keys() >= {*needs[kind]}:
-            fail(f'{path}: expected a result of `evaluate.py winrate` or of boundary.py, found no "kind" of these with its numbers')
-        results[kind][path] = result
+    results: dict[str, list[dict]] = {kind: [] for kind in (*NEEDS, "metrics")}
+    for path in dict.fromkeys(args.results):
+        result = read_result(path)
+        results[result["kind"]].append(result)
+    if not any(results[kind] for kind in results if kind != "meta"):
+        fail(f"{', '.join(args.results)}: expected results, found meta files alone")
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         fail(f"{out}: expected a folder, found a file")
     out.mkdir(parents=True, exist_ok=True)
-    rows = report_rows(list(results["winrate"].values()))
-    tables = {"report": table(rows), "boundary": boundary_table(results["boundary"])}
-    tables = {name: cells for name, cells in tables.items() if len(cells) > 1}
-    for name, cells in tables.items():
-        with open(out / f"{name}.csv", "w", newline="") as file:
-            csv.writer(file).writerows(cells)
-    if rows:
-        draw(rows, out / "report.png")
-    text = "\n\n".join("\n".join(markdown(cells)) for cells in tables.values())
-    (out / "report.md").write_text(text + "\n")
-    print(text)
-    print(json.dumps({"out": args.out, "results": len(args.results), "rows": sum(len(cells) - 1 for cells in tables.values())}))
+    models = [of.get(key) for of_kind in results.values() for run in of_kind for key in ("model", "baseline")
+              for of in (run, run.get("minus") or {}, (run.get("training") or {}).get("args", {}))]
+    names = short_names([name for name in models if name])
+    suites = {suite: grouped([run for run in results["benchmarks"] if run["suite"] == suite], names)
+              for suite in sorted({run["suite"] for run in results["benchmarks"]})}
+    averages = {run["model"]: average for groups in suites.values() for _, runs in groups.values() for run in runs
+                if (average := over_runs(runs, "average"))}
+    lines = report_lines(results["winrate"], averages, names)
+    gained = gains(lines)
+    tables = {
+        "report": ("Models", models_table(lines)), **{
+            f"benchmarks_{suite}": (f"Benchmarks: {suite}", benchmarks_table([*groups.values()])) for suite, groups in suites.items()},
+        "gains": ("Gains on the start model", [{
+            "model": gain["setting"], "start model": gain["start"], "trained on": gain["data"], "measure": gain["measure"],
+            "value": shown(gain["value"]), "gain": shown(gain["gain"], "+.2f"), "sd over seeds": shown(gain["gain"], part="sd"),
+            "prompts": gain["n"]} for gain in gained]),
+        "delta": ("Off- against on-policy gains (delta = gain off / gain on)", delta_table(gained, results["boundary"])),
+        "boundary": ("Boundary", boundary_table(results["boundary"])), "pair_sets": ("Pair sets", pairs_table(results["pairs"])),
+        "trace": ("Where the results come from", trace_table([
+            run for kind in ("winrate", "benchmarks", "boundary", "metrics") for run in results[kind]]))}
+    text, drawn = ["# Report"], []
+    for name, (title, table) in tables.items():
+        text += [f"## {title}\n", *write_table(table, out / f"{name}.csv")] if table else []
+    command = shlex.join(["python", "evaluate.py", "report", *args.results, "--out", args.out])
+    for name, title, note, draw, panels, what in pictures(lines, results, names):
+        drawn += (files := write_figure(out / name, panels, draw, what))
+        text += [f"## {title}\n", *(f"![{title}]({file})" for file in files), f"\n{note}. Made by `{command}`."]
+    (out / "report.md").write_text("\n".join(text).replace("\n## ", "\n\n## ") + "\n")
+    print((out / "report.md").read_text())
+    print(json.dumps({"out": args.out, "results": len(args.results), "meta_files_passed_over": len(results["meta"]), "figures": drawn,
+                      "tables": {name: len(table) for name, (_, table) in tables.items() if table}}))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)

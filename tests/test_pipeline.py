@@ -64,7 +64,7 @@ def test_the_whole_pipeline(folder):
     assert said["n_wins"] + said["n_wins_base"] + said["n_draws"] == 12
     run_script("evaluate.py", "report", "win.json", "--out", "report", cwd=folder)
     assert (folder / "report" / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert f"{said['win_rate']:.1f}" in (folder / "report" / "report.md").read_text()
+    assert f"{said['win_rate']:.2f}" in (folder / "report" / "report.md").read_text()
     meta = json.loads((folder / "dpo" / "metrics.meta.json").read_text())
     model = {f"policy/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
                                            "tokenizer_config.json", "chat_template.jinja")}
