@@ -235,7 +235,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
     counts = [len(row["responses"]) for row in rows]
     merged = {key: value for row in reversed(rows) for key, value in row.items()}
     merged["responses"] = [response for row in rows for response in row["responses"]]
-    for key in {"wins", "cosine"} & merged.keys():
+    for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
@@ -273,6 +273,12 @@ def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list
     drawn = (rng.integers(0, len(numerators), len(numerators)) for _ in range(1000))
     ratios = [numerators[some].sum() / denominators[some].sum() for some in drawn if denominators[some].sum()]
     return np.percentile(ratios, [2.5, 97.5]).tolist()
+
+def write_result(out: str, result: dict) -> None:
+    """A result as JSON, whole or not at all."""
+    beside = Path(f"{out}.tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, out)
 
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
@@ -360,9 +366,7 @@ def main(args: argparse.Namespace) -> None:
     result["advice"] = advice(result)
     facts.update(counts={"rows": len(places), **counts}, seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
-    beside = Path(f"{args.out}.tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, args.out)
+    write_result(args.out, result)
     print(result["advice"])
     print(json.dumps(result))
 

@@ -455,7 +455,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
     counts = [len(row["responses"]) for row in rows]
     merged = {key: value for row in reversed(rows) for key, value in row.items()}
     merged["responses"] = [response for row in rows for response in row["responses"]]
-    for key in {"wins", "cosine"} & merged.keys():
+    for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged

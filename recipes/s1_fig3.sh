@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# S1 Fig. 3, and Fig. 2 as differences: on- against off-policy DPO by category of prompt and by length of the answer, from the verdicts of
+# s1_table2.sh. Not as in the paper: it does not say where its bins end (here quarters of both models' answers), its text and captions
+# disagree on win rates or length-controlled ones (here both), and the differences have paired intervals. Not run here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ALPACA=${ALPACA:-alpaca_eval}  # as in s1_table2.sh
+RUN=${RUN:-out/s1_table2/ultrafeedback/Llama-3.1-8B-Instruct}
+OUT=${OUT:-out/s1_fig3}
+
+python evaluate.py winrate --scored "$RUN/eval/dpo_1_judged.jsonl" "$RUN/eval/dpo_0_judged.jsonl" --model "$RUN/dpo_1" --minus "$RUN/dpo_0" \
+  --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "mathematical reasoning or calculation" coding --out "$OUT/objective.json"
+python evaluate.py winrate --scored "$RUN/eval/dpo_1_judged.jsonl" "$RUN/eval/dpo_0_judged.jsonl" --model "$RUN/dpo_1" --minus "$RUN/dpo_0" \
+  --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "assisting or creative writing" recommendation --out "$OUT/open.json"
+python evaluate.py report "$OUT/objective.json" "$OUT/open.json" --out "$OUT/report"

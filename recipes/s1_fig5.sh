@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# S1 Fig. 5: off-policy pairs alone, filtered by quality, on-policiness, contrast or similarity, five shares kept of each.
+# Not as in the paper: its embedding model, pooling and the normalisation of log-probabilities are not given. Here the model that is trained
+# embeds (mean of its last states over the answer), and log-probabilities are sums, which favours short pairs: build_pairs.py prints their
+# lengths. It labels with the same reward model that filters, as the text says (its code takes GPT-4's). One node of 8 x 80 GB; not run here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
+REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
+JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+OUT=${OUT:-out/s1_fig5}
+GPUS=${GPUS:-8}
+
+python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/rewards.jsonl"
+python score.py --scorer logp --model "$MODEL" --responses "$OUT/rewards.jsonl" --out "$OUT/logps.jsonl"
+python score.py --scorer embed --model "$MODEL" --responses "$OUT/logps.jsonl" --out "$OUT/scored.jsonl"
+python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+
+for p in 0.1 0.2 0.3 0.4 0.5; do
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter quality:$p --out "$OUT/pairs_quality_$p.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter onpolicy:$p --out "$OUT/pairs_onpolicy_$p.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter contrast:$p --out "$OUT/pairs_contrast_$p.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter similarity:$p --out "$OUT/pairs_similarity_$p.jsonl"
+  for filter in quality onpolicy contrast similarity; do
+    name=${filter}_$p
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$OUT/dpo_$name"
+    python generate.py --greedy --model "$OUT/dpo_$name" --prompts "$OUT/alpaca.jsonl" --out "$OUT/answers_$name.jsonl"
+    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+      --responses "$OUT/alpaca.jsonl" "$OUT/answers_$name.jsonl" --out "$OUT/judged_$name.jsonl"
+    python evaluate.py winrate --scored "$OUT/judged_$name.jsonl" --model "$OUT/dpo_$name" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "$OUT/winrate_$name.json"
+  done
+done
+python evaluate.py report "$OUT"/winrate_*.json --out "$OUT/report"

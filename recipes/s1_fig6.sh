@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# S1 Fig. 6: the model itself, SimpleMix, and SimpleMix with the better 0.4 of the off-policy pairs and as many on-policy ones.
+# Not as in the paper: it does not say from which prompts the on-policy pairs come (here from those whose off-policy pair was left out
+# first) and compares sets of unequal sizes; "same_size" is SimpleMix with as many pairs as "high". One node of 8 x 80 GB; not run here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
+REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
+JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+OUT=${OUT:-out/s1_fig6}
+GPUS=${GPUS:-8}
+
+python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
+python score.py --model "$REWARD" --responses "$OUT/on.jsonl" "$OUT/off.jsonl" --out "$OUT/scored.jsonl"
+python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --out "$OUT/mix.jsonl"
+python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --filter quality:0.4 --out "$OUT/high.jsonl"
+total=$(wc -l < "$OUT/high.jsonl")
+python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --total "$total" --out "$OUT/same_size.jsonl"
+for name in mix high same_size; do
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/$name.jsonl" --out "$OUT/dpo_$name"
+done
+
+python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+for model in "$MODEL" "$OUT/dpo_mix" "$OUT/dpo_high" "$OUT/dpo_same_size"; do
+  name=$OUT/eval/${model##*/}
+  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${name}_answers.jsonl"
+  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    --responses "$OUT/alpaca.jsonl" "${name}_answers.jsonl" --out "${name}_judged.jsonl"
+  python evaluate.py winrate --scored "${name}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "${name}_winrate.json"
+done
+python evaluate.py report "$OUT"/eval/*_winrate.json --out "$OUT/report"

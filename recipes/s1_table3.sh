@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# S1 Table 3 and Figs. 10 and 11: four answers per prompt made more diverse by asking for it (Appendix H) or by a temperature of 1, 2 or 3.
+# SimpleMix's row is dpo_0.5 of s1_table2.sh. Not as in the paper: it does not say over what its "Avg. reward" goes (--stats prints all four
+# readings), and answers that were cut stay in (--truncated keep, without an end-of-turn token): at 2 and 3 hardly any ends by itself.
+# vLLM stops at temperature 2, so 3 runs in transformers, which is slow. One node of 8 x 80 GB; not run here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
+REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
+JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+OUT=${OUT:-out/s1_table3}
+GPUS=${GPUS:-8}
+
+python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --diverse --out "$OUT/prompting.jsonl"
+for t in 0.7 1 2; do
+  python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --temperature "$t" --out "$OUT/tau_$t.jsonl"
+done
+python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --temperature 3 --backend hf --out "$OUT/tau_3.jsonl"
+python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+
+for name in prompting tau_0.7 tau_1 tau_2 tau_3; do
+  python score.py --model "$REWARD" --responses "$OUT/$name.jsonl" --out "$OUT/scored_$name.jsonl"
+  python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --stats --out "$OUT/pairs_$name.jsonl"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$OUT/dpo_$name"
+  python generate.py --greedy --model "$OUT/dpo_$name" --prompts "$OUT/alpaca.jsonl" --out "$OUT/answers_$name.jsonl"
+  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    --responses "$OUT/alpaca.jsonl" "$OUT/answers_$name.jsonl" --out "$OUT/judged_$name.jsonl"
+  python evaluate.py winrate --scored "$OUT/judged_$name.jsonl" --model "$OUT/dpo_$name" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "$OUT/winrate_$name.json"
+  python evaluate.py benchmarks --model "$OUT/dpo_$name" --suite simplemix --out "$OUT/benchmarks_$name.json"
+done
+# the figures draw the rewards of each --scored file; the pairs themselves are of no use
+python build_pairs.py --scored "$OUT/scored_prompting.jsonl" "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" "$OUT/scored_tau_3.jsonl" \
+  --on-ratio 1 --truncated keep --out "$OUT/all.jsonl" --plot "$OUT/figs_10_11.png"
+python evaluate.py report "$OUT"/winrate_*.json "$OUT"/benchmarks_*.json "$OUT"/pairs_*.meta.json --out "$OUT/report"
