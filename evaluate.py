@@ -54,6 +54,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -101,8 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         scored = args.scored, args.model, args.baseline
         if not all(scored) if args.annotations is None else any(scored):
             winrate.error("expected --scored FILE --model NAME --baseline NAME, or --annotations FILE")
-        if args.by_position and not args.annotations:
-            winrate.error("--by-position belongs to --annotations")
+        if args.by_position and (not args.annotations or args.minus):
+            winrate.error("--by-position belongs to --annotations of one model")
         if args.lc_c is not None and not 0 < args.lc_c < math.inf:
             winrate.error(f"--lc-c must be above 0, found {args.lc_c}")
     return args
@@ -170,7 +171,8 @@ def fit_l1(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, penal
         tries = np.linalg.solve(systems, pulls[..., None])[..., 0]
         values = np.where((tries * signs >= 0).all(-1), -(pulls * tries).sum(-1), np.inf)  # twice the quadratic model
         best = np.take_along_axis(tries, values.argmin(-1)[..., None, None], -2)[..., 0, :]
-        change = np.abs(features @ (best - theta)[..., None]).max((-2, -1))[..., None]
+        # rows without weight have no say: what a draw leaves out may lie in a flat direction of the objective
+        change = (np.abs(features @ (best - theta)[..., None])[..., 0] * (weights > 0)).max(-1, keepdims=True)
         if change.max() < 1e-9:  # quadratic convergence: `best` is exact to rounding
             return best
         damped = theta + (best - theta) * np.log1p(change) / np.maximum(change, 1e-300)
@@ -309,16 +311,16 @@ def training_of(model: str) -> dict | None:
     return {"pairs": counts.get("pairs"), "seconds": counts.get("seconds"), "steps": counts.get("steps"), "args": args, "inputs": inputs,
             "made": made, **digests}
 
-def judged_prompts(places: dict, model: str, baseline: str, by_wins: bool) -> tuple[dict[str, dict], int]:
-    """{id: {"instruction", "category", "p", "len", "len_baseline", "reward", "reward_baseline"}} of prompts that both models answered,
-    and the number of the others. p in [0, 1] is nan without a verdict; lengths are characters, the mean over a model's responses.
+def judged_prompts(places: dict, model: str, baseline: str, by_wins: bool) -> dict[str, dict]:
+    """{id: {"instruction", "category", "p", "len", "len_baseline", "reward", "reward_baseline"}} of prompts that both models answered.
+
+    p in [0, 1] is nan without a verdict; lengths are characters, the mean over a model's responses.
     """
-    prompts, others = {}, 0
+    prompts = {}
     for prompt_id, of_prompt in places.items():
         row = merged_row(of_prompt)
         sides = [[response for response in row["responses"] if response.get("model") == name] for name in (model, baseline)]
         if not all(sides):
-            others += 1
             continue
         value = preference(row, model, baseline, by_wins)
         prompts[prompt_id] = {"instruction": row["prompt"][0]["content"] if len(row["prompt"]) == 1 else None,
@@ -327,7 +329,7 @@ def judged_prompts(places: dict, model: str, baseline: str, by_wins: bool) -> tu
             rewards = [response["reward"] for response in responses if response.get("reward") is not None]
             prompts[prompt_id] |= {f"len{name}": sum(len(response["text"]) for response in responses) / len(responses),
                                    f"reward{name}": sum(rewards) / len(rewards) if rewards else None}
-    return prompts, others
+    return prompts
 
 def length_bins(lengths: np.ndarray) -> np.ndarray:
     """Edges (5,) of four bins of equal counts; S1's Fig. 3 does not give its own (METHODS 6.2)."""
@@ -339,7 +341,8 @@ def groups_of(prompts: list[dict], edges: np.ndarray, binned: set[str]) -> dict[
     groups = {("categories", name): of == name for name in sorted({str(prompt["category"]) for prompt in prompts} - {"None"})}
     at = np.clip(np.searchsorted(edges, [prompt["len"] for prompt in prompts], side="right") - 1, 0, 3)
     inside = np.isin(of, sorted(binned)) if binned else np.ones(len(prompts), bool)
-    return groups | {("length_bins", f"{edges[k]:.0f} to {edges[k + 1]:.0f}"): inside & (at == k) for k in range(4)}
+    wide = [k for k in range(4) if k == 3 or edges[k] < edges[k + 1]]  # equal edges: all of that length are in the last bin
+    return groups | {("length_bins", f"{edges[k]:.6g} to {edges[k + 1]:.6g}"): inside & (at == k) for k in wide}
 
 def rates(prompts: list[dict], groups: dict, reference: dict, penalty: float | None) -> tuple[dict, dict]:
     """(numbers by alpaca_eval's names, and bootstrap draws behind them) of a model, over all prompts and by group.
@@ -399,7 +402,7 @@ def read_list(path: Path) -> list[dict]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             text = file.read()
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         fail(f"{path}: expected a JSON list or JSON lines, found {error}")
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
@@ -425,12 +428,14 @@ def read_annotations(path: str) -> tuple[dict[str, dict], str, str]:
         if not all(isinstance(length, int) for length in lengths):
             fail(f'{where}: expected the texts "output_1" and "output_2", or their characters "len_1" and "len_2", found {", ".join(row)}')
         own = (row.get("generator_2"), row.get("generator_1"))
+        if not all(isinstance(name, str) for name in own):
+            fail(f"{where}: expected the names generator_2 and generator_1, found {own}")
         if (names := names or own) != own:
             fail(f"{where}: expected generator_2 and generator_1 to be {names} as in the first entry, found {own}")
         prompts[row["instruction"]] = {
             "instruction": row["instruction"], "category": row.get("category"), "len": lengths[1], "len_baseline": lengths[0],
             "p": math.nan if value is None else 0.5 if value == 0 else value - 1, "reward": None, "reward_baseline": None}
-    return prompts, str(names[0]), str(names[1])
+    return prompts, *names
 
 def reference_folder(data: str) -> Path:
     """--lc-data: a folder, or the public data set, of which two files are fetched once."""
@@ -459,7 +464,7 @@ def read_reference(folder: Path) -> tuple[dict[str, int], np.ndarray, tuple[np.n
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{tables[0]}: expected the numbers index, std_delta_len, instruction_difficulty and preference, found {error}")
     places = {row["instruction"]: row.get("index", place) for place, row in enumerate(read_list(lists[0]))}
-    if {*places.values()} != {*index.tolist()}:
+    if not {*places.values()} == {*index.tolist()} == {*range(len(places))}:
         fail(f"{folder}: expected {lists[0].name} and {tables[0].name} to be of the same instructions, found {len(places)} and "
              f"{len({*index.tolist()})}")
     gamma = np.zeros(len(places))
@@ -469,11 +474,11 @@ def read_reference(folder: Path) -> tuple[dict[str, int], np.ndarray, tuple[np.n
 def main_winrate(args: argparse.Namespace) -> None:
     started = time.time()
     files = [args.annotations] + [args.minus] * bool(args.minus) if args.annotations else args.scored
-    where, labelers = ", ".join(files), Counter()
+    where, labelers, official = ", ".join(files), Counter(), {}
     if args.annotations:  # one file for each model
         found = [read_annotations(path) for path in files]
         (judged, model, baseline), *_ = found
-        sets, by, others = [prompts for prompts, _, _ in found], "annotations", 0
+        sets, by, everything = [prompts for prompts, _, _ in found], "annotations", None
         if len({name for _, _, name in found}) > 1:
             fail(f"{where}: expected verdicts against one baseline, found {' and '.join(name for _, _, name in found)}")
         names = [name for _, name, _ in found]
@@ -489,10 +494,15 @@ def main_winrate(args: argparse.Namespace) -> None:
         for name in (*names, baseline):
             if name not in models:
                 fail(f"{where}: no response is of the model {name!r}; there are {', '.join(map(str, models))}")
-        sets, alone = zip(*(judged_prompts(places, name, baseline, by_wins) for name in names))
-        others = max(alone)
+        sets, everything = [judged_prompts(places, name, baseline, by_wins) for name in names], places
+    if args.annotations or args.lc_data:  # the difficulty and the gamed rows of AlpacaEval's own 805 instructions
+        official, gamma, gamed = read_reference(reference_folder(args.lc_data or "tatsu-lab/alpaca_eval"))
     common = [key for key in sets[0] if all(key in prompts for prompts in sets)]
-    others += max(len(prompts) for prompts in sets) - len(common)
+    for prompts in sets[1:]:  # a prompt has the category that the first file gives it
+        prompts.update({key: prompts[key] | {"category": sets[0][key]["category"]} for key in common})
+    if official and (strangers := [key for prompts in sets for key in prompts if prompts[key]["instruction"] not in official]):
+        fail(f"{where}: expected instructions of the {len(official)} of --lc-data, found {len(strangers)} others, such as {strangers[0]!r:.60}")
+    others = len(official if everything is None else everything) - len(common)
     without = sum(any(math.isnan(prompts[key]["p"]) for prompts in sets) for key in common)
     if without == len(common):
         fail(f"{where}: no prompt has comparable responses of {' and '.join(names)} and {baseline}")
@@ -501,15 +511,11 @@ def main_winrate(args: argparse.Namespace) -> None:
             fail(f"{where}: {count} of {len(common) + others} prompts {what}, over 1 %; --allow-missing measures the others")
 
     reference, at = {"gamma": None, "gamed": None}, {key: place for place, key in enumerate(sorted(common))}
-    if args.annotations or args.lc_data:  # the difficulty and the gamed rows of AlpacaEval's own 805 instructions
-        official, gamma, gamed = read_reference(reference_folder(args.lc_data or "tatsu-lab/alpaca_eval"))
-        strangers = [key for key in common if sets[0][key]["instruction"] not in official]
-        if strangers:
-            fail(f"{where}: expected instructions of the {len(official)} of --lc-data, found {len(strangers)} others, such as {strangers[0]!r:.60}")
+    if official:
         at = {key: place if args.by_position else official[sets[0][key]["instruction"]] for place, key in enumerate(common)}
     common.sort(key=at.get)  # draws and folds do not depend on the file's order
     reference["places"] = np.array([at[key] for key in common])
-    if args.annotations or args.lc_data:
+    if official:
         reference |= {"gamma": gamma[reference["places"]], "gamed": gamed}
     facts = run_facts(args, files)
     check_out(args, facts, {"out", "overwrite", "command"})

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s1_appendix_a}
 GPUS=${GPUS:-8}
 
@@ -18,13 +18,14 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 
 for beta in 0.01 0.1 0.5 1 5; do
   for lr in 5e-7 1e-6 5e-6; do
-    name=beta_${beta}_lr_$lr
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs.jsonl" --beta "$beta" --lr "$lr" --out "$OUT/$name"
-    python generate.py --greedy --model "$OUT/$name" --prompts "$OUT/alpaca.jsonl" --out "$OUT/answers_$name.jsonl"
+    model=$OUT/beta_${beta}_lr_$lr
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs.jsonl" --beta "$beta" --lr "$lr" \
+      --out "$model"
+    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "$OUT/answers_$name.jsonl" --out "$OUT/judged_$name.jsonl"
-    python evaluate.py winrate --scored "$OUT/judged_$name.jsonl" --model "$OUT/$name" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "$OUT/winrate_$name.json"
+      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
+    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "${model}_winrate.json"
   done
 done
-python evaluate.py report "$OUT"/winrate_*.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*_winrate.json --out "$OUT/report"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}  # and allenai/Llama-3.1-Tulu-3-8B-SFT
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s1_fig4/${MODEL##*/}}
 GPUS=${GPUS:-8}
 
@@ -18,14 +18,15 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 
 for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prompts, so the total is the same too
   for seed in 0 1 2; do
-    name=${share}_$seed
+    name=${share}_seed$seed model=$OUT/dpo_${share}_seed$seed
     python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio "$share" --seed "$seed" --out "$OUT/pairs_$name.jsonl"
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --seed "$seed" --out "$OUT/dpo_$name"
-    python generate.py --greedy --model "$OUT/dpo_$name" --prompts "$OUT/alpaca.jsonl" --out "$OUT/answers_$name.jsonl"
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --seed "$seed" \
+      --out "$model"
+    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "$OUT/answers_$name.jsonl" --out "$OUT/judged_$name.jsonl"
-    python evaluate.py winrate --scored "$OUT/judged_$name.jsonl" --model "$OUT/dpo_$name" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "$OUT/winrate_$name.json"
+      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
+    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "${model}_winrate.json"
   done
 done
-python evaluate.py report "$OUT"/winrate_*.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*_winrate.json --out "$OUT/report"

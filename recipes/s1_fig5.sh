@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # S1 Fig. 5: off-policy pairs alone, filtered by quality, on-policiness, contrast or similarity, five shares kept of each.
 # Not as in the paper: its embedding model, pooling and the normalisation of log-probabilities are not given. Here the model that is trained
-# embeds (mean of its last states over the answer), and log-probabilities are sums, which favours short pairs: build_pairs.py prints their
-# lengths. It labels with the same reward model that filters, as the text says (its code takes GPT-4's). One node of 8 x 80 GB; not run here.
+# embeds (mean of its last states over the answer), and log-probabilities are sums, which favours short pairs (their lengths are printed).
+# Quality is the reward model's, as the text says; its code takes GPT-4's. One node of 8 x 80 GB; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s1_fig5}
 GPUS=${GPUS:-8}
 
@@ -24,13 +24,13 @@ for p in 0.1 0.2 0.3 0.4 0.5; do
   python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter contrast:$p --out "$OUT/pairs_contrast_$p.jsonl"
   python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter similarity:$p --out "$OUT/pairs_similarity_$p.jsonl"
   for filter in quality onpolicy contrast similarity; do
-    name=${filter}_$p
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$OUT/dpo_$name"
-    python generate.py --greedy --model "$OUT/dpo_$name" --prompts "$OUT/alpaca.jsonl" --out "$OUT/answers_$name.jsonl"
+    name=${filter}_$p model=$OUT/dpo_${filter}_$p
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$model"
+    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "$OUT/answers_$name.jsonl" --out "$OUT/judged_$name.jsonl"
-    python evaluate.py winrate --scored "$OUT/judged_$name.jsonl" --model "$OUT/dpo_$name" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "$OUT/winrate_$name.json"
+      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
+    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "${model}_winrate.json"
   done
 done
-python evaluate.py report "$OUT"/winrate_*.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*_winrate.json --out "$OUT/report"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s1_fig6}
 GPUS=${GPUS:-8}
 

@@ -10,7 +10,7 @@ DATA=${DATA:-ultrafeedback}                       # and helpsteer2, with TOTAL=9
 TOTAL=${TOTAL:-50000}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s1_table2/$DATA/${MODEL##*/}}
 GPUS=${GPUS:-8}
 half=$((TOTAL / 2))
@@ -37,7 +37,8 @@ python generate.py --model "$OUT/mixp_1" --mix-ref "$MODEL" --mix-weights 1.5 -0
 python generate.py --model "$OUT/mixp_1" --mix-ref "$MODEL" --mix-weights 0.5 0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_b.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/mixp_a.jsonl" "$OUT/mixp_b.jsonl" --out "$OUT/mixp_scored.jsonl"
 python build_pairs.py --scored "$OUT/mixp_scored.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_2.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.jsonl" --out "$OUT/mixp_2"
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.jsonl" \
+  --out "$OUT/mixp_2"
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
 python score.py --scorer category --model gpt-4o-mini --responses "$OUT/gpt4.jsonl" --out "$OUT/alpaca.jsonl"

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s1_table3}
 GPUS=${GPUS:-8}
 
@@ -22,16 +22,19 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 
 for name in prompting tau_0.7 tau_1 tau_2 tau_3; do
   python score.py --model "$REWARD" --responses "$OUT/$name.jsonl" --out "$OUT/scored_$name.jsonl"
+done
+for name in prompting tau_1 tau_2 tau_3; do
+  model=$OUT/dpo_$name
   python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --stats --out "$OUT/pairs_$name.jsonl"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$OUT/dpo_$name"
-  python generate.py --greedy --model "$OUT/dpo_$name" --prompts "$OUT/alpaca.jsonl" --out "$OUT/answers_$name.jsonl"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$model"
+  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "$OUT/answers_$name.jsonl" --out "$OUT/judged_$name.jsonl"
-  python evaluate.py winrate --scored "$OUT/judged_$name.jsonl" --model "$OUT/dpo_$name" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "$OUT/winrate_$name.json"
-  python evaluate.py benchmarks --model "$OUT/dpo_$name" --suite simplemix --out "$OUT/benchmarks_$name.json"
+    --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
+  python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "${model}_winrate.json"
+  python evaluate.py benchmarks --model "$model" --suite simplemix --out "${model}_benchmarks.json"
 done
 # the figures draw the rewards of each --scored file; the pairs themselves are of no use
-python build_pairs.py --scored "$OUT/scored_prompting.jsonl" "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" "$OUT/scored_tau_3.jsonl" \
-  --on-ratio 1 --truncated keep --out "$OUT/all.jsonl" --plot "$OUT/figs_10_11.png"
-python evaluate.py report "$OUT"/winrate_*.json "$OUT"/benchmarks_*.json "$OUT"/pairs_*.meta.json --out "$OUT/report"
+python build_pairs.py --scored "$OUT/scored_prompting.jsonl" "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" \
+  "$OUT/scored_tau_3.jsonl" --on-ratio 1 --truncated keep --out "$OUT/all.jsonl" --plot "$OUT/figs_10_11.png"
+python evaluate.py report "$OUT"/*_winrate.json "$OUT"/*_benchmarks.json "$OUT"/pairs_*.meta.json --out "$OUT/report"

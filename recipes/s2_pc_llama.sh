@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # S2 Table 2, Fig. 3 and C.5: Zephyr on pairs that another model wrote, PC_llama, in the first iteration and after PC_off.
-# Not as in the paper: its answers to AlpacaEval are greedy (it does not say), and C.5 is another number. The paper judges a random answer of
-# PC_llama against PC_off's chosen one, length-controlled; no command makes responses of chosen ones, so here it meets both answers of
+# Not as in the paper: answers to AlpacaEval are greedy (it does not say how), and C.5 is another number. The paper judges a random answer
+# of PC_llama against PC_off's chosen one, length-controlled; no command makes responses of chosen ones, so here it meets both answers of
 # PC_off, and "score" is the share that it wins ("length_matched": among similar lengths). 4 x 80 GB; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full}  # Fig. 3 also: Qwen/Qwen2.5-1.5B behind s2_sft.sh, Qwen/Qwen3-4B
 LLAMA=${LLAMA:-meta-llama/Meta-Llama-3-8B-Instruct}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s2_pc_llama/${MODEL##*/}}
 GPUS=${GPUS:-4}
 
@@ -22,7 +22,8 @@ python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio
 python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/pairs_llama.jsonl"
 python build_pairs.py --scored "$OUT/wins_on.jsonl" --on-ratio 1 --out "$OUT/pairs_on.jsonl"
 for name in off llama on; do
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$OUT/dpo_$name"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" \
+    --out "$OUT/dpo_$name"
 done
 torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/pairs_llama.jsonl" \
   --out "$OUT/dpo_off-llama"

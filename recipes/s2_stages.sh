@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# S2 Tables 1, 3, 4, 5, 8 and Fig. 3 for one model and loss: two iterations in all four orders of off- and on-policy pairs labelled by PairRM,
-# and of each start model the boundary score on 2,000 held-out prompts. Not as in the paper: the score is V_on / (V_on + V_off), as its
+# S2 Tables 1, 3, 4, 5, 8 and Fig. 3 for one model and loss: two iterations in all four orders of off- and on-policy pairs, labelled by
+# PairRM, and each start model's boundary score on 2,000 held-out prompts. Not as in the paper: the score is V_on / (V_on + V_off), as its
 # Algorithm 1 and numbers have it (Table 3's caption turns it round), gains and Delta are computed (several printed ones are wrong), answers
 # to AlpacaEval are greedy and SLiC's constants ours (neither is given). 4 x 80 GB; not run here.
 set -euo pipefail
@@ -9,7 +9,7 @@ MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct}  # and alignment-handbook/ze
 MAX_TOKENS=${MAX_TOKENS:-2048}  # 1024 for Phi-2 and Pythia, which read 2,048 tokens in all
 LOSS=${LOSS:-dpo}  # Table 5: slic, or hinge: "SLiC-HF loss" can be read both ways
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s2_stages/${MODEL##*/}_$LOSS}
 GPUS=${GPUS:-4}
 
@@ -23,7 +23,8 @@ train() { # START PAIRS OUT
 iteration() { # START: its boundary score, pairs of its own, and a model from either kind of pairs with START as the reference
   local own=$OUT/${1##*/}
   python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/test.jsonl" --out "${own}_test.jsonl"
-  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${own}_test.jsonl" "$OUT/test.jsonl" --out "${own}_test_wins.jsonl"
+  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${own}_test.jsonl" "$OUT/test.jsonl" \
+    --out "${own}_test_wins.jsonl"
   python score.py --scorer logp --model "$1" --responses "${own}_test_wins.jsonl" --out "${own}_test_logp.jsonl"
   python boundary.py --scored "${own}_test_logp.jsonl" --out "${own}_boundary.json"
   python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/off.jsonl" --out "${own}_on.jsonl"

@@ -8,12 +8,12 @@ MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 LABELER=${LABELER:-gpt-4o-mini}     # the judge that labels
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the judge of AlpacaEval 2; the key of both from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s3_b1}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback_binarized --import-data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b --import-split train \
-  --out "$OUT/off.jsonl"
+python generate.py --import-format ultrafeedback_binarized --import-data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
+  --import-split train --out "$OUT/off.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/rewards.jsonl"
 python score.py --scorer judge --model "$LABELER" --responses "$OUT/rewards.jsonl" --out "$OUT/both.jsonl"  # prints their agreement
 python build_pairs.py --scored "$OUT/both.jsonl" --on-ratio 0 --disagree judge --out "$OUT/pairs_reward.jsonl"
@@ -23,7 +23,8 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 for name in reward judge; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$model"
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" \
+      --out "$model"
     python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"

@@ -2,15 +2,15 @@
 # S3 Table 3: a large or small gap between chosen and rejected, and chosen ones of high or low reward, from UltraFeedback's four answers.
 # Not as in the paper: its rule is unpublished. Here windows around its means of the chosen reward and of the gap, each set on the prompts
 # that fill them, of all, not of the 41,633 that Tulu 3's version has too. (--select ranks with 1 3, 2 4, 1 2, 3 4 comes near these means as
-# well, but makes LG-HQ-inv, the first over the second, SG-HQ again.) Pairs that a swap inverts are dropped; the paper kept some. Three seeds;
-# 8 x 80 GB; not run here.
+# well, but makes LG-HQ-inv, the first over the second, SG-HQ again.) Pairs that a swap inverts are dropped; the paper kept some.
+# Three seeds; 8 x 80 GB; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
 REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 SFT=${SFT:-tulu3_sft.jsonl}  # allenai/tulu-3-sft-mixture as JSONL: its prompts are left out
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s3_gaps}
 GPUS=${GPUS:-8}
 
@@ -18,7 +18,8 @@ python generate.py --import-format ultrafeedback --import-data openbmb/UltraFeed
 python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/all.jsonl"
 all=$OUT/all.jsonl
 sets=$OUT/pairs
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select gap --gap 2.5 4.5 --chosen -5.5 -0.5 --out "$sets/lg_hq.jsonl"
+python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select gap --gap 2.5 4.5 --chosen -5.5 -0.5 \
+  --out "$sets/lg_hq.jsonl"
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select gap --gap 2.5 4.5 --chosen -7.7 -2.7 \
   --out "$sets/lg_lq.jsonl"
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select gap --gap 0.4 2.4 --chosen -6.1 -1.1 \
@@ -34,7 +35,8 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 for name in lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$sets/$name.jsonl" --out "$model"
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$sets/$name.jsonl" \
+      --out "$model"
     python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # S3 Tables 1, 2 and 5: chosen and rejected from five tiers of the same answers; SFT and online DPO on the best ones; three seeds each.
 # Not as in the paper: its rule for the tiers is unpublished and not always ordered (here ranks, pairs of equal rewards left out), which
-# Mistral models answered is our guess, and online DPO's sampling is not given (here temperature 1). Llama-3.1-8B on 8 x 80 GB; not run here.
+# Mistral models answered is our guess, and online DPO's sampling is not given (here temperature 1). 8 x 80 GB; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
@@ -9,7 +9,7 @@ REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
 DATA=${DATA:-ultrafeedback}  # and oasst2
 SFT=${SFT:-tulu3_sft.jsonl}  # allenai/tulu-3-sft-mixture as JSONL: its prompts are left out
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (data set tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
 OUT=${OUT:-out/s3_tiers/$DATA}
 GPUS=${GPUS:-8}
 
@@ -29,10 +29,12 @@ all=$OUT/all.jsonl
 sets=$OUT/pairs
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/worst --out "$sets/best_worst.jsonl"
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/low --out "$sets/best_low.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/medium --out "$sets/best_medium.jsonl"
+python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/medium \
+  --out "$sets/best_medium.jsonl"
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/high --out "$sets/best_high.jsonl"
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers low/worst --out "$sets/low_worst.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers medium/worst --out "$sets/medium_worst.jsonl"
+python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers medium/worst \
+  --out "$sets/medium_worst.jsonl"
 python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers high/worst --out "$sets/high_worst.jsonl"
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
@@ -41,10 +43,10 @@ for seed in 0 1 2; do
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$sets/$name.jsonl" \
       --out "$OUT/${name}_seed$seed"
   done
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss sft --model "$MODEL" --pairs "$sets/best_worst.jsonl" \
-    --out "$OUT/sft_seed$seed"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss online-dpo --online-max-new 1024 --model "$MODEL" \
-    --pairs "$sets/best_worst.jsonl" --out "$OUT/online_seed$seed"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss sft --model "$MODEL" \
+    --pairs "$sets/best_worst.jsonl" --out "$OUT/sft_seed$seed"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss online-dpo --online-max-new 1024 \
+    --model "$MODEL" --pairs "$sets/best_worst.jsonl" --out "$OUT/online_seed$seed"
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst sft online; do
     model=$OUT/${name}_seed$seed
     python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
