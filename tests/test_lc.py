@@ -104,6 +104,15 @@ def test_fit_of_separable_constant_and_equal_columns():
     assert evaluate.fit_l1(empty, rng.random(1000), np.ones(1000), 1e4)[0] == 0
 
 
+@pytest.mark.parametrize("p, deltas, counts", [
+    ([0, 1, 0, 1, 0, 0], [-51, -4, 10, -23, -22, -7], [0, 0, 0, 4, 1, 1]),
+    ([1, 1, 1, 1, 1, 1, 1, 0], [17, -53, 31, -32, -5, 20, -9, 34], [4, 0, 3, 0, 0, 0, 0, 1])])
+def test_fit_of_a_draw_of_few_prompts_under_a_weak_penalty(p, deltas, counts):
+    """What --lc-c 10000 meets on a handful of prompts that length separates."""
+    fit = evaluate.lc_problem(np.array(p, float), np.array(deltas, float), np.array(counts), None, None)
+    assert off_optimum(*fit, 1e4, evaluate.fit_l1(*fit, 1e4)) < 1e-4
+
+
 def test_cross_validation_by_hand():
     features, noise, weights = random_problem(8, n=53)
     targets = logistic(features @ [0.8, 0, -0.4] + 6 * (noise - 0.5))
