@@ -181,6 +181,8 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                if rb"\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
             except ValueError:
                 row = None
             if not isinstance(row, dict):
@@ -198,6 +200,7 @@ def check_prompt(row: dict, where: str) -> None:
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]  # in this order: prompts are compared
     canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
     row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
@@ -210,11 +213,12 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             check_prompt(row, where)
             if not isinstance(row["responses"], list) or not all(
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
-                    for response in row["responses"]):
+                    and isinstance(response.get("scores") or {}, dict) for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
             count = len(row["responses"])
             for name in ("wins", "cosine"):
-                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                lines = row.get(name)
+                if lines is not None and not (isinstance(lines, list) and [isinstance(line, list) and len(line) for line in lines] == [count] * count):
                     fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
@@ -248,12 +252,14 @@ def reward_of(response: dict, where: str) -> float | None:
     return reward
 
 def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool]:
-    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null."""
+    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null, of one labeler."""
     have: Counter = Counter()
+    labelers: set[str] = set()
 
     def check(row: dict, where: str) -> None:
         wins = row.get("wins")
         have["no wins" if wins is None else "wins"] += 1
+        labelers.update([row["labeler"]] if row.get("labeler") else [])
         for value in (value for line in wins or [] for value in line):
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 fail(f'{where}: expected "wins" to hold probabilities or null, found {value!r:.40}')
@@ -261,6 +267,8 @@ def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tupl
         visit(row, where)
 
     places = index_rows(paths, check)
+    if len(labelers) > 1:
+        fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}: score all with one")
     if have["wins"] and have["no wins"]:
         fail(f"{', '.join(paths)}: {have['wins']} rows have wins and {have['no wins']} have none")
     if not have["wins"] and not have["reward"]:

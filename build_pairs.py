@@ -8,7 +8,7 @@ Writes  --out     one pair a line, which `datasets` and TRL's DPOTrainer read as
          "labeler", "cosine", and chosen_ and rejected_ "reward", "model", "finish", "token_ids", "tokenizer", "logp"}
 
 --select, per prompt and source (on-policy and off-policy responses each give a pair), among the usable responses; truncated, empty
-and unrewarded ones are not. A pair of equal rewards (a tie) or equal texts is dropped. All that is dropped is counted by reason.
+and unrewarded ones are not. (Where rows have "wins", a reward is the mean over all responses of the file that was scored.) A pair of equal rewards (a tie) or equal texts is dropped. All that is dropped is counted by reason.
     best-worst   highest and lowest reward, the first of equals (S1 section 3.1, S2 section 4). best-second: the two highest
     best-random  the highest, and one of the others at random (the rejection sampling that S3 section 1 cites)
     given        the data set's own pair, its first two responses as they stand, reward or not. relabel: the same two ordered by reward
@@ -55,16 +55,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Set
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, NoReturn
 
 import numpy as np
 
 SIDE = ("reward", "model", "finish", "token_ids", "tokenizer", "logp")  # what a pair says of each side
+TURNS = ("prompt", "messages", "question", "instruction")  # where other files keep what a user asked
 TIERS = ("best", "high", "medium", "low", "worst")
 FILTERS = {"quality": ("reward", "rm"), "onpolicy": ("logp", "logp"), "contrast": ("reward", "rm"), "similarity": ("cosine", "embed"),
-           "random": ()}  # what each needs, and the scorer that writes it
+           "random": ("", "")}  # what each needs, and the scorer that writes it
+
+def on_ratio(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--allow-mixed-labelers", action="store_true", help="rewards of different labelers may meet")
     flag("--filter", metavar="NAME:P", help=f"keep the share P of the pairs by one of {', '.join(FILTERS)}")
     flag("--mix", choices=["exclusive", "concat", "cross"], help="how the sources meet (default exclusive)")
-    flag("--on-ratio", metavar="R", type=lambda text: text if text == "auto" else float(text), help="on-policy share (default 0.5)")
+    flag("--on-ratio", metavar="R", type=on_ratio, help="on-policy share (default 0.5)")
     flag("--boundary", metavar="FILE", help="result of boundary.py for --on-ratio auto")
     flag("--total", type=int, help="number of pairs, before replacement and swap (default: as many as there are)")
     flag("--replace", type=float, metavar="RHO", help="share of off-policy pairs that take in an on-policy response")
@@ -120,8 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             ((args.on_ratio == "auto") != (args.boundary is not None), "--on-ratio auto and --boundary FILE need each other"),
             (args.replace_rule and not args.replace, "--replace-rule belongs to --replace"),
             (args.inverted and not args.swap_rejected and args.replace_rule != "rejected",
-             "--inverted belongs to --swap-rejected and to --replace-rule rejected"),
-            (args.allow_mixed_labelers and args.reward and not args.swap_rejected, "--allow-mixed-labelers has no part in --reward")]:
+             "--inverted belongs to --swap-rejected and to --replace-rule rejected")]:
         if wrong:
             parser.error(sentence)
     return args
@@ -235,17 +238,21 @@ def floor(number: float) -> int:
     """The floor, also where floating point falls just below a whole number: 0.29 of 100 is 29."""
     return math.floor(number + 1e-9)
 
-def keep(name: str, share: float, pairs: list[Choice], table: dict[str, list[Response]], seed: int) -> list[Choice]:
-    """The floor(P * N) pairs that have most of what the filter looks for (S1 section 5.3); the least similar ones for "similarity"."""
+def keep(name: str, share: float, pairs: list[Choice], table: dict[str, list[Response]], seed: int) -> tuple[list[Choice], int]:
+    """The floor(P * N) pairs that have most of what the filter looks for (S1 section 5.3); the least similar ones for "similarity".
+
+    N counts the pairs that have it: where a response was too long or empty there is no log-probability or cosine. Returns how many, too.
+    """
     keys = {}
     for pair in pairs:
         chosen, rejected = table[pair.id][pair.chosen], table[pair.id][pair.rejected]
         one, two = {"onpolicy": (chosen.logp, rejected.logp), "similarity": (0, chosen.cosine.get(pair.rejected)),
                     "random": (stable_hash(seed, "filter", pair.id, pair.suffix), 0)}.get(name, (chosen.reward, rejected.reward))
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (one, two)):
-            fail(f"--filter {name}: the pair of the id {pair.id} has no {FILTERS[name][0]}: run score.py --scorer {FILTERS[name][1]}")
-        keys[pair] = one + two if name in ("quality", "onpolicy") else one - two
-    return sorted(pairs, key=lambda pair: (-keys[pair], pair))[:floor(share * len(pairs))]
+        if all(isinstance(value, (int, float)) and math.isfinite(value) for value in (one, two)):
+            keys[pair] = one + two if name in ("quality", "onpolicy") else one - two
+    if pairs and not keys:
+        fail(f"--filter {name}: no pair has a {FILTERS[name][0]} on both sides: run score.py --scorer {FILTERS[name][1]}")
+    return sorted(keys, key=lambda pair: (-keys[pair], pair))[:floor(share * len(keys))], len(pairs) - len(keys)
 
 def mix(on: list[Choice], off: list[Choice], on_ratio: float, total: int, mode: str, seed: int, kept: Set = frozenset()) -> list[Choice]:
     """`total` pairs with floor(R * total + 1/2) on-policy ones, fewer where they do not suffice: nested in R, blind to order.
@@ -294,7 +301,7 @@ def pair_row(row: dict, pair: Choice, responses: list[Response]) -> dict:
 
 def user_turns(row: dict) -> set[str]:
     """The user turns of a prompt, a conversation or a benchmark's question, each as letters and digits with one space between words."""
-    values = [row[key] for key in ("prompt", "messages", "question", "instruction") if isinstance(row.get(key), (str, list))]
+    values = [row[key] for key in TURNS if isinstance(row.get(key), (str, list))]
     turns = [turn for value in values for turn in ([{"role": "user", "content": value}] if isinstance(value, str) else value)]
     texts = [str(turn.get("content", "")) for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
     return {" ".join(re.findall(r"[^\W_]+", text.casefold())) for text in texts} - {""}
@@ -305,7 +312,8 @@ def read_swap(path: str) -> dict[str, tuple[int, int, Response]]:
     for where, offset, row in read_jsonl(path, ("id", "prompt", "rejected", "rejected_reward", "source")):
         check_prompt(row, where)
         reward, side = reward_of({"reward": row["rejected_reward"]}, where), row["rejected"]
-        if reward is None or row["id"] in rows or not isinstance(side, list) or not isinstance(side[0], dict):
+        if reward is None or row["id"] in rows or not (isinstance(side, list) and side and isinstance(side[0], dict)
+                                                       and isinstance(side[0].get("content"), str)):
             fail(f'{where}: expected one pair of this script for the id {row["id"]}, with "rejected": [message] and a "rejected_reward"')
         text = hash(side[0]["content"].strip())
         rows[row["id"]] = offset, hash(str(row["prompt"])), Response(row["source"], reward, text, False, labeler=row.get("labeler"))
@@ -401,6 +409,8 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                if rb"\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
             except ValueError:
                 row = None
             if not isinstance(row, dict):
@@ -418,6 +428,7 @@ def check_prompt(row: dict, where: str) -> None:
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]  # in this order: prompts are compared
     canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
     row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
@@ -430,11 +441,12 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             check_prompt(row, where)
             if not isinstance(row["responses"], list) or not all(
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
-                    for response in row["responses"]):
+                    and isinstance(response.get("scores") or {}, dict) for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
             count = len(row["responses"])
             for name in ("wins", "cosine"):
-                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                lines = row.get(name)
+                if lines is not None and not (isinstance(lines, list) and [isinstance(line, list) and len(line) for line in lines] == [count] * count):
                     fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
@@ -515,9 +527,9 @@ def main(args: argparse.Namespace) -> None:
         fail(f"--select {args.select} is about off-policy pairs, and a ratio of 1 takes none")
     excluded: set[str] = set()
     for where, _, row in read_jsonl(args.exclude_prompts, ()) if args.exclude_prompts else ():
-        if not (turns := user_turns(row)):
-            fail(f'{where}: expected a user turn under "prompt", "messages", "question" or "instruction", found {", ".join(row)}')
-        excluded |= turns
+        if not any(isinstance(row.get(key), (str, list)) for key in TURNS):
+            fail(f"{where}: expected a user turn under {', '.join(TURNS)}, found {', '.join(row)}")
+        excluded |= user_turns(row)
     swap = read_swap(args.swap_rejected) if args.swap_rejected else {}
     table: dict[str, list[Response]] = {}  # id -> all its responses, file after file
     rewards: dict[str, list[float]] = {path: [] for path in args.scored}
@@ -528,14 +540,18 @@ def main(args: argparse.Namespace) -> None:
         if not excluded.isdisjoint(user_turns({"prompt": row["prompt"]})):
             return
         some = table.setdefault(row["id"], [])
+        if some and row.get("wins") is not None and not args.reward and (args.mix == "cross" or args.replace):
+            fail(f"{where}: rewards by wins are means over one file's responses and cannot meet another file's: score all in one run")
         cosine = row.get("cosine") if "similarity" in (args.filter or "") else None
         for k, response in enumerate(row["responses"]):
             scores, text, first = response.get("scores") or {}, response["text"].strip(), len(some) - k
+            # the row's labeler made this score too where it is the reward; another score is known by its name alone
+            labeler = row.get("labeler") if not args.reward or scores.get(args.reward) == response.get("reward") else args.reward
             if args.reward or args.select == "given":  # the data set's own pair needs no reward
                 response["reward"] = scores.get(args.reward) if args.reward else response.get("reward")
             some.append(Response(
                 sys.intern(response["source"]), reward_of(response, where), hash(text) if text else 0, response.get("finish") == "length",
-                len(response["text"]), args.reward or row.get("labeler"), response.get("logp"),
+                len(response["text"]), labeler, response.get("logp"),
                 reward_of({"reward": scores.get(args.disagree)}, where), dict(enumerate(cosine[k], first)) if cosine else {}))
             if some[-1].reward is not None:
                 rewards[where.rpartition(":")[0]].append(some[-1].reward)
@@ -573,15 +589,21 @@ def main(args: argparse.Namespace) -> None:
     base, kept = "on" if ratio == 1 else kinds[0], frozenset()
     if args.filter:
         name, share = args.filter.split(":")
-        whole, pools[base] = pools[base], keep(name, float(share), pools[base], table, args.seed)
+        whole, (pools[base], without) = pools[base], keep(name, float(share), pools[base], table, args.seed)
+        dropped.update({f"{base}: no {FILTERS[name][0]}": without} if without else {})
         kept = frozenset(pair.id for pair in pools[base] if 0 < ratio < 1)
         counts["filter"] = {"kept": len(pools[base]), "of": len(whole)} | {
             name: round(np.mean([table[pair.id][i].characters for pair in some for i in (pair.chosen, pair.rejected)] or [0]), 1)
             for name, some in (("mean_characters", pools[base]), ("mean_characters_of_all", whole))}
     on, off = pools.get("on", []), [] if base == "on" else pools[base]
     # of m pairs floor(R m + 1/2) are on-policy; a filter's come beside the kept ones (S1 Fig. 6); exclusive ones need a prompt each
-    most = floor(len(off) / (1 - ratio)) if kept else len(common) if mode == "exclusive" and 0 < ratio < 1 else max(
-        m for m in range(len(on) + len(off) + 1) if floor(ratio * m + 0.5) <= len(on) and m - floor(ratio * m + 0.5) <= len(off))
+    def of_off(m: int) -> int:
+        return m - floor(ratio * m + 0.5)
+    if kept:
+        most = next(m for m in count(len(off)) if of_off(m) == len(off))
+    else:
+        most = len(common) if mode == "exclusive" and 0 < ratio < 1 else max(
+            m for m in range(len(on) + len(off) + 1) if m - of_off(m) <= len(on) and of_off(m) <= len(off))
     total = args.total or most
     pairs = mix(on, off, ratio, total, mode, args.seed, kept)
     if len(pairs) < total or not pairs:
@@ -633,15 +655,15 @@ def main(args: argparse.Namespace) -> None:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     lines.append(measures(line))
     os.replace(beside, args.out)
-    if args.stats:
-        print_stats(lines, usable)
-    if args.plot:
-        plot_rewards(rewards, args.plot)
     written = Counter(line["source"] for line in lines)
     facts["counts"] = {**counts, "pairs": len(lines), "prompts": len(final), "on_ratio": ratio, "on": written["on"], "off": written["off"],
                        "cross": written["cross"], "dropped": dict(sorted((+dropped).items()))}
     facts.update(stats=distributions(lines), seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
+    if args.stats:
+        print_stats(lines, usable)
+    if args.plot:
+        plot_rewards(rewards, args.plot)
     print(json.dumps({"out": args.out, **facts["counts"], "seconds": facts["seconds"]}))
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ report   Reads   RESULT ...   any of: results of winrate, of benchmarks, of boun
     Models whose training differs in seeds and paths alone, back to the prompts, are one setting: the sd over its seeds stands apart from
     the interval over prompts. Tables: report (S1 2, 3; S2 1; S3 1 to 4), benchmarks_SUITE (S1 4, 5), gains and delta (S2 1, 3, 4, 5, by the
     rule of METHODS 4.6), boundary (S2 3), pair_sets (S3 5), trace: files and weights behind each result by their hashes. Figures: report
-    (S1 6), categories (S1 2, 7, 8), lengths (S1 3), on_ratio and filters (S1 4, 5), training (S2 3).
+    (S1 6), categories (S1 2, 8), lengths (S1 3), on_ratio and filters (S1 4, 5), training (S2 3).
 
     python evaluate.py winrate --scored out/eval.jsonl --model out/dpo_on50 --baseline out/models/policy --out out/on50.json
     python evaluate.py winrate --annotations results/annotations.json --out out/alpaca.json
@@ -53,6 +53,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections import Counter
@@ -102,6 +103,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         scored = args.scored, args.model, args.baseline
         if not all(scored) if args.annotations is None else any(scored):
             winrate.error("expected --scored FILE --model NAME --baseline NAME, or --annotations FILE")
+        if args.minus and args.minus in (args.model, args.annotations):
+            winrate.error("--minus is the same as --model or --annotations")
         if args.by_position and (not args.annotations or args.minus):
             winrate.error("--by-position belongs to --annotations of one model")
         if args.lc_c is not None and not 0 < args.lc_c < math.inf:
@@ -388,14 +391,14 @@ def difference(first: tuple[dict, dict], second: tuple[dict, dict]) -> dict:
     result = {}
     for name, ci in (("win_rate", "ci"), ("length_controlled_winrate", "lc_ci")):
         known = own[name] is not None and other[name] is not None
-        result |= {name: own[name] - other[name] if known else None, ci: interval(mine[name] - theirs[name]) if len(mine[name]) else None}
+        result |= {name: own[name] - other[name] if known else None, ci: interval(mine[name] - theirs[name]) if len(mine[name]) and len(theirs[name]) else None}
     keys = [(kind, name) for kind in ("categories", "length_bins") for name in own[kind]]
     for k, (kind, name) in enumerate(keys):
         group, group_of_other = own[kind][name], other[kind][name]
         if "lc_ci" in group and "lc_ci" in group_of_other:
             result.setdefault(kind, {})[name] = {
                 "length_controlled_winrate": group["length_controlled_winrate"] - group_of_other["length_controlled_winrate"],
-                "lc_ci": interval(mine["groups"][:, k] - theirs["groups"][:, k]), "n_total": group["n_total"]}
+                "lc_ci": interval(mine["groups"][:, k] - theirs["groups"][:, k]), "n_total": group["n_total"], "n_total_minus": group_of_other["n_total"]}
     return result
 
 def read_list(path: Path) -> list[dict]:
@@ -448,8 +451,8 @@ def reference_folder(data: str) -> Path:
     except (OSError, ValueError) as error:
         fail(f"--lc-data {data}: expected a folder or a data set on the hub, found {str(error).splitlines()[0]}")
 
-def read_reference(folder: Path) -> tuple[dict[str, int], np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """({instruction: place in the official list}, gamma (805,), gamed) from the files of the data set tatsu-lab/alpaca_eval (ALPACA_LC 3).
+def read_reference(folder: Path) -> tuple[dict[str, int], np.ndarray, tuple[np.ndarray, np.ndarray], list[str]]:
+    """({instruction: official place}, gamma (805,), gamed, the two files) of the data set tatsu-lab/alpaca_eval (ALPACA_LC 3).
 
     df_gamed*.csv has gamma and the gamed rows, alpaca_eval_gpt4_baseline.json, or any JSON lines with "index" and "instruction", the order.
     """
@@ -465,22 +468,25 @@ def read_reference(folder: Path) -> tuple[dict[str, int], np.ndarray, tuple[np.n
         index, deltas, difficulty, preferences = map(np.array, zip(*table))
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{tables[0]}: expected the numbers index, std_delta_len, instruction_difficulty and preference, found {error}")
-    places = {row["instruction"]: row.get("index", place) for place, row in enumerate(read_list(lists[0]))}
-    if not {*places.values()} == {*index.tolist()} == {*range(len(places))}:
+    for path in lists:  # the first that has all instructions: a model's verdicts may lack some
+        places = {row["instruction"]: row.get("index", place) for place, row in enumerate(read_list(path))}
+        if {*places.values()} == {*index.tolist()} == {*range(len(places))}:
+            break
+    else:
         fail(f"{folder}: expected {lists[0].name} and {tables[0].name} to be of the same instructions, found {len(places)} and "
              f"{len({*index.tolist()})}")
     gamma = np.zeros(len(places))
     gamma[index] = difficulty
-    return places, gamma, (np.stack([np.tanh(deltas), difficulty, np.zeros(len(deltas))], -1), preferences)
+    return places, gamma, (np.stack([np.tanh(deltas), difficulty, np.zeros(len(deltas))], -1), preferences), [str(tables[0]), str(path)]
 
 def main_winrate(args: argparse.Namespace) -> None:
     started = time.time()
     files = [args.annotations] + [args.minus] * bool(args.minus) if args.annotations else args.scored
-    where, labelers, official = ", ".join(files), Counter(), {}
+    where, labelers, official, of_reference = ", ".join(files), Counter(), {}, []
     if args.annotations:  # one file for each model
         found = [read_annotations(path) for path in files]
-        (judged, model, baseline), *_ = found
-        sets, by, everything = [prompts for prompts, _, _ in found], "annotations", None
+        baseline = found[0][2]
+        sets, by, everything = [prompts for prompts, _, _ in found], "annotations", {}
         if len({name for _, _, name in found}) > 1:
             fail(f"{where}: expected verdicts against one baseline, found {' and '.join(name for _, _, name in found)}")
         names = [name for _, name, _ in found]
@@ -498,28 +504,32 @@ def main_winrate(args: argparse.Namespace) -> None:
                 fail(f"{where}: no response is of the model {name!r}; there are {', '.join(map(str, models))}")
         sets, everything = [judged_prompts(places, name, baseline, by_wins) for name in names], places
     if args.annotations or args.lc_data:  # the difficulty and the gamed rows of AlpacaEval's own 805 instructions
-        official, gamma, gamed = read_reference(reference_folder(args.lc_data or "tatsu-lab/alpaca_eval"))
+        official, gamma, gamed, of_reference = read_reference(reference_folder(args.lc_data or "tatsu-lab/alpaca_eval"))
     common = [key for key in sets[0] if all(key in prompts for prompts in sets)]
     for prompts in sets[1:]:  # a prompt has the category that the first file gives it
         prompts.update({key: prompts[key] | {"category": sets[0][key]["category"]} for key in common})
     if official and (strangers := [key for prompts in sets for key in prompts if prompts[key]["instruction"] not in official]):
         fail(f"{where}: expected instructions of the {len(official)} of --lc-data, found {len(strangers)} others, such as {strangers[0]!r:.60}")
-    others = len(official if everything is None else everything) - len(common)
+    others = len(official or everything) - len(common)
     without = sum(any(math.isnan(prompts[key]["p"]) for prompts in sets) for key in common)
     if without == len(common):
         fail(f"{where}: no prompt has comparable responses of {' and '.join(names)} and {baseline}")
-    for count, what in ((others, "have no responses of all models"), (without, "have no verdict")):
-        if count > 0.01 * (len(common) + others) and not args.allow_missing:
-            fail(f"{where}: {count} of {len(common) + others} prompts {what}, over 1 %; --allow-missing measures the others")
+    if others + without > 0.01 * (len(common) + others) and not args.allow_missing:
+        fail(f"{where}: of {len(common) + others} prompts {others} have no responses of all models and {without} no verdict, over 1 %; "
+             "--allow-missing measures the others")
+    if (args.lc_c or args.lc_data) and len(common) - without < 5:
+        fail(f"{where}: expected 5 verdicts or more for a length-controlled rate, found {len(common) - without}")
 
     reference, at = {"gamma": None, "gamed": None}, {key: place for place, key in enumerate(sorted(common))}
     if official:
         at = {key: place if args.by_position else official[sets[0][key]["instruction"]] for place, key in enumerate(common)}
+    if len({*at.values()}) < len(common):
+        fail(f"{where}: two ids have the same instruction, and --lc-data has one place for it")
     common.sort(key=at.get)  # draws and folds do not depend on the file's order
     reference["places"] = np.array([at[key] for key in common])
     if official:
         reference |= {"gamma": gamma[reference["places"]], "gamed": gamed}
-    facts = run_facts(args, files)
+    facts = run_facts(args, files + of_reference)
     check_out(args, facts, {"out", "overwrite", "command"})
 
     tables = [[prompts[key] for key in common] for prompts in sets]
@@ -528,13 +538,15 @@ def main_winrate(args: argparse.Namespace) -> None:
         fail(f"{where}: no prompt is of the category {sorted(unknown)[0]!r}")
     measured = [rates(prompts, groups_of(prompts, edges, set(args.bins_of or [])), reference, args.lc_c) for prompts in tables]
     prompts, own = tables[0], measured[0][0]
+    if official and baseline != "gpt4_1106_preview":  # ALPACA_LC 6f
+        own["formula"] = f"{own.get('formula')}, reference data of gpt4_1106_preview"
     result = {"kind": "winrate", "model": names[0], "baseline": baseline, "by": by, "labelers": sorted(labelers), **own,
               **{f"avg_length{side}": int(np.mean([prompt[f"len{side}"] for prompt in prompts])) for side in ("", "_baseline")},
               **{f"reward{side}": mean_reward([prompt[f"reward{side}"] for prompt in prompts if prompt[f"reward{side}"] is not None])
                  for side in ("", "_baseline")},
               "n_without_verdict": without, "n_other_prompts": others, "bins_of": args.bins_of, "training": training_of(names[0])}
     if args.minus:
-        result["minus"] = {"model": names[1]} | difference(*measured)
+        result["minus"] = {"model": names[1]} | difference(*measured) | {"own": measured[1][0]}
     facts.update(counts={"prompts": len(common) + others, "compared": own["n_total"], "without_verdict": without, "others": others},
                  seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
@@ -742,13 +754,18 @@ def short_names(names: list[str]) -> dict[str, str]:
 
 def grouped(results: list[dict], names: dict[str, str]) -> dict[tuple, tuple[str, list[dict]]]:
     """{key: (setting, runs)}: models that were made alike but for seeds and paths, and measured alike, are the runs of one setting."""
-    groups: dict[tuple, dict[str, dict]] = {}
+    alike: dict[tuple, list[dict]] = {}
     for result in results:
         recipe = (result.get("training") or {}).get("recipe") or result["model"]
-        key = (recipe, *(str(result.get(name)) for name in ("suite", "baseline", "by", "labelers")))
-        same = groups.setdefault(key, {}).setdefault(result["model"], result)
-        if any(same.get(name) != result.get(name) for name in ("win_rate", "length_controlled_winrate", "tasks")):
-            groups[(*key, result["file"])] = {result["model"]: result}  # the same model, measured on other answers or questions
+        alike.setdefault((recipe, *(str(result.get(name)) for name in ("suite", "baseline", "by", "labelers", "limit"))), []).append(result)
+    groups: dict[tuple, dict[str, dict]] = {}
+    for key, runs in alike.items():
+        seen: dict[tuple, dict] = {}
+        for run in runs:
+            seen.setdefault((run["model"], *(str(run.get(name)) for name in ("win_rate", "length_controlled_winrate", "tasks"))), run)
+        apart = len({model for model, *_ in seen}) < len(seen)  # a model measured on other answers or questions too: no telling whose is whose
+        for run in seen.values():
+            groups.setdefault((*key, run["file"]) if apart else key, {})[run["model"]] = run
     settings = {}
     for key, runs in groups.items():
         ends = os.path.commonprefix([Path(model).name for model in runs]).rstrip("_-.") or names[min(runs)]
@@ -797,6 +814,13 @@ def models_table(lines: list[dict]) -> list[dict]:
              "training seconds": shown(over_runs([run.get("training") for run in runs], "seconds"), ".0f"),
              "judge": ", ".join(runs[0].get("labelers") or [str(runs[0].get("by"))]), "formula of LC": runs[0].get("formula") or ""}
             for line in lines for runs in [line["runs"]]]
+
+def groups_table(lines: list[dict]) -> list[dict]:
+    """Categories and length bins of each run (S1 Figs. 2, 3, 8), each with its number of prompts."""
+    return [{"setting": line["setting"], "of": kind.replace("_", " "), "group": name, "n": str(group["n_total"]),
+             "LC": shown(group.get("length_controlled_winrate")), "LC 95 %": shown({"ci": group.get("lc_ci")}, ".1f", "ci"),
+             "win rate": shown(group["win_rate"]), "95 %": shown({"ci": group["ci"]}, ".1f", "ci")}
+            for line in lines for run in line["runs"] for kind in ("categories", "length_bins") for name, group in run.get(kind, {}).items()]
 
 def benchmarks_table(suites: list[tuple[str, list[dict]]]) -> list[dict]:
     """S1's Tables 4 and 5, S3's benchmarks: score (se over questions, sd over seeds) by task; the settings of one suite."""
@@ -928,7 +952,7 @@ def bars(axes: list, panels: list[tuple], marks: dict[str, tuple], rows: list[st
             for x, y, value in zip(high, place, middle):
                 axis.annotate(f"{value:.2f}" if reference is None else f"{value:.1f}", (x, y), textcoords="offset points", xytext=(4, 0),
                               va="center", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-        axis.margins(x=0.14)
+        axis.margins(x=0.2)
         if reference is not None and axis.get_xlim()[0] <= reference <= axis.get_xlim()[1]:
             axis.axvline(reference, color="grey", linestyle="--", linewidth=1)
         axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
@@ -963,7 +987,7 @@ def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str
         marks = dict(zip(names[k:], zip(COLOURS, "os^Dv*")))  # the same in all panels
         some = [(*head, kept) for *head, series in panels if (kept := {name: points for name, points in series.items() if name in marks})]
         most, legend = max(len(series) for *_, series in some), names != [""]
-        width, height = (2.2 + 3.7 * len(some), 1 + len(what) * max(0.45, 0.19 * most)) if draw is bars else (0.8 + 4 * len(some), 3.4)
+        width, height = (1.8 + 2.6 * len(some), 1 + len(what) * max(0.45, 0.19 * most)) if draw is bars else (0.8 + 3 * len(some), 3.2)
         figure, [axes] = plt.subplots(1, len(some), figsize=(width, height + 0.22 * legend * most), layout="constrained", squeeze=False)
         draw(axes, some, marks, what)
         if legend:
@@ -1027,21 +1051,24 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
         panels = [(label, reference, {series: [point(over_runs([of.get(row) for of in runs], name, ci)) for row, _ in counts.most_common()]
                                       for series, runs in some.items() if runs})
                   for label, reference, some in ((f"{rate} (%)", 50, own), (f"difference of {rate}s (points)", 0, minus)) if some]
-        yield ("categories", "Categories of prompts (S1 Figs. 2, 7, 8)", "95 % bootstrap intervals over prompts, those of differences "
-               "paired; n = prompts", bars, panels, [f"{row}\nn = {n}" for row, n in counts.most_common()])
+        yield ("categories", "Categories of prompts (S1 Figs. 2, 8; 7 as n)", "95 % bootstrap intervals over prompts, those of differences "
+               "paired; n = prompts", bars, panels, [f"{textwrap.fill(row, 30)}\nn = {n}" for row, n in counts.most_common()])
     # S1 Fig. 3
     places: dict[tuple, dict] = {}
-    for run, what, of, label in [(run, "", run, names[run["model"]]) for run in results["winrate"]] + [
+    both = [(run, of) for run in results["winrate"] for of in (run, *([run["minus"]["own"] | {"model": run["minus"]["model"]}]
+                                                                     if (run.get("minus") or {}).get("own") else []))]
+    for run, what, of, label in [(run, "", of, names[of["model"]]) for run, of in both] + [
             (run, "difference of ", run["minus"], label) for label, run in differences.items()]:
         bins = [(sum(map(float, bin.split(" to "))) / 2, *point(over_runs([group], name, ci)), group["n_total"])
                 for bin, group in of.get("length_bins", {}).items() if point(over_runs([group], name, ci))]
         if bins:
-            series = places.setdefault((f"characters, {', '.join(run.get('bins_of') or ['all prompts'])}", f"{what}{rate} (%)"), {})
-            label += f" (n = {', '.join(str(n) for *_, n in bins)})"
-            series[label if label not in series else f"{label}, {run['file']}"] = [tuple(numbers) for *numbers, _ in bins]
+            prompts = textwrap.fill(f"characters, {', '.join(run.get('bins_of') or ['all prompts'])}", 40)
+            series = places.setdefault((prompts, f"{what}{rate} ({'points' if what else '%'})"), {})
+            label += f", {run['file']}" if any(other.startswith(f"{label} (n") for other in series) else ""
+            series[f"{label} (n = {', '.join(str(n) for *_, n in bins)})"] = [tuple(numbers) for *numbers, _ in bins]
     if places:
         yield ("lengths", "Lengths of the answer (S1 Fig. 3)", "A point per bin, at its middle; 95 % bootstrap intervals over prompts; n = "
-               "prompts per bin", curves, [(*labels, series) for labels, series in places.items()], False)
+               "prompts per bin, of a difference the first model's", curves, [(*labels, series) for labels, series in places.items()], False)
     # S1 Figs. 4, 5
     error = "Bars: sd over seeds where a setting has several runs, else the 95 % interval over prompts; n = prompts"
     measure = "lc" if lc else "wins"
@@ -1087,7 +1114,7 @@ def main_report(args: argparse.Namespace) -> None:
     lines = report_lines(results["winrate"], averages, names)
     gained = gains(lines)
     tables = {
-        "report": ("Models", models_table(lines)), **{
+        "report": ("Models", models_table(lines)), "groups": ("Categories and lengths", groups_table(lines)), **{
             f"benchmarks_{suite}": (f"Benchmarks: {suite}", benchmarks_table([*groups.values()])) for suite, groups in suites.items()},
         "gains": ("Gains on the start model", [{
             "model": gain["setting"], "start model": gain["start"], "trained on": gain["data"], "measure": gain["measure"],
@@ -1100,6 +1127,8 @@ def main_report(args: argparse.Namespace) -> None:
     text, drawn = ["# Report"], []
     for name, (title, table) in tables.items():
         text += [f"## {title}\n", *write_table(table, out / f"{name}.csv")] if table else []
+        text += [f"\n{note}." for note in dict.fromkeys(note for run in results["benchmarks"] if name == f"benchmarks_{run['suite']}"
+                                                        for note in run.get("notes", []))]
     command = shlex.join(["python", "evaluate.py", "report", *args.results, "--out", args.out])
     for name, title, note, draw, panels, what in pictures(lines, results, names):
         drawn += (files := write_figure(out / name, panels, draw, what))
@@ -1126,6 +1155,8 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                if rb"\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
             except ValueError:
                 row = None
             if not isinstance(row, dict):
@@ -1143,6 +1174,7 @@ def check_prompt(row: dict, where: str) -> None:
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]  # in this order: prompts are compared
     canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
     row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
@@ -1155,11 +1187,12 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             check_prompt(row, where)
             if not isinstance(row["responses"], list) or not all(
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
-                    for response in row["responses"]):
+                    and isinstance(response.get("scores") or {}, dict) for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
             count = len(row["responses"])
             for name in ("wins", "cosine"):
-                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                lines = row.get(name)
+                if lines is not None and not (isinstance(lines, list) and [isinstance(line, list) and len(line) for line in lines] == [count] * count):
                     fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
@@ -1193,12 +1226,14 @@ def reward_of(response: dict, where: str) -> float | None:
     return reward
 
 def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool]:
-    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null."""
+    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null, of one labeler."""
     have: Counter = Counter()
+    labelers: set[str] = set()
 
     def check(row: dict, where: str) -> None:
         wins = row.get("wins")
         have["no wins" if wins is None else "wins"] += 1
+        labelers.update([row["labeler"]] if row.get("labeler") else [])
         for value in (value for line in wins or [] for value in line):
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 fail(f'{where}: expected "wins" to hold probabilities or null, found {value!r:.40}')
@@ -1206,6 +1241,8 @@ def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tupl
         visit(row, where)
 
     places = index_rows(paths, check)
+    if len(labelers) > 1:
+        fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}: score all with one")
     if have["wins"] and have["no wins"]:
         fail(f"{', '.join(paths)}: {have['wins']} rows have wins and {have['no wins']} have none")
     if not have["wins"] and not have["reward"]:

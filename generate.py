@@ -59,6 +59,7 @@ DEFAULTS = {"preset": "s1", "greedy": False, "diverse": False, "diverse_context"
             "num_beams": None, "seed": 0, "backend": "auto", "dtype": "auto", "batch_size": 64, "tensor_parallel": 1, "shard": "0/1",
             "revision": None, "chat_template": None, "prompts": None, "model": None}
 WINDOW = {"hf": 64, "vllm": 1024}  # rows sampled, sorted by length and appended together; fixed, so that resuming is exact
+OF_RESPONSES = ("responses", "wins", "cosine", "labeler")  # what a row says of earlier responses: new ones come without
 CANDIDATES = 1024  # top-p is looked for among so many best tokens before the whole vocabulary is sorted
 ASK_AGAIN = ("Please generate another response that is different from all the previous ones. It can differ in aspects such as but not "
              "limited to tone, formality, strategy, judgment, conciseness, structure. It can also involve asking for clarity if the "
@@ -371,7 +372,8 @@ def import_helpsteer2(table: Table) -> Imported:
             texts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", f"<extra_id_1>User\n{turns}")[1:]  # role, text, role, text, ...
             turns = [{"role": role.lower(), "content": text} for role, text in zip(texts[::2], texts[1::2])]
         scores = {name: rating(row[name]) for name in HELPSTEER2}
-        scores["helpsteer2"] = None if None in scores.values() else sum(scores[name] * weight for name, weight in HELPSTEER2.items())
+        total = None if None in scores.values() else sum(scores[name] * weight for name, weight in HELPSTEER2.items())
+        scores["helpsteer2"] = None if total is None else round(total, 6)  # equal sums must tie, whatever their rounding
         yield where, {"prompt": turns, "responses": [{"text": row["response"], "scores": scores}]}
 
 def import_oasst2(table: Table) -> Imported:
@@ -466,6 +468,8 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                if rb"\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
             except ValueError:
                 row = None
             if not isinstance(row, dict):
@@ -483,6 +487,7 @@ def check_prompt(row: dict, where: str) -> None:
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]  # in this order: prompts are compared
     canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
     row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
@@ -605,7 +610,7 @@ def finish_run(args: argparse.Namespace, facts: dict, started: float, **more: fl
         counts.update(rows=1, responses=len(texts), truncated=sum(response["finish"] == "length" for response in row["responses"]),
                       empty=sum(not text.strip() for text in texts), preambles=sum(bool(PREAMBLE.match(text)) for text in texts),
                       role_headers=sum(bool(ROLE_HEADER.match(text)) for text in texts),
-                      prompts_with_equal_samples=len(texts) > 1 and len(set(texts)) == 1)
+                      prompts_with_equal_samples=int(len(texts) > 1 and len(set(texts)) == 1))
     equal = counts["prompts_with_equal_samples"] / counts["rows"]
     if equal > 0.05 and not args.import_format:
         print(f"generate.py: {equal:.1%} of the prompts have {args.n} equal samples at temperature {args.temperature}", file=sys.stderr)
@@ -633,7 +638,8 @@ def main_import(args: argparse.Namespace) -> None:
         prompt = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
         if prompt_of.setdefault(row["id"], prompt) != prompt:
             fail(f"{where}: the id {row['id']} stands for two prompts")
-        row["responses"] = [imported(entry, args.source, where) for entry in row["responses"]]
+        row = {key: value for key, value in row.items() if key not in OF_RESPONSES} | {
+            "responses": [imported(entry, args.source, where) for entry in row["responses"]]}
         first = merged.setdefault(prompt, row)
         if first is not row:
             first["responses"] += row["responses"]
@@ -641,7 +647,7 @@ def main_import(args: argparse.Namespace) -> None:
     if not merged:
         fail(f"{', '.join(files)}: no prompt with responses is left: {dict(left_out) or 'there is no row'}")
     facts = run_facts(args, files)
-    check_out(args, facts, {"out", "overwrite", "limit"})
+    check_out(args, facts, {"out", "overwrite"})
     write_meta(args.out, facts)
     Path(f"{args.out}.tmp").unlink(missing_ok=True)
     rows = list(merged.values())[:args.limit]
@@ -659,7 +665,7 @@ def main(args: argparse.Namespace) -> None:
         check_prompt(row, where)
         if row["id"] in prompts:
             fail(f"{where}: the id {row['id']} stands twice in the file")
-        prompts[row["id"]] = row
+        prompts[row["id"]] = {key: value for key, value in row.items() if key not in OF_RESPONSES}
     tokenizer = load_tokenizer(args.model, args.revision)
     if args.chat_template:
         if not os.path.isfile(args.chat_template):
@@ -724,6 +730,8 @@ def main(args: argparse.Namespace) -> None:
                         "text": tokenizer.decode(token_ids, skip_special_tokens=True), "source": args.source, "model": args.model,
                         "finish": finish, "tokens": len(token_ids), "token_ids": token_ids, "tokenizer": mark})
             append_rows(args.out, batch)
+            for row in batch:
+                row["responses"] = []  # they are on disk
     finish_run(args, facts, started, skipped_too_long=len(too_long), prompts_with_special_tokens=with_special, resumed_rows=done,
                sampling_seconds=round(time.time() - sampling_started, 2))
 

@@ -29,8 +29,8 @@ are scored once, and two of them are a tie. The agreement of two scorers is prin
     python score.py --scorer rm --model out/models/reward --responses out/on.jsonl out/off.jsonl --out out/scored.jsonl
     python score.py --scorer judge --model gpt-4-1106-preview --responses out/on.jsonl out/off.jsonl --out out/judged.jsonl --max-requests 5000
 
-Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file: what a
-judge was paid for is not asked again. Prints one JSON line: rows, responses, without a score by reason, mean score by source, agreement,
+Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file: of what a
+judge was paid for at most the answers of 32 rows are asked for again. Prints one JSON line: rows, responses, without a score by reason, mean score by source, agreement,
 share of padding, seconds.
 """
 
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--judge-prompt", metavar="FILE", help="judge: its prompt, with {instruction}, {output_1} and {output_2} (default: ours); alpaca_eval's "
          "stands in its package at evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt")
     flag("--base-url", metavar="URL", help="judge: the server (default https://api.openai.com/v1)")
-    flag("--max-requests", type=int, help="judge: stop before a window of rows that would need more verdicts than this in all")
+    flag("--max-requests", type=int, help="judge, category: stop before a window of rows that would need more answers than this in one run (second tries not counted)")
     args = parser.parse_args(argv)
 
     def refuse(names: list[str], why: str = f"does nothing with --scorer {args.scorer}") -> None:
@@ -149,6 +149,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
     if args.missing_eos_penalty is not None and not math.isfinite(args.missing_eos_penalty):
         parser.error(f"--missing-eos-penalty must be finite, found {args.missing_eos_penalty}")
+    if "@" in (args.base_url or ""):
+        parser.error("--base-url must hold no password: a key comes from OPENAI_API_KEY")
     args.name = args.name or args.scorer
     if args.scorer in ("judge", "category"):
         args.base_url, args.scheme = args.base_url or "https://api.openai.com/v1", args.scheme or "alpaca"
@@ -609,7 +611,8 @@ def write_results(row: dict, results: dict[tuple[int, ...], object], args: argpa
         for i, response in enumerate(responses):
             put_reward(response, args, sets_reward, results[i,])
     if sets_reward:
-        row["labeler"] = ":".join(filter(None, (args.name, args.model, args.judge_prompt and Path(args.judge_prompt).name, args.baseline)))
+        prompt = args.judge_prompt and f"{Path(args.judge_prompt).name}@{hashlib.sha256(Path(args.judge_prompt).read_bytes()).hexdigest()[:8]}"
+        row["labeler"] = ":".join(filter(None, (args.name, args.model, prompt, args.baseline, "letter" * (args.scheme == "letter"))))
         if args.primary and "wins" in row and args.scorer not in ("pairrm", "judge"):
             row["wins"] = None  # another scorer's: boundary.py and evaluate.py would count them before this reward
 
@@ -650,6 +653,8 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dic
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                if rb"\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
             except ValueError:
                 row = None
             if not isinstance(row, dict):
@@ -667,6 +672,7 @@ def check_prompt(row: dict, where: str) -> None:
         fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
     if prompt[-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]  # in this order: prompts are compared
     canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
     row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
 
@@ -787,11 +793,12 @@ def index_rows(paths: list[str], visit: Callable[[dict, str], None]) -> dict[str
             check_prompt(row, where)
             if not isinstance(row["responses"], list) or not all(
                     isinstance(response, dict) and isinstance(response.get("text"), str) and response.get("source") in ("on", "off")
-                    for response in row["responses"]):
+                    and isinstance(response.get("scores") or {}, dict) for response in row["responses"]):
                 fail(f'{where}: expected "responses" to be a list of {{"text", "source": "on" or "off", ...}}')
             count = len(row["responses"])
             for name in ("wins", "cosine"):
-                if row.get(name) is not None and [len(line) for line in row[name]] != [count] * count:
+                lines = row.get(name)
+                if lines is not None and not (isinstance(lines, list) and [isinstance(line, list) and len(line) for line in lines] == [count] * count):
                     fail(f'{where}: expected "{name}" to be a {count} x {count} matrix')
             if any(path == other for other, _ in places.setdefault(row["id"], [])):
                 fail(f"{where}: the id {row['id']} stands twice in the file")
@@ -865,16 +872,18 @@ def main(args: argparse.Namespace) -> None:
     have: Counter = Counter()
     models: Counter = Counter()
     labelers: Counter = Counter()
+    makes_reward = args.scorer in ("rm", "pairrm", "judge", "verify")
 
     def visit(row: dict, where: str) -> None:
-        rewarded = [response.get("reward") is not None for response in row["responses"]]
+        rewarded = [response.get("reward") is not None or response.get("reward_error") is not None for response in row["responses"]]
         have.update(rewarded)
         labelers.update([str(row.get("labeler"))] * any(rewarded))
         models.update(response.get("model") for response in row["responses"])
+        if makes_reward and not args.primary and any(args.name in (response.get("scores") or {}) for response in row["responses"]):
+            fail(f'{where}: "scores" hold {args.name!r} already; another --name keeps both, --primary replaces it')
 
     places = index_rows(args.responses, visit)
     # the first scorer makes the reward; after that only --primary may
-    makes_reward = args.scorer in ("rm", "pairrm", "judge", "verify")
     sets_reward = makes_reward and (args.primary or not have[True])
     if makes_reward and not args.primary and have[True] and have[False]:
         fail(f"{', '.join(args.responses)}: {have[True]} responses have a reward, {have[False]} none; --primary gives all this one")
@@ -887,6 +896,9 @@ def main(args: argparse.Namespace) -> None:
     by_server = {"judge": judge_scorer, "category": category_scorer}.get(args.scorer)
     window = SERVER_WINDOW if by_server else WINDOW
     ids = shard_windows(list(places)[:args.limit], window, args.shard)
+    if not ids:
+        fail(f"--shard {args.shard}: expected at most one shard per window of {window} rows, found none for this one")
+    reasons: Counter = Counter()  # why there is no result, in this run
     seen: Counter = Counter()  # tokens in batches, and what a scorer counts of its own
     if args.scorer == "verify":
         make_scorer = verify_scorer
@@ -925,13 +937,14 @@ def main(args: argparse.Namespace) -> None:
             found = score([job for _, job in jobs], lambda count: progress.update(count * share)) if jobs else []
             for ((k, _), targets), result in zip(jobs.items(), found):
                 results[k].update(dict.fromkeys(targets, result))
+            reasons.update(result for of_row in results for result in of_row.values() if isinstance(result, str) and args.scorer != "category")
             for row, of_row in zip(rows, results):
                 write_results(row, of_row, args, sets_reward)
             append_rows(args.out, rows)
     facts["counts"] = summary(args.out, args)
     if seen["padded"]:
         facts["counts"]["padding"] = round(1 - seen.pop("real") / seen.pop("padded"), 4)
-    facts["counts"].update(seen)
+    facts["counts"].update(seen, **({"reasons": dict(reasons)} if reasons else {}))
     facts["seconds"] = round(time.time() - started, 2)
     write_meta(args.out, facts)
     if not facts["counts"].get("mean", True):

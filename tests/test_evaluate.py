@@ -87,7 +87,7 @@ def test_equal_texts_tie_and_a_missing_reward_is_no_verdict(tmp_path, capsys):
             prompt_row(2, response("new", None), response("new", 4.0), response("old", 1.0)),
             prompt_row(3, response("new", 1.0))]
     (tmp_path / "strict").mkdir()
-    assert "1 of 4 prompts have no responses of all models, over 1 %" in refused(tmp_path / "strict", capsys, rows)
+    assert "of 4 prompts 1 have no responses of all models and 1 no verdict, over 1 %" in refused(tmp_path / "strict", capsys, rows)
     result = winrate(tmp_path, capsys, rows, "--allow-missing")
     # compared: 0 and 2; answered by both and not compared: 1; answered by one: 3
     assert (result["win_rate"], result["n_total"], result["n_draws"]) == (75.0, 2, 1)

@@ -44,7 +44,7 @@ def load(name):
     """(p, deltas, gamma, gamed, rows) of a shared model, in the official order."""
     with gzip.open(SHARED / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    _, gamma, gamed = evaluate.read_reference(SHARED)
+    _, gamma, gamed, _ = evaluate.read_reference(SHARED)
     return (np.array([row["preference"] - 1 for row in rows]), np.array([row["len_1"] - row["len_2"] for row in rows]), gamma, gamed, rows)
 
 
@@ -416,7 +416,7 @@ def test_annotations_by_hand(tmp_path, capsys):
     theta = np.array(result["theta"])
     assert off_optimum(features, targets, weights, 3, theta) < 1e-8 and (theta != 0).all()
     equal = 100 * logistic(theta[1] * gamma + theta[2])  # of all 40: what has no verdict is predicted too
-    assert (result["formula"], result["C"]) == ("length_controlled_v1", 3)
+    assert (result["formula"], result["C"]) == ("length_controlled_v1, reference data of gpt4_1106_preview", 3)  # another baseline
     assert result["length_controlled_winrate"] == pytest.approx(equal.mean(), abs=1e-9)
     assert result["lc_standard_error"] == pytest.approx(equal.std(ddof=1) / math.sqrt(40), abs=1e-9)
 
@@ -528,7 +528,7 @@ def test_difference_of_prompts_that_both_models_have(tmp_path, capsys):
     first, second = entries(0), entries(5, name="other")
     flags = "--lc-data", tmp_path / "hub", "--lc-c", 3
     files = "--annotations", annotate(tmp_path / "a.json", first), "--minus", annotate(tmp_path / "b.json", second[1:])
-    assert "1 of 40 prompts have no responses of all models, over 1 %" in refused(tmp_path, capsys, *files, *flags)
+    assert "of 40 prompts 1 have no responses of all models and 0 no verdict, over 1 %" in refused(tmp_path, capsys, *files, *flags)
     both = run(tmp_path, capsys, *files, *flags, "--allow-missing")
     alone, other = (run(tmp_path, capsys, "--annotations", annotate(tmp_path / "c.json", rows[1:]), *flags, "--allow-missing")
                     for rows in (first, second))
@@ -645,7 +645,7 @@ def test_bins_of_lengths_that_are_no_whole_numbers(tmp_path, capsys):
 def scored(n=40, seed=0):
     """Rows of score.py: responses of new, old and third, a reward each."""
     rng = np.random.default_rng(seed)
-    return [{"id": f"p{i:02}", "prompt": QUESTIONS[i], "category": ("coding", "math")[i % 2], "labeler": ("skywork", "armo")[i % 2],
+    return [{"id": f"p{i:02}", "prompt": QUESTIONS[i], "category": ("coding", "math")[i % 2], "labeler": "skywork",
              "responses": [
         {"text": name[0] * int(rng.integers(5, 60)), "source": "on", "model": name, "reward": round(float(rng.normal(shift)), 3)}
         for name, shift in (("new", 0.3), ("old", 0), ("third", 0.1))]} for i in range(n)]
@@ -669,13 +669,16 @@ def test_a_reward_model_gives_the_minimal_formula(tmp_path, capsys):
     features, targets, weights = problem(p, deltas)
     assert features.shape == (40, 2)  # no difficulty, no gamed rows
     assert (result["formula"], result["by"], result["C"]) == ("length_controlled_minimal", "reward", 3)
-    assert result["labelers"] == ["armo", "skywork"]
+    assert result["labelers"] == ["skywork"]
     theta = evaluate.fit_l1(features, targets, weights, 3.0)
     assert result["theta"] == pytest.approx(theta, abs=1e-9) and off_optimum(features, targets, weights, 3, theta) < 1e-8
     assert result["length_controlled_winrate"] == pytest.approx(100 * logistic(theta[1]), abs=1e-9)
     for name, cell in result["categories"].items():
         inside = labels(as_annotations(rows)) == name
         assert cell["length_controlled_winrate"] == pytest.approx(group_by_hand(p, features, theta, inside), abs=1e-9)
+    own = run(tmp_path, capsys, *scored_flags(tmp_path, rows))
+    assert own["C"] == pytest.approx(10 ** (-4 + 8 * 6 / 9)) and own["lc_standard_error"] is None  # no cross-validation, one chance for all
+    assert own["theta"] == pytest.approx(evaluate.fit_l1(features, targets, weights, own["C"]), abs=1e-9)
     again = run(tmp_path, capsys, *scored_flags(tmp_path, [{**rows[i], "labeler": None} for i in np.random.default_rng(1).permutation(40)]),
                 "--lc-c", 3)
     assert same(again, {**result, "labelers": []})
@@ -693,7 +696,7 @@ def test_scored_and_annotated_verdicts_are_one(tmp_path, capsys):
     beside = {"by", "labelers", "reward", "reward_baseline"}
     assert same({key: value for key, value in first.items() if key not in beside},
                 {key: value for key, value in second.items() if key not in beside})
-    assert first["formula"] == "length_controlled_v1" and first["minus"]["model"] == "third"
+    assert first["formula"].startswith("length_controlled_v1") and first["minus"]["model"] == "third"
     theta = np.array(first["theta"])
     assert off_optimum(*problem(*arrays(annotations), gamma, gamed), first["C"], theta) < 1e-8 * max(1, first["C"])
 
@@ -783,8 +786,8 @@ def changed(number=None, **more):
     (changed(1, generator_1="older"), "entry 2: expected generator_2 and generator_1 to be ('new', 'base') as in the first entry"),
     (changed(1, instruction="whence?"), "expected instructions of the 4 of --lc-data, found 1 others, such as 'whence?'"),
     ([{**row, "preference": None} for row in changed()], "no prompt has comparable responses of new and base"),
-    (changed(1, preference=None), "1 of 4 prompts have no verdict, over 1 %; --allow-missing measures the others"),
-    (changed(1, preference=math.nan), "1 of 4 prompts have no verdict, over 1 %; --allow-missing measures the others")])
+    (changed(1, preference=None), "of 4 prompts 0 have no responses of all models and 1 no verdict, over 1 %; --allow-missing measures the others"),
+    (changed(1, preference=math.nan), "of 4 prompts 0 have no responses of all models and 1 no verdict, over 1 %; --allow-missing measures the others")])
 def test_annotations_refused(tmp_path, capsys, rows, sentence):
     assert sentence in refused_annotations(tmp_path, capsys, rows)
 
@@ -888,10 +891,11 @@ def test_missing_verdicts_up_to_one_percent(tmp_path, capsys):
         for row in silent[:missing]:
             row["responses"][0]["reward"] = None
         absent = [*rows[missing:], *({**row, "responses": row["responses"][1:]} for row in rows[:missing])]
-        for some, what, counted in ((silent, "have no verdict", (missing, 0)), (absent, "have no responses of all models", (0, missing))):
+        for some, counted in ((silent, (missing, 0)), (absent, (0, missing))):
             flags = scored_flags(tmp_path, some)
             if missing == 3:
-                assert f"3 of 200 prompts {what}, over 1 %; --allow-missing measures the others" in refused(tmp_path, capsys, *flags)
+                assert (f"of 200 prompts {counted[1]} have no responses of all models and {counted[0]} no verdict, over 1 %; --allow-missing "
+                        "measures the others") in refused(tmp_path, capsys, *flags)
             result = run(tmp_path, capsys, *flags, *["--allow-missing"] * (missing == 3))
             assert (result["n_without_verdict"], result["n_other_prompts"], result["n_total"]) == (*counted, 200 - missing)
             facts = json.loads((tmp_path / "result.meta.json").read_text())["counts"]

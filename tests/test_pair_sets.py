@@ -157,7 +157,7 @@ def test_given_needs_no_reward(tmp_path, capsys):
     pairs, printed, _ = build(tmp_path, capsys, rows, "--on-ratio", 0, "--select", "given", "--stats")
     assert texts(pairs) == {"p:off": ("a", "b")} and pairs[0]["chosen_reward"] is None and printed["dropped"] == {"off: empty": 1}
     err = build(tmp_path, capsys, rows, "--on-ratio", 0, "--select", "given", "--filter", "quality:1", out="b.jsonl", expect=2)
-    assert "the pair of the id p has no reward: run score.py --scorer rm" in err
+    assert "--filter quality: no pair has a reward on both sides: run score.py --scorer rm" in err
 
 
 def test_another_models_samples_are_off_policy_pairs(tmp_path, capsys):
@@ -308,9 +308,9 @@ def test_fig_6_adds_as_many_on_policy_pairs_of_other_prompts(tmp_path, capsys):
     # concat takes the three prompts first, then prompts of kept pairs
     pairs, printed, _ = build(tmp_path, capsys, rows, "--filter", "quality:0.7", "--mix", "concat", out="c.jsonl")
     assert (printed["on"], printed["off"]) == (7, 7) and {"p0", "p1", "p2"} < {pair["id"] for pair in pairs if pair["source"] == "on"}
-    # 0.3 of 14.28: floor(7 / (1 - .5)) is 14; floor(4 / .7) = 5 pairs, floor(1.5 + .5) = 2 of them on-policy
+    # the fewest pairs of which the kept 4 are the off-policy ones: of 6 floor(1.8 + .5) = 2 are on-policy
     _, printed, _ = build(tmp_path, capsys, rows, "--on-ratio", 0.3, "--filter", "quality:0.4", out="d.jsonl")
-    assert (printed["on"], printed["off"]) == (2, 3)
+    assert (printed["on"], printed["off"]) == (2, 4)
 
 
 def test_a_filter_of_the_pool(tmp_path, capsys):
@@ -324,9 +324,14 @@ def test_a_filter_of_the_pool(tmp_path, capsys):
 def test_a_filter_without_its_column(tmp_path, capsys, name, key, scorer):
     rows = filtered()
     rows[2]["responses"][0].pop("logp")
-    del rows[2]["cosine"]
+    rows[2]["cosine"] = None
+    pairs, printed, _ = build(tmp_path, capsys, rows, "--on-ratio", 0, "--filter", f"{name}:1", out="others.jsonl")
+    assert "p2" not in texts(pairs) and len(pairs) == len(rows) - 1 and printed["dropped"] == {f"off: no {key}": 1}
+    for line in rows:
+        line["cosine"] = None
+        line["responses"][0].pop("logp", None)
     err = refused(tmp_path, capsys, rows, "--on-ratio", 0, "--filter", f"{name}:0.5")
-    assert f"--filter {name}: the pair of the id p2 has no {key}: run score.py --scorer {scorer}" in err
+    assert f"--filter {name}: no pair has a {key} on both sides: run score.py --scorer {scorer}" in err
 
 
 # ---- S3 Table 3: gap and quality, -inv sets
@@ -517,13 +522,13 @@ def test_excluded_prompts(tmp_path, capsys):
         {"question": "what happens to you, if you eat\nwatermelon seeds", "type": "Adversarial"},  # as in TruthfulQA
         {"prompt": "Why do veins appear (blue)?"},
         {"messages": [{"role": "user", "content": "define dpo"}, {"role": "assistant", "content": "say hi"}]},
-        {"instruction": "was ist GRÖSSE"}, {"prompt": [{"role": "user", "content": "hi"}]}])
+        {"instruction": "was ist GRÖSSE"}, {"instruction": "??? :-)"}, {"prompt": [{"role": "user", "content": "hi"}]}])
     pairs, printed, _ = build(tmp_path, capsys, rows, "--on-ratio", 0, "--exclude-prompts", barred)
     assert [pair["id"] for pair in pairs] == ["p2", "p5"] and printed["dropped"] == {"excluded": 4} and printed["rows"] == 6
     write_rows(tmp_path / "barred.jsonl", [{"question": "a"}, {"text": "b", "prompt": None}])
     (tmp_path / "pairs.jsonl").unlink()
     err = refused(tmp_path, capsys, rows, "--on-ratio", 0, "--exclude-prompts", barred)
-    assert 'barred.jsonl:2: expected a user turn under "prompt"' in err
+    assert "barred.jsonl:2: expected a user turn under prompt, messages" in err
 
 
 # ---- statistics: S1 Table 3, S3 Table 5, S1 Figs. 10 and 11
@@ -601,7 +606,6 @@ def test_histograms(tmp_path, capsys, monkeypatch):
     (["--inverted", "drop"], "--inverted belongs to"), (["--inverted", "flip", "--replace", "0.1"], "--inverted belongs to"),
     (["--on-ratio", "auto"], "need each other"), (["--boundary", "b.json"], "need each other"),
     (["--boundary", "b.json", "--on-ratio", "0.5"], "need each other"), (["--on-ratio", "some"], "--on-ratio"),
-    (["--reward", "a", "--allow-mixed-labelers"], "--allow-mixed-labelers has no part in --reward"),
     (["--total", "0"], "--total must be at least 1"),
     (["--on-ratio", "1", "--select", "relabel"], "--select relabel is about off-policy pairs"),
     (["--on-ratio", "0", "--exclude-prompts", "absent.jsonl"], "absent.jsonl: expected JSON lines, found no such file"),

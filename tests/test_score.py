@@ -415,7 +415,7 @@ def test_a_second_scorer_adds_and_primary_replaces(tmp_path, capsys, llama_rm):
 def test_rewards_in_some_responses_only_are_refused(tmp_path, capsys):
     paths = [str(tmp_path / "1.jsonl"), write_rows(tmp_path / "2.jsonl", [prompt_row(0, "5")])]
     run(tmp_path, capsys, [prompt_row(0, "4", answer="4")], "--scorer", "verify", out="1.jsonl")
-    err = refused(tmp_path, capsys, paths, "--scorer", "verify")
+    err = refused(tmp_path, capsys, paths, "--scorer", "verify", "--name", "again")
     assert "1 responses have a reward" in err and "1 " in err.partition("have a reward")[2] and "--primary" in err
     rows, _ = run(tmp_path, capsys, paths, "--scorer", "verify", "--primary")
     assert rewards(rows) == [1.0, 0.0]

@@ -559,9 +559,12 @@ def test_primary_takes_another_scorers_wins_away(tmp_path, capsys, pairrm, llama
     assert printed["agreement"]["pairrm"]["pairs"] == 3
     (third,), _ = run(tmp_path, capsys, [str(tmp_path / "1.jsonl")], *RM, "--model", llama_rm, "--primary", out="3.jsonl")
     assert third["wins"] is None and rewards([third]) == [some["scores"]["rm"] for some in second["responses"]]
-    (fourth,), _ = run(tmp_path, capsys, [str(tmp_path / "3.jsonl")], *PAIRRM, "--model", pairrm, out="4.jsonl")
+    again = [str(tmp_path / "3.jsonl")], *PAIRRM, "--model", pairrm
+    assert "\"scores\" hold 'pairrm' already; another --name keeps both, --primary replaces it" in refused(tmp_path, capsys, *again, out="4.jsonl")
+    (fourth,), _ = run(tmp_path, capsys, *again, "--name", "again", out="4.jsonl")
     assert rewards([fourth]) == rewards([third]) and fourth["labeler"] == third["labeler"]  # a further score alone
-    assert [some["scores"] for some in fourth["responses"]] == [some["scores"] for some in second["responses"]]
+    assert [some["scores"] for some in fourth["responses"]] == [
+        {**some["scores"], "again": some["scores"]["pairrm"]} for some in second["responses"]]
     (fifth,), _ = run(tmp_path, capsys, [str(tmp_path / "3.jsonl")], *PAIRRM, "--model", pairrm, "--primary", out="5.jsonl")
     assert fifth["wins"] == first["wins"] and fifth["labeler"] == first["labeler"] and rewards([fifth]) == rewards([first])
 
