@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--judge-prompt", metavar="FILE", help="judge: its prompt, with {instruction}, {output_1} and {output_2} (default: ours); alpaca_eval's "
          "stands in its package at evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt")
     flag("--base-url", metavar="URL", help="judge: the server (default https://api.openai.com/v1)")
-    flag("--max-requests", type=int, help="judge, category: stop before a window of rows that would need more answers than this in one run (second tries not counted)")
+    flag("--max-requests", type=int, help="judge, category: stop before a window of rows that would need more answers than this in one run")
     args = parser.parse_args(argv)
 
     def refuse(names: list[str], why: str = f"does nothing with --scorer {args.scorer}") -> None:
@@ -396,12 +396,15 @@ def chat_server(args: argparse.Namespace, seen: Counter) -> Callable:
                 return f"refused by the server: {said(error)}"
             except (AttributeError, IndexError, TypeError, ValueError):
                 return "an answer of another shape than a chat completion's"
-            return one(messages, again=False) if found is None and again else found
+            if found is None and again:
+                second.append(messages)
+                return one(messages, again=False)
+            return found
 
         if args.max_requests and seen["requests"] + len(conversations) > args.max_requests:
             sys.exit(f"score.py: --max-requests {args.max_requests}: {seen['requests']} answers asked for, the next rows need "
                      f"{len(conversations)} more; what is written stays, and the same command goes on")
-        found = []
+        found, second = [], []
         try:
             with ThreadPoolExecutor(THREADS) as pool:
                 for answer in pool.map(one, conversations):
@@ -409,7 +412,7 @@ def chat_server(args: argparse.Namespace, seen: Counter) -> Callable:
                     update(1)
         except openai.APIError as error:  # the key, the model's name, no server, 429 or 5xx to the end
             fail(f"{args.base_url}: {type(error).__name__}: {said(error)} (the same command goes on behind the last whole window)")
-        seen.update(requests=len(conversations))
+        seen.update(requests=len(conversations) + len(second))
         if len(found) >= 8 and all(answer is None or isinstance(answer, str) and answer not in CATEGORIES for answer in found):
             fail(f"{args.model}: none of {len(found)} answers in a row could be read: {found[0]}")
         return found
@@ -451,8 +454,8 @@ def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Cal
     def score(jobs: list[tuple], update: Callable[[float], object]) -> list[float | str]:
         conversations = [messages_of(template, {"instruction": instruction, "output_1": second if swapped else first,
                                                 "output_2": first if swapped else second}) for instruction, first, second, swapped in jobs]
-        options = {"logprobs": True, "top_logprobs": 6} if args.scheme == "alpaca" else {}
-        verdicts = ask(conversations, lambda choice: read_verdict(choice, args.scheme), update, max_tokens=1, temperature=1, **options)
+        options = {"temperature": 1, "logprobs": True, "top_logprobs": 6} if args.scheme == "alpaca" else {"temperature": 0}
+        verdicts = ask(conversations, lambda choice: read_verdict(choice, args.scheme), update, max_tokens=1, **options)
         return [1 - verdict if swapped and isinstance(verdict, float) else verdict for verdict, (*_, swapped) in zip(verdicts, jobs)]
     return encode, score
 

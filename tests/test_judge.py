@@ -9,6 +9,7 @@ Covers  vLLM's first rewards held to those of transformers (the run ends where t
 Run     python -m pytest tests/test_judge.py     (a minute: one engine and one server start)
 """
 
+import hashlib
 import json
 import math
 import os
@@ -280,7 +281,8 @@ def test_the_letter_scheme(tmp_path, capsys, peer):
     messages = {json.dumps(request["messages"]) for request in requests}
     assert json.dumps([{"role": "system", "content": "choose"}, {"role": "user", "content": f"b {SWAPPED[0]} a"}]) in messages
     assert all("logprobs" not in request and "top_logprobs" not in request for request in requests)
-    assert rows[0]["labeler"] == "judge:tiny:prompt.txt"
+    mark = hashlib.sha256((tmp_path / "prompt.txt").read_bytes()).hexdigest()[:8]
+    assert rows[0]["labeler"] == f"judge:tiny:prompt.txt@{mark}:letter"
     prompt.write_text("{instruction}: {output_1} or {output_2}?")  # another prompt is another run
     err = refused(tmp_path, capsys, data, *flags, "--scheme", "letter", "--judge-prompt", str(prompt))
     assert "belongs to a run with other inputs" in err and "prompt.txt" in err
@@ -356,9 +358,9 @@ def choices(**change):
 
 NOTHING = {"content": [{"token": "m", "logprob": -1.0, "bytes": None, "top_logprobs": []}]}
 NONSENSE = {  # content of a 200, and the beginning of the reason
-    "no choices": ({**choices(), "choices": []}, "an answer without choices"),
-    "null choices": ({**choices(), "choices": None}, "an answer without choices"),
-    "an object of nothing": ({}, "an answer without choices"),
+    "no choices": ({**choices(), "choices": []}, "an answer of another shape than a chat completion's"),
+    "null choices": ({**choices(), "choices": None}, "an answer of another shape than a chat completion's"),
+    "an object of nothing": ({}, "an answer of another shape than a chat completion's"),
     "an empty choice": ({**choices(), "choices": [{}]}, "no log-probabilities in the server's answer"),
     "null logprobs": (choices(logprobs=None), "no log-probabilities in the server's answer"),
     "null content": (choices(logprobs={"content": None}), "no log-probabilities in the server's answer"),
@@ -379,8 +381,10 @@ def test_an_answer_without_a_verdict(tmp_path, capsys, peer, name):
     assert errors[:2] == [None, None] and all(error.startswith(reason) for error in errors[2:])
     assert list(printed["without"].values()) == [3] and printed["requests"] == 4
     flags, _ = peer(lambda body, number: (200, content))
-    err = refused(tmp_path, capsys, [ask(text, "a", "b") for text in STRAIGHT[:5]], *flags, out="none.jsonl")
-    assert f"tiny: none of 5 verdicts in a row could be read: {reason}" in err
+    err = refused(tmp_path, capsys, [ask(text, "a", "b", "c", "d") for text in STRAIGHT[:2]], *flags, out="none.jsonl")
+    assert f"tiny: none of 12 answers in a row could be read: {reason}" in err
+    err = refused(tmp_path, capsys, [ask(text, "a", "b") for text in STRAIGHT[:2]], *flags, out="few.jsonl")
+    assert "few.jsonl: no response has a score" in err and reason in err  # too few to say so of all
 
 
 @pytest.mark.parametrize("content", ["{nonsense", "<html>", "[]", '"text"', "null", {"choices": [None]},
@@ -662,7 +666,7 @@ def test_what_a_real_server_refuses(tmp_path, capsys, server):
 
 
 def test_letters_of_a_real_judge(tmp_path, capsys, oracle, server):
-    # one token is sampled at temperature 1, of the five likeliest: a letter is right where it is among them
+    # the likeliest token, where it is a letter
     data, found = real_rows(), oracle[1]
     rows, printed = run(tmp_path, capsys, data, *server, "--scheme", "letter")
     read = 0
