@@ -96,14 +96,15 @@ def score_ratio(reward: str, rows: int = 48) -> dict:
             "padding": round(padding, 4)}
 
 
-def build_pairs_cost(folder: Path, prompts: int = 60_000) -> dict:
+def build_pairs_cost(folder: Path, prompts: int = 61_135) -> dict:
     draw = random.Random(0)
     words = "the of and to in is that for it as with on by are this be from or an at not have".split()
+    ids = [draw.randrange(100_000) for _ in range(300)]
     with open(folder / "big.jsonl", "w") as file:
         for i in range(prompts):
             responses = [{"text": " ".join(draw.choices(words, k=250)), "source": source, "model": "m", "finish": "stop", "tokens": 250,
-                          "token_ids": None, "tokenizer": None, "reward": draw.gauss(0, 3), "reward_error": None, "scores": {}}
-                         for source in ("on", "on", "on", "off", "off")]
+                          "token_ids": ids, "tokenizer": "x", "reward": draw.gauss(0, 3), "reward_error": None, "scores": {}}
+                         for source in ("on", "on", "on", "on", "off", "off", "off", "off")]
             file.write(json.dumps({"id": f"p{i}", "prompt": [{"role": "user", "content": f"question {i}"}], "responses": responses}) + "\n")
     code = ("import resource, sys, build_pairs; build_pairs.main(build_pairs.parse_args(sys.argv[1:])); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
