@@ -6,6 +6,7 @@ Everything is checked against full logits from an ordinary transformers model in
 
 import contextlib
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -1442,6 +1443,12 @@ def test_a_run_goes_on_only_with_the_same_chat_template(whole_run, policy, tmp_p
     train(*flags)
     template = model / "chat_template.jinja"
     template.write_text("Hello! " + template.read_text())
+    assert f"other inputs: {template} was" in refused_run(capsys, *flags, "--resume")
+    # a template that no file here holds, as a hub model's, shows in the token ids alone
+    meta = out / "metrics.meta.json"
+    facts = json.loads(meta.read_text())
+    facts["inputs"][str(template)] = hashlib.sha256(template.read_bytes()).hexdigest()
+    meta.write_text(json.dumps(facts))
     assert "other inputs: token ids was" in refused_run(capsys, *flags, "--resume")
 
 
