@@ -251,8 +251,8 @@ def reward_of(response: dict, where: str) -> float | None:
         fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
     return reward
 
-def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool]:
-    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null, of one labeler."""
+def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool, list[str]]:
+    """(index_rows, whether "wins" decide, [the labeler]): all rows have wins or none; without them each response has a reward or null."""
     have: Counter = Counter()
     labelers: set[str] = set()
 
@@ -273,7 +273,7 @@ def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tupl
         fail(f"{', '.join(paths)}: {have['wins']} rows have wins and {have['no wins']} have none")
     if not have["wins"] and not have["reward"]:
         fail(f"{', '.join(paths)}: no response has a reward")
-    return places, have["wins"] > 0
+    return places, have["wins"] > 0, sorted(labelers)
 
 def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float]:
     """95 % percentile interval of sum(numerators) / sum(denominators) when prompts are drawn again, 1,000 times; one entry a prompt."""
@@ -327,7 +327,7 @@ def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
-    places, by_wins = index_verdicts(args.scored, check_logps)
+    places, by_wins, _ = index_verdicts(args.scored, check_logps)
     facts = run_facts(args, args.scored)
     check_out(args, facts, {"out", "overwrite"})
 

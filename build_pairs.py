@@ -55,7 +55,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Set
-from itertools import combinations, count
+from itertools import combinations
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, NoReturn
 
@@ -246,8 +246,13 @@ def keep(name: str, share: float, pairs: list[Choice], table: dict[str, list[Res
     keys = {}
     for pair in pairs:
         chosen, rejected = table[pair.id][pair.chosen], table[pair.id][pair.rejected]
-        one, two = {"onpolicy": (chosen.logp, rejected.logp), "similarity": (0, chosen.cosine.get(pair.rejected)),
-                    "random": (stable_hash(seed, "filter", pair.id, pair.suffix), 0)}.get(name, (chosen.reward, rejected.reward))
+        one, two = chosen.reward, rejected.reward  # quality, contrast
+        if name == "onpolicy":
+            one, two = chosen.logp, rejected.logp
+        elif name == "similarity":
+            one, two = 0, chosen.cosine.get(pair.rejected)
+        elif name == "random":
+            one, two = stable_hash(seed, "filter", pair.id, pair.suffix), 0
         if all(isinstance(value, (int, float)) and math.isfinite(value) for value in (one, two)):
             keys[pair] = one + two if name in ("quality", "onpolicy") else one - two
     if pairs and not keys:
@@ -269,11 +274,11 @@ def mix(on: list[Choice], off: list[Choice], on_ratio: float, total: int, mode: 
 
 def replace(pairs: list[Choice], table: dict[str, list[Response]], args: argparse.Namespace) -> tuple[dict[str, Choice], Counter]:
     """({id: new pair}, counts): S3 Algorithm 1, or its section 5.3, for the first floor(RHO * N) prompts with an on-policy response."""
-    new, counts = {}, Counter(replaced=0, chosen_replaced=0, passed_over=0)
+    new, counts, wanted = {}, Counter(replaced=0, chosen_replaced=0, passed_over=0), floor(args.replace * len(pairs))
     for pair in sorted(pairs, key=lambda pair: (stable_hash(args.seed, "replace", pair.id), pair)):
-        some = {i: one for i, one in enumerate(table[pair.id]) if one.source == "on" and not defect(one, args.truncated)}
-        if len(new) == floor(args.replace * len(pairs)):
+        if len(new) == wanted:
             break
+        some = {i: one for i, one in enumerate(table[pair.id]) if one.source == "on" and not defect(one, args.truncated)}
         if some:
             best = ranked(some)[0]  # line 11 of Algorithm 1; lines 13 to 17:
             better = args.replace_rule != "rejected" and some[best].reward > table[pair.id][pair.chosen].reward
@@ -537,7 +542,7 @@ def main(args: argparse.Namespace) -> None:
     def visit(row: dict, where: str) -> None:
         if row["id"] in swap and swap[row["id"]][1] != hash(str(row["prompt"])):
             fail(f"{where}: the id {row['id']} stands for another prompt in {args.swap_rejected}")
-        if not excluded.isdisjoint(user_turns({"prompt": row["prompt"]})):
+        if excluded and not excluded.isdisjoint(user_turns({"prompt": row["prompt"]})):
             return
         some = table.setdefault(row["id"], [])
         if some and row.get("wins") is not None and not args.reward and (args.mix == "cross" or args.replace):
@@ -600,7 +605,7 @@ def main(args: argparse.Namespace) -> None:
     def of_off(m: int) -> int:
         return m - floor(ratio * m + 0.5)
     if kept:
-        most = next(m for m in count(len(off)) if of_off(m) == len(off))
+        most = next(m for m in range(len(off), math.ceil(len(off) / (1 - ratio)) + 2) if of_off(m) == len(off))
     else:
         most = len(common) if mode == "exclusive" and 0 < ratio < 1 else max(
             m for m in range(len(on) + len(off) + 1) if m - of_off(m) <= len(on) and of_off(m) <= len(off))

@@ -316,25 +316,22 @@ def training_of(model: str) -> dict | None:
     return {"pairs": counts.get("pairs"), "seconds": counts.get("seconds"), "steps": counts.get("steps"), "args": args, "inputs": inputs,
             "made": made, **digests}
 
-def judged_prompts(places: dict, model: str, baseline: str, by_wins: bool) -> dict[str, dict]:
-    """{id: {"instruction", "category", "p", "len", "len_baseline", "reward", "reward_baseline"}} of prompts that both models answered.
+def judged_prompt(row: dict, model: str, baseline: str, by_wins: bool) -> dict | None:
+    """{"instruction", "category", "p", "len", "len_baseline", "reward", "reward_baseline"} of a prompt; None unless both models answered.
 
     p in [0, 1] is nan without a verdict; lengths are characters, the mean over a model's responses.
     """
-    prompts = {}
-    for prompt_id, of_prompt in places.items():
-        row = merged_row(of_prompt)
-        sides = [[response for response in row["responses"] if response.get("model") == name] for name in (model, baseline)]
-        if not all(sides):
-            continue
-        value = preference(row, model, baseline, by_wins)
-        prompts[prompt_id] = {"instruction": row["prompt"][0]["content"] if len(row["prompt"]) == 1 else None,
-                              "category": row.get("category"), "p": math.nan if value is None else value}
-        for name, responses in zip(("", "_baseline"), sides):
-            rewards = [response["reward"] for response in responses if response.get("reward") is not None]
-            prompts[prompt_id] |= {f"len{name}": sum(len(response["text"]) for response in responses) / len(responses),
-                                   f"reward{name}": sum(rewards) / len(rewards) if rewards else None}
-    return prompts
+    sides = [[response for response in row["responses"] if response.get("model") == name] for name in (model, baseline)]
+    if not all(sides):
+        return None
+    value = preference(row, model, baseline, by_wins)
+    prompt = {"instruction": row["prompt"][0]["content"] if len(row["prompt"]) == 1 else None,
+              "category": row.get("category"), "p": math.nan if value is None else value}
+    for name, responses in zip(("", "_baseline"), sides):
+        rewards = [response["reward"] for response in responses if response.get("reward") is not None]
+        prompt |= {f"len{name}": sum(len(response["text"]) for response in responses) / len(responses),
+                   f"reward{name}": sum(rewards) / len(rewards) if rewards else None}
+    return prompt
 
 def length_bins(lengths: np.ndarray) -> np.ndarray:
     """Edges (5,) of four bins of equal counts; S1's Fig. 3 does not give its own (METHODS 6.2)."""
@@ -418,7 +415,7 @@ def read_list(path: Path) -> list[dict]:
     return rows or fail(f"{path}: expected entries, found none")
 
 def read_annotations(path: str) -> tuple[dict[str, dict], str, str]:
-    """({instruction: prompt as judged_prompts gives it}, model, baseline) of a file in AlpacaEval's public format.
+    """({instruction: prompt as judged_prompt gives it}, model, baseline) of a file in AlpacaEval's public format.
 
     Its preference lies in [1, 2], 2 where the model wins; 0 is a tie too, null no verdict (ALPACA_LC 2). In place of the texts output_1
     (the baseline's) and output_2 their lengths in characters will do, len_1 and len_2.
@@ -482,7 +479,7 @@ def read_reference(folder: Path) -> tuple[dict[str, int], np.ndarray, tuple[np.n
 def main_winrate(args: argparse.Namespace) -> None:
     started = time.time()
     files = [args.annotations] + [args.minus] * bool(args.minus) if args.annotations else args.scored
-    where, labelers, official, of_reference = ", ".join(files), Counter(), {}, []
+    where, labelers, official, of_reference = ", ".join(files), [], {}, []
     if args.annotations:  # one file for each model
         found = [read_annotations(path) for path in files]
         baseline = found[0][2]
@@ -492,17 +489,18 @@ def main_winrate(args: argparse.Namespace) -> None:
         names = [name for _, name, _ in found]
     else:
         models: Counter = Counter()
-
-        def visit(row: dict, where: str) -> None:
-            models.update(response.get("model") for response in row["responses"])
-            labelers.update([row["labeler"]] if row.get("labeler") else [])
-
-        places, by_wins = index_verdicts(args.scored, visit)
+        places, by_wins, labelers = index_verdicts(args.scored, lambda row, where: models.update(
+            response.get("model") for response in row["responses"]))
         names, baseline, by = [args.model] + [args.minus] * bool(args.minus), args.baseline, "wins" if by_wins else "reward"
         for name in (*names, baseline):
             if name not in models:
                 fail(f"{where}: no response is of the model {name!r}; there are {', '.join(map(str, models))}")
-        sets, everything = [judged_prompts(places, name, baseline, by_wins) for name in names], places
+        sets, everything = [{} for _ in names], places
+        for prompt_id, of_prompt in places.items():
+            row = merged_row(of_prompt)
+            for prompts, name in zip(sets, names):
+                if prompt := judged_prompt(row, name, baseline, by_wins):
+                    prompts[prompt_id] = prompt
     if args.annotations or args.lc_data:  # the difficulty and the gamed rows of AlpacaEval's own 805 instructions
         official, gamma, gamed, of_reference = read_reference(reference_folder(args.lc_data or "tatsu-lab/alpaca_eval"))
     common = [key for key in sets[0] if all(key in prompts for prompts in sets)]
@@ -540,7 +538,7 @@ def main_winrate(args: argparse.Namespace) -> None:
     prompts, own = tables[0], measured[0][0]
     if official and baseline != "gpt4_1106_preview":  # ALPACA_LC 6f
         own["formula"] = f"{own.get('formula')}, reference data of gpt4_1106_preview"
-    result = {"kind": "winrate", "model": names[0], "baseline": baseline, "by": by, "labelers": sorted(labelers), **own,
+    result = {"kind": "winrate", "model": names[0], "baseline": baseline, "by": by, "labelers": labelers, **own,
               **{f"avg_length{side}": int(np.mean([prompt[f"len{side}"] for prompt in prompts])) for side in ("", "_baseline")},
               **{f"reward{side}": mean_reward([prompt[f"reward{side}"] for prompt in prompts if prompt[f"reward{side}"] is not None])
                  for side in ("", "_baseline")},
@@ -1225,8 +1223,8 @@ def reward_of(response: dict, where: str) -> float | None:
         fail(f"{where}: expected every response to have a finite \"reward\" or null (score.py writes it), found {reward!r:.40}")
     return reward
 
-def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool]:
-    """index_rows, and whether "wins" decide, which all rows have or none; without them every response has a reward or null, of one labeler."""
+def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tuple[dict[str, list[tuple[str, int]]], bool, list[str]]:
+    """(index_rows, whether "wins" decide, [the labeler]): all rows have wins or none; without them each response has a reward or null."""
     have: Counter = Counter()
     labelers: set[str] = set()
 
@@ -1247,7 +1245,7 @@ def index_verdicts(paths: list[str], visit: Callable[[dict, str], None]) -> tupl
         fail(f"{', '.join(paths)}: {have['wins']} rows have wins and {have['no wins']} have none")
     if not have["wins"] and not have["reward"]:
         fail(f"{', '.join(paths)}: no response has a reward")
-    return places, have["wins"] > 0
+    return places, have["wins"] > 0, sorted(labelers)
 
 def bootstrap_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float]:
     """95 % percentile interval of sum(numerators) / sum(denominators) when prompts are drawn again, 1,000 times; one entry a prompt."""

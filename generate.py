@@ -237,19 +237,11 @@ def finished(sampled: list[int], stop_ids: list[int]) -> tuple[list[int], str]:
             return sampled[:position], "stop"
     return sampled, "length"
 
-def hf_model(name: str, revision: str | None, dtype: str) -> torch.nn.Module:
-    """A causal language model to sample from; with eager attention where it has a soft cap (Gemma-2), which sdpa leaves out."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    capped = getattr(AutoConfig.from_pretrained(name, revision=revision).get_text_config(), "attn_logit_softcapping", None)
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True,
-                                                 **({"attn_implementation": "eager"} if capped else {}))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
 def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int, vocabulary: int) -> Callable:
     """Load with transformers; returns sample(jobs, update) -> token ids per job, each (prompt id, sample number, prompt ids)."""
-    from transformers import GenerationConfig
-    model = hf_model(args.model, args.revision, args.dtype)
-    reference = hf_model(args.mix_ref, None, args.dtype) if args.mix_ref else None
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    model, _ = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
+    reference = load_model(AutoModelForCausalLM, args.mix_ref, None, args.dtype)[0] if args.mix_ref else None
     # these settings alone: a generation_config.json with its own temperature or penalty must not reach the samples
     beams = {"num_beams": args.num_beams, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     model.generation_config = GenerationConfig(max_new_tokens=args.max_tokens, do_sample=bool(args.num_beams), eos_token_id=stop_ids,
@@ -554,7 +546,8 @@ def shard_windows(rows: list, window: int, shard: str) -> list:
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         fail(f"--shard {shard}: expected I/N with 0 <= I < N")
-    return [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
+    some = [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
+    return some or fail(f"--shard {shard}: expected at most one shard per window of {window} rows, found none for this one")
 
 def load_tokenizer(name: str, revision: str | None):
     """The tokenizer of a model: a Hugging Face folder with safetensors, or a hub id. Anything else ends the run here."""
@@ -569,6 +562,14 @@ def load_tokenizer(name: str, revision: str | None):
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
+
+def load_model(kind, name: str, revision: str | None, dtype: str) -> tuple:
+    """(model for inference, names of weights that its files lack) by one of transformers' Auto classes; soft-capped attention runs eager."""
+    from transformers import AutoConfig
+    capped = getattr(AutoConfig.from_pretrained(name, revision=revision).get_text_config(), "attn_logit_softcapping", None)  # Gemma-2
+    model, info = kind.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True,
+                                       **({"attn_implementation": "eager"} if capped else {}))  # sdpa leaves the cap out
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), sorted(info["missing_keys"])
 
 def prompt_ids(tokenizer, turns: list[dict], generation_prompt: bool = True) -> list[int]:
     """Ids of the chat as its template renders it, nothing added; a system's text opens the first user turn where there is no such role."""
@@ -696,8 +697,6 @@ def main(args: argparse.Namespace) -> None:
         fail(f"{args.prompts}: no prompt leaves room for {args.max_tokens} tokens in the model's context")
     window = WINDOW[args.backend]
     rows = shard_windows(rows[:args.limit], window, args.shard)
-    if not rows:
-        fail(f"--shard {args.shard}: expected at most one shard per window of {window} rows, found none for this one")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     with_special = sum(any(token in turn["content"] for turn in row["prompt"] for token in special) for row in rows)
     if with_special:

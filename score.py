@@ -50,6 +50,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Callable, Iterator, NoReturn
@@ -136,12 +137,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if given := [name for name in names if getattr(args, name) not in (None, False)]:
             parser.error(f"--{given[0].replace('_', '-')} {why}")
 
-    uses = {"backend": "rm", "baseline scheme judge_prompt": "judge", "base_url max_requests": "judge category", "model": "all but verify",
+    uses = {"backend": "rm", "baseline scheme judge_prompt": "judge", "base_url max_requests": "judge category", "model": "rm pairrm judge logp embed category",
             "missing_eos_penalty": "rm verify", "name primary": "rm pairrm judge verify", "max_length": "rm logp embed",
             "revision dtype batch_tokens": "rm pairrm logp embed"}
     for names, scorers in uses.items():
-        used = args.scorer != "verify" if scorers == "all but verify" else args.scorer in scorers.split()
-        refuse([] if used else names.split())
+        refuse([] if args.scorer in scorers.split() else names.split())
     if args.scorer != "verify" and not args.model:
         parser.error(f"--scorer {args.scorer} needs --model")
     for name in ("limit", "max_length", "batch_tokens", "max_requests"):
@@ -225,16 +225,6 @@ def in_batches(rows: list[tuple], args: argparse.Namespace, seen: Counter, updat
         seen.update(real=int(mask.sum()), padded=ids.numel())
         update(len(batch))
 
-def load_model(kind, args: argparse.Namespace) -> tuple:
-    """(model for inference, names of weights that its files lack) through one of transformers' Auto classes."""
-    from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(args.model, revision=args.revision)
-    # Gemma-2 caps its attention logits, which only the eager kernel does
-    kernel = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-    model, info = kind.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype), use_safetensors=True,
-                                       output_loading_info=True, **kernel)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), sorted(info["missing_keys"])
-
 def rm_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[Callable, Callable]:
     """A scalar reward model: raw logit, float32."""
     def encode(row: dict, response: dict) -> tuple | str:
@@ -253,7 +243,7 @@ def as_text(prompt: list[dict]) -> str:
 
 def hf_rewards(args: argparse.Namespace, tokenizer, seen: Counter) -> Callable:
     from transformers import AutoModelForSequenceClassification
-    model, missing = load_model(AutoModelForSequenceClassification, args)
+    model, missing = load_model(AutoModelForSequenceClassification, args.model, args.revision, args.dtype)
     if missing:
         fail(f"{args.model}: the weights lack {', '.join(missing[:3])}, which a reward would then draw at random")
 
@@ -348,11 +338,15 @@ def pairrm_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[C
     model, head = (part.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)).eval() for part in (model, head))
     source_id, first_id, second_id = tokenizer.convert_tokens_to_ids(list(PAIRRM_MARKERS[:3]))
 
+    @lru_cache(maxsize=1024)  # a prompt stands in all of its pairs, a response in both places of several
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
     def ids_of(source: str, first: str, second: str) -> tuple[tuple[int, ...], bool]:
         """Three texts, each with its own [CLS] ... [SEP], and whether one was cut."""
-        parts = [tokenizer(PAIRRM_MARKERS[0] + source)["input_ids"]]
+        parts = [tokens(PAIRRM_MARKERS[0] + source)]
         limits = [PAIRRM_SOURCE] + [(PAIRRM_TOTAL - min(len(parts[0]), PAIRRM_SOURCE)) // 2] * 2
-        parts += [tokenizer(marker + text)["input_ids"] for marker, text in zip(PAIRRM_MARKERS[1:], (first, second))]
+        parts += [tokens(marker + text) for marker, text in zip(PAIRRM_MARKERS[1:], (first, second))]
         kept = [part if len(part) <= limit else part[:limit - 1] + part[-1:] for part, limit in zip(parts, limits)]  # [SEP] stays
         return tuple(sum(kept, [])), kept != parts
 
@@ -506,7 +500,7 @@ def causal_encode(args: argparse.Namespace, tokenizer) -> Callable:
 def logp_scorer(args: argparse.Namespace, tokenizer, seen: Counter) -> tuple[Callable, Callable]:
     """Sum over the response's tokens of log pi(y_t | x, y_<t), temperature 1, and the number of these tokens."""
     from transformers import AutoModelForCausalLM
-    model, missing = load_model(AutoModelForCausalLM, args)
+    model, missing = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
     if missing:
         fail(f"{args.model}: the weights lack {', '.join(missing[:3])}")
     weight, bias = (None if part is None else part.float() for part in output_head(model))
@@ -533,7 +527,7 @@ def embed_scorer(args: argparse.Namespace, tokenizer, seen: Counter, causal: boo
     """Embeddings of length 1, float32 (d,): S1 section 5.3 names neither model nor pooling; the docstring above says what is done."""
     from transformers import AutoModel
     from transformers.utils import cached_file
-    model, missing = load_model(AutoModel, args)
+    model, missing = load_model(AutoModel, args.model, args.revision, args.dtype)
     if missing := [name for name in missing if "pooler" not in name]:
         fail(f"{args.model}: the weights lack {', '.join(missing[:3])}")
     pooling = "mean"
@@ -596,8 +590,14 @@ def put_reward(response: dict, args: argparse.Namespace, sets_reward: bool, resu
             value -= args.missing_eos_penalty
         response.update(reward=value, reward_error=error)
 
-def write_results(row: dict, results: dict[tuple[int, ...], object], args: argparse.Namespace, sets_reward: bool) -> None:
-    """Bring what was found of a row into it: {place: result}."""
+def labeler_of(args: argparse.Namespace) -> str:
+    """Who makes these rewards: scorer, model, the judge's prompt and baseline."""
+    prompt = args.judge_prompt and f"{Path(args.judge_prompt).name}@{hashlib.sha256(Path(args.judge_prompt).read_bytes()).hexdigest()[:8]}"
+    return ":".join(filter(None, (args.name, args.model, prompt, args.baseline, "letter" * (args.scheme == "letter"))))
+
+def write_results(row: dict, results: dict[tuple[int, ...], object], args: argparse.Namespace, labeler: str | None) -> None:
+    """Bring what was found of a row into it: {place: result}. A labeler sets the reward; without one the scores stand beside another's."""
+    sets_reward = labeler is not None
     responses = row["responses"]
     if args.scorer == "logp":
         for i, response in enumerate(responses):
@@ -614,8 +614,7 @@ def write_results(row: dict, results: dict[tuple[int, ...], object], args: argpa
         for i, response in enumerate(responses):
             put_reward(response, args, sets_reward, results[i,])
     if sets_reward:
-        prompt = args.judge_prompt and f"{Path(args.judge_prompt).name}@{hashlib.sha256(Path(args.judge_prompt).read_bytes()).hexdigest()[:8]}"
-        row["labeler"] = ":".join(filter(None, (args.name, args.model, prompt, args.baseline, "letter" * (args.scheme == "letter"))))
+        row["labeler"] = labeler
         if args.primary and "wins" in row and args.scorer not in ("pairrm", "judge"):
             row["wins"] = None  # another scorer's: boundary.py and evaluate.py would count them before this reward
 
@@ -742,7 +741,8 @@ def shard_windows(rows: list, window: int, shard: str) -> list:
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         fail(f"--shard {shard}: expected I/N with 0 <= I < N")
-    return [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
+    some = [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
+    return some or fail(f"--shard {shard}: expected at most one shard per window of {window} rows, found none for this one")
 
 def load_tokenizer(name: str, revision: str | None):
     """The tokenizer of a model: a Hugging Face folder with safetensors, or a hub id. Anything else ends the run here."""
@@ -757,6 +757,14 @@ def load_tokenizer(name: str, revision: str | None):
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
+
+def load_model(kind, name: str, revision: str | None, dtype: str) -> tuple:
+    """(model for inference, names of weights that its files lack) by one of transformers' Auto classes; soft-capped attention runs eager."""
+    from transformers import AutoConfig
+    capped = getattr(AutoConfig.from_pretrained(name, revision=revision).get_text_config(), "attn_logit_softcapping", None)  # Gemma-2
+    model, info = kind.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True,
+                                       **({"attn_implementation": "eager"} if capped else {}))  # sdpa leaves the cap out
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), sorted(info["missing_keys"])
 
 def prompt_ids(tokenizer, turns: list[dict], generation_prompt: bool = True) -> list[int]:
     """Ids of the chat as its template renders it, nothing added; a system's text opens the first user turn where there is no such role."""
@@ -899,8 +907,6 @@ def main(args: argparse.Namespace) -> None:
     by_server = {"judge": judge_scorer, "category": category_scorer}.get(args.scorer)
     window = SERVER_WINDOW if by_server else WINDOW
     ids = shard_windows(list(places)[:args.limit], window, args.shard)
-    if not ids:
-        fail(f"--shard {args.shard}: expected at most one shard per window of {window} rows, found none for this one")
     reasons: Counter = Counter()  # why there is no result, in this run
     seen: Counter = Counter()  # tokens in batches, and what a scorer counts of its own
     if args.scorer == "verify":
@@ -917,6 +923,7 @@ def main(args: argparse.Namespace) -> None:
         make_scorer = lambda: by_server(args, seen)  # noqa: E731
     else:
         make_scorer = check_model(args, seen)
+    labeler = labeler_of(args) if sets_reward else None
     facts = run_facts(args, args.responses + [name for name in (args.model, args.judge_prompt) if name])
     done = resume(args, facts, {"out", "overwrite", "limit", "shard", "batch_tokens", "max_requests"}, ids, window)
     if done < len(ids):
@@ -942,7 +949,7 @@ def main(args: argparse.Namespace) -> None:
                 results[k].update(dict.fromkeys(targets, result))
             reasons.update(result for of_row in results for result in of_row.values() if isinstance(result, str) and args.scorer != "category")
             for row, of_row in zip(rows, results):
-                write_results(row, of_row, args, sets_reward)
+                write_results(row, of_row, args, labeler)
             append_rows(args.out, rows)
     facts["counts"] = summary(args.out, args)
     if seen["padded"]:
