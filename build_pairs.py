@@ -30,7 +30,7 @@ and unrewarded ones are not. (Where rows have "wins", a reward is the mean over 
 --swap-rejected FILE (S3's -inv sets): chosen of this selection, rejected of the pairs in FILE, by id
 --exclude-prompts FILE: rows ("prompt", "messages", "question", "instruction") with a user turn that no prompt may hold (letters, digits)
 
-    python build_pairs.py --scored out/scored.jsonl --out out/on50.jsonl --on-ratio 0.5 --stats --plot out/rewards.png
+    python build_pairs.py --scored out/scored.jsonl --out out/on50.jsonl --on-ratio 0.5 --stats
     python build_pairs.py --scored out/scored.jsonl --out out/fig6.jsonl --on-ratio 0.5 --filter quality:0.4
     python build_pairs.py --scored out/scored.jsonl --out out/auto.jsonl --on-ratio auto --boundary out/boundary.json
     python build_pairs.py --scored out/off.jsonl --out out/best_low.jsonl --on-ratio 0 --select tiers --tiers best/low
@@ -99,7 +99,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--truncated", choices=["drop", "keep"], default="drop", help='responses that were cut ("finish": "length"; default drop)')
     flag("--seed", type=int, default=0, help="of every random choice (default %(default)s)")
     flag("--stats", action="store_true", help="print S3's Table 5, lengths, sources, models, mean rewards")
-    flag("--plot", metavar="PNG", help="draw the rewards of each --scored file (S1 Figs. 10, 11)")
     flag("--overwrite", action="store_true", help="replace an --out of another run")
     args = parser.parse_args(argv)
     own = (("eta", "threshold"), ("tau", "threshold"), ("tiers", "tiers"), ("gap", "gap"), ("chosen", "gap"), ("ranks", "ranks"))
@@ -374,25 +373,6 @@ def print_stats(pairs: list[dict], usable: dict[str, list[float]]) -> None:
     for name, values in (means | {"pair members": chosen + rejected, "chosen": chosen, "rejected": rejected}).items():
         print(f"{'mean reward of ' + name:40}{np.mean(values) if values else math.nan:9.2f}")
 
-def plot_rewards(rewards: dict[str, list[float]], path: str) -> None:
-    """{file: rewards} as shares on common edges: all in the first panel (S1 Fig. 10), then a panel each (Fig. 11)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    edges = np.histogram_bin_edges(np.concatenate(list(rewards.values())), 40)
-    figure, axes = plt.subplots(1 + len(rewards), figsize=(8, 2.6 + 1.6 * len(rewards)), sharex=True, sharey=True, layout="constrained")
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"] * len(rewards)  # Okabe-Ito
-    for (name, values), axis, colour in zip(rewards.items(), axes[1:], colours):
-        share = np.histogram(values, edges)[0] / max(len(values), 1)
-        axes[0].stairs(share, edges, color=colour, linewidth=1.8, label=Path(name).stem)
-        axis.stairs(share, edges, color=colour, fill=True)
-        axis.set_title(f"{Path(name).stem}: {len(values):,} responses, mean {np.mean(values or [math.nan]):.2f}", fontsize=10, loc="left")
-    axes[0].legend(frameon=False)
-    axes[-1].set_xlabel("reward")
-    figure.supylabel("share of the file's scored responses", fontsize=10)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    plt.savefig(path, dpi=150)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
 
@@ -565,7 +545,7 @@ def main(args: argparse.Namespace) -> None:
     dropped: Counter = Counter(**{"excluded": len(places) - len(table)} if excluded else {})
     sources = {response.source for some in table.values() for response in some}
     needed = ["off", "on"] if alone else ["off"] * (ratio < 1) + ["on"] * (ratio > 0)
-    if not any(rewards.values()) and (args.select != "given" or ratio or alone or args.plot):
+    if not any(rewards.values()) and (args.select != "given" or ratio or alone):
         fail(f"{scored}: no response has a reward" + f' under "scores" as {args.reward}' * bool(args.reward))
     if absent := sorted(set(needed) - sources):
         what = {"replace": "--replace", "cross": "--mix cross"}.get(mode, f"--on-ratio {ratio}")
@@ -644,7 +624,7 @@ def main(args: argparse.Namespace) -> None:
         fail(f"{scored}: no pair is left; dropped: {dict(dropped)}")
 
     facts = run_facts(args, args.scored + [path for path in (args.boundary, args.swap_rejected, args.exclude_prompts) if path])
-    check_out(args, facts, {"out", "overwrite", "stats", "plot"})
+    check_out(args, facts, {"out", "overwrite", "stats"})
     beside, lines = Path(f"{args.out}.tmp"), []
     with open(beside, "w") as file, open(args.swap_rejected or os.devnull, "rb") as swap_file:
         for prompt_id in places:
@@ -667,8 +647,6 @@ def main(args: argparse.Namespace) -> None:
     write_meta(args.out, facts)
     if args.stats:
         print_stats(lines, usable)
-    if args.plot:
-        plot_rewards(rewards, args.plot)
     print(json.dumps({"out": args.out, **facts["counts"], "seconds": facts["seconds"]}))
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ benchmarks  Reads   --model   a folder (or a name on the hub); --data DIR, local
     winogrande_xl_valid*, ifeval_input*, truthfulqa_mc*, gsm8k_test*, with the columns of the data set on the hub or in short
     {"stem", "choices", "label"}. Prompts, examples, filters and metrics stay lm-eval's.
 
-report   Reads   RESULT ...   any of: results of winrate, of benchmarks, of boundary.py; metrics.jsonl of trainings; the pairs' meta files
+report   Reads   RESULT ...   any of: results of winrate, of benchmarks, of boundary.py; metrics.jsonl of trainings; the pairs' meta
+                              files; scored files, for their rewards
          Writes  --out DIR    report.md with every table (also a CSV) and figure (PNG and PDF) that these can fill
     Models whose training differs in seeds and paths alone, back to the prompts, are one setting: the sd over its seeds stands apart from
     the interval over prompts. Tables: report (S1 2, 3; S2 1; S3 1 to 4), benchmarks_SUITE (S1 4, 5), gains and delta (S2 1, 3, 4, 5, by the
     rule of METHODS 4.6), boundary (S2 3), pair_sets (S3 5), trace: files and weights behind each result by their hashes. Figures: report
-    (S1 6), categories (S1 2, 8), lengths (S1 3), on_ratio and filters (S1 4, 5), training (S2 3).
+    (S1 6), categories (S1 2, 8), shares (S1 7), lengths (S1 3), on_ratio and filters (S1 4, 5), rewards (S1 10, 11), training (S2 3).
 
     python evaluate.py winrate --scored out/eval.jsonl --model out/dpo_on50 --baseline out/models/policy --out out/on50.json
     python evaluate.py winrate --annotations results/annotations.json --out out/alpaca.json
@@ -96,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     benchmarks.add_argument("--overwrite", action="store_true", help="replace an --out of another run")
     report = commands.add_parser("report", allow_abbrev=False, help="tables and figures from results")
     report.add_argument("results", nargs="+", metavar="RESULT", help="of winrate, benchmarks, boundary.py; a training's metrics.jsonl; "
-                        "the pairs' meta file")
+                        "the pairs' meta file; a scored file")
     report.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args(argv)
     if args.command == "winrate":
@@ -260,7 +261,7 @@ def adjusted_rates(p: np.ndarray, effect: np.ndarray, counts: np.ndarray, groups
     with np.errstate(invalid="ignore"):
         return 100 * ((counts * (np.nan_to_num(p) - effect)) @ groups.T) / (counts @ groups.T)
 
-MACHINE = {"out", "overwrite", "resume", "save_every", "keep_last", "micro_tokens", "activation_checkpointing", "stats", "plot", "command"}
+MACHINE = {"out", "overwrite", "resume", "save_every", "keep_last", "micro_tokens", "activation_checkpointing", "stats", "command"}
 
 @lru_cache(maxsize=None)
 def file_hash(path: str) -> str | None:
@@ -728,8 +729,14 @@ NEEDS = {"winrate": ("model", "baseline", "ci", "n_total"), "benchmarks": ("mode
          "pairs": ("args", "counts"), "boundary": ("ci", "models", "length_matched", "distinct")}  # what a result of each kind must have
 
 def read_result(path: str) -> dict:
-    """A result with its "kind" and "file"; the kind "metrics" is a training, "pairs" build_pairs.py's meta file, "meta" any other."""
+    """A result with its "kind" and "file"; "metrics" is a training, "scored" rewards, "pairs" build_pairs.py's meta file, "meta" any other."""
     if path.endswith(".jsonl"):
+        if "responses" in next(read_jsonl(path, ()))[2]:
+            rewards: list[float | None] = []
+            _, _, labelers = index_verdicts([path], lambda row, where: rewards.extend(
+                reward_of(response, where) for response in row["responses"]))
+            known = [reward for reward in rewards if reward is not None]
+            return {"kind": "scored", "file": path, "labelers": labelers, "rewards": known or fail(f"{path}: no response has a reward")}
         model, rows = str(Path(path).parent), [row for _, _, row in read_jsonl(path, ("step", "loss"))]
         return {"kind": "metrics", "file": path, "model": model, "rows": rows, "training": training_of(model)}
     try:
@@ -741,8 +748,8 @@ def read_result(path: str) -> dict:
     if isinstance(result.get("args"), dict) and path.endswith(".meta.json"):
         kind = "pairs" if {"scored", "on_ratio"} <= result["args"].keys() else "meta"
     if not result.keys() >= {*NEEDS.get(kind, ["kind of a result"])}:
-        fail(f"{path}: expected a result of `evaluate.py winrate` or of `benchmarks`, of boundary.py, a training's metrics.jsonl or the "
-             f"pairs' meta file, found {found}")
+        fail(f"{path}: expected a result of `evaluate.py winrate` or of `benchmarks`, of boundary.py, a training's metrics.jsonl, the "
+             f"pairs' meta file or a scored file, found {found}")
     return result | {"kind": kind, "file": path}
 
 def short_names(names: list[str]) -> dict[str, str]:
@@ -975,7 +982,16 @@ def curves(axes: list, panels: list[tuple], marks: dict[str, tuple], bands: bool
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
 
-def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str] | bool) -> list[str]:
+def histograms(axes: list, panels: list[tuple], marks: dict[str, tuple], edges: np.ndarray) -> None:
+    """Panels (label, {series: values}): shares of each series' values on common edges, filled where it is alone."""
+    for axis, (label, series) in zip(axes, panels):
+        for name, values in series.items():
+            axis.stairs(np.histogram(values, edges)[0] / len(values), edges, color=marks[name][0], linewidth=1.5, label=name,
+                        fill=len(series) == 1)
+        axis.set(xlabel=label, xlim=(edges[0], edges[-1]), ylabel="share of the responses" if axis.get_subplotspec().is_first_col() else "")
+        axis.grid(alpha=0.3)
+
+def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str] | bool | np.ndarray) -> list[str]:
     """PNG and PDF, as many pairs as the series need; the names of the PNG files."""
     import matplotlib
     matplotlib.use("Agg")
@@ -985,9 +1001,14 @@ def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str
         marks = dict(zip(names[k:], zip(COLOURS, "os^Dv*")))  # the same in all panels
         some = [(*head, kept) for *head, series in panels if (kept := {name: points for name, points in series.items() if name in marks})]
         most, legend = max(len(series) for *_, series in some), names != [""]
-        width, height = (1.8 + 2.6 * len(some), 1 + len(what) * max(0.45, 0.19 * most)) if draw is bars else (0.8 + 3 * len(some), 3.2)
-        figure, [axes] = plt.subplots(1, len(some), figsize=(width, height + 0.22 * legend * most), layout="constrained", squeeze=False)
+        across, down = min(3, len(some)), math.ceil(len(some) / 3)
+        width, height = (1.8 + 2.6 * across, 1 + len(what) * max(0.45, 0.19 * most)) if draw is bars else (0.8 + 3 * across, 3.2 * down)
+        figure, grid = plt.subplots(down, across, figsize=(width, height + 0.22 * legend * most), layout="constrained", squeeze=False,
+                                    sharey=draw is histograms)
+        axes = grid.flat[:len(some)]
         draw(axes, some, marks, what)
+        for axis in grid.flat[len(some):]:
+            axis.set_axis_off()
         if legend:
             handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(some), 2), frameon=False, fontsize=8)
@@ -1049,8 +1070,13 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
         panels = [(label, reference, {series: [point(over_runs([of.get(row) for of in runs], name, ci)) for row, _ in counts.most_common()]
                                       for series, runs in some.items() if runs})
                   for label, reference, some in ((f"{rate} (%)", 50, own), (f"difference of {rate}s (points)", 0, minus)) if some]
-        yield ("categories", "Categories of prompts (S1 Figs. 2, 8; 7 as n)", "95 % bootstrap intervals over prompts, those of differences "
+        yield ("categories", "Categories of prompts (S1 Figs. 2, 8)", "95 % bootstrap intervals over prompts, those of differences "
                "paired; n = prompts", bars, panels, [f"{textwrap.fill(row, 30)}\nn = {n}" for row, n in counts.most_common()])
+    if len(counts) > 1:
+        shares = {category: 100 * n / counts["all"] for category, n in counts.most_common() if category != "all"}
+        yield ("shares", "Categories of the prompts (S1 Fig. 7)", f"n = {counts['all']} prompts", bars, [
+            ("share of the prompts (%)", 0, {"": [(share, share, share) for share in shares.values()]})],
+               [textwrap.fill(category, 30) for category in shares])
     # S1 Fig. 3
     places: dict[tuple, dict] = {}
     both = [(run, of) for run in results["winrate"] for of in (run, *([run["minus"]["own"] | {"model": run["minus"]["model"]}]
@@ -1076,6 +1102,14 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
     if series := sweep(lines, measure, lambda counts, args: args.get("filter") and (
             args.get("on_ratio"), args["filter"].split(":")[0], float(args["filter"].split(":")[1]))):
         yield "filters", "Share of the pairs that a filter kept (S1 Fig. 5)", error, curves, [("share kept", f"{rate} (%)", series)], False
+    # S1 Figs. 10, 11
+    if results["scored"]:
+        files = short_names([run["file"] for run in results["scored"]])
+        series = {f"{files[run['file']]} (n = {len(run['rewards']):,}, mean {np.mean(run['rewards']):.2f})": run["rewards"]
+                  for run in results["scored"]}
+        yield ("rewards", "Rewards of the responses (S1 Figs. 10, 11)", "Shares of each file's scored responses, n; all together, then one "
+               "by one", histograms, [("reward", some) for some in (series, *({name: series[name]} for name in series if len(series) > 1))],
+               np.histogram_bin_edges(np.concatenate([*series.values()]), 40))
     # S2 Fig. 3
     panels = []
     for key, label in (("loss", "loss"), ("margin", "margin, beta h"), ("diversity", "intra-diversity (S2 eq. 12), nats")):
@@ -1092,12 +1126,14 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
                "deviation over the pairs of a step", curves, panels, True)
 
 def main_report(args: argparse.Namespace) -> None:
-    results: dict[str, list[dict]] = {kind: [] for kind in (*NEEDS, "metrics")}
+    results: dict[str, list[dict]] = {kind: [] for kind in (*NEEDS, "metrics", "scored")}
     for path in dict.fromkeys(args.results):
         result = read_result(path)
         results[result["kind"]].append(result)
     if not any(results[kind] for kind in results if kind != "meta"):
         fail(f"{', '.join(args.results)}: expected results, found meta files alone")
+    if len(labelers := {name for run in results["scored"] for name in run["labelers"]}) > 1:
+        fail(f"{', '.join(run['file'] for run in results['scored'])}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         fail(f"{out}: expected a folder, found a file")

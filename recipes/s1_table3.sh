@@ -34,7 +34,5 @@ for name in prompting tau_1 tau_2 tau_3; do
     --out "${model}_winrate.json"
   python evaluate.py benchmarks --model "$model" --suite simplemix --out "${model}_benchmarks.json"
 done
-# the figures draw the rewards of each --scored file; the pairs themselves are of no use
-python build_pairs.py --scored "$OUT/scored_prompting.jsonl" "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" \
-  "$OUT/scored_tau_3.jsonl" --on-ratio 1 --truncated keep --out "$OUT/all.jsonl" --plot "$OUT/figs_10_11.png"
-python evaluate.py report "$OUT"/*_winrate.json "$OUT"/*_benchmarks.json "$OUT"/pairs_*.meta.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*_winrate.json "$OUT"/*_benchmarks.json "$OUT"/pairs_*.meta.json "$OUT/scored_prompting.jsonl" \
+  "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" "$OUT/scored_tau_3.jsonl" --out "$OUT/report"  # the scored files: Figs. 10, 11

@@ -144,13 +144,3 @@ def test_what_has_no_result_is_counted_with_its_reason(tmp_path, capsys):
     assert said["reasons"] == {"the prompt carries no answer": 1} and said["mean"] == {"on": 1.0}
     run(score, "--scorer", "verify", "--shard", "1/2", "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "3.jsonl", expect=2)
     assert "--shard 1/2: expected at most one shard per window of 256 rows, found none for this one" in capsys.readouterr().err
-
-
-def test_pairs_are_complete_before_a_figure_fails(tmp_path):
-    rows = [row("p", response("a", 1.0), response("b", 2.0))]
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(OSError):
-        run(build_pairs, "--scored", write_rows(tmp_path / "in.jsonl", rows), "--on-ratio", 0, "--out", tmp_path / "p.jsonl", "--plot",
-            tmp_path / "folder.png")
-    assert json.loads((tmp_path / "p.meta.json").read_text())["counts"]["pairs"] == 1
-    run(build_pairs, "--scored", tmp_path / "in.jsonl", "--on-ratio", 0, "--out", tmp_path / "p.jsonl")  # the same run, without the figure

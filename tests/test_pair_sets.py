@@ -2,8 +2,7 @@
 build_pairs.py: each data set that a table or figure of the papers was trained on, from a small file, by hand-made numbers.
 
 Covers  every --select rule; --filter (S1 Figs. 5, 6); --mix, --on-ratio auto (S1 Table 2, Fig. 4; S2); relabel (S2's PC_off); tiers,
-        ranks, gap windows, -inv sets, Algorithm 1 (S3 Tables 1, 3, 4), disagreeing labelers (S3 B.1); --stats and --plot (S1 Table 3,
-        Figs. 10, 11; S3 Table 5); --exclude-prompts; labelers; refused combinations of flags; blindness to the order of rows.
+        ranks, gap windows, -inv sets, Algorithm 1 (S3 Tables 1, 3, 4), disagreeing labelers (S3 B.1); --stats (S1 Table 3; S3 Table 5); --exclude-prompts; labelers; refused combinations of flags; blindness to the order of rows.
 Run     python -m pytest tests/test_pair_sets.py
 """
 
@@ -553,24 +552,6 @@ def test_hot_samples_keep_their_cut_responses(tmp_path, capsys):
     assert "dropped: {'on: truncated': 3}" in refused(tmp_path, capsys, rows, "--on-ratio", 1)
     pairs, _, _ = build(tmp_path, capsys, rows, "--on-ratio", 1, "--truncated", "keep")
     assert [pair["chosen_finish"] for pair in pairs] == ["length"] * 3
-
-
-def test_histograms(tmp_path, capsys, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-    drawn = []
-    real = Axes.stairs
-    monkeypatch.setattr(Axes, "stairs", lambda self, values, edges, **more: drawn.append((values, edges, more)) or real(
-        self, values, edges, **more))
-    cold = write_rows(tmp_path / "t07.jsonl", [row("p", *(response(text, reward, "on") for text, reward in (
-        ("a", 0.0), ("b", 4.0), ("c", 4.0), ("d", None))))])
-    hot = write_rows(tmp_path / "t3.jsonl", [row("p", response("e", -16.0, "on"), response("f", -8.0, "on"))])
-    build(tmp_path, capsys, [], "--scored", cold, hot, "--on-ratio", 1, "--plot", tmp_path / "figure" / "rewards.png")
-    assert (tmp_path / "figure" / "rewards.png").read_bytes()[:4] == b"\x89PNG" and matplotlib.get_backend().lower() == "agg"
-    assert [more.get("label") for _, _, more in drawn] == ["t07", None, "t3", None]  # Fig. 10's panel and a panel of Fig. 11 in turn
-    edges = drawn[0][1]
-    assert all((other == edges).all() for _, other, _ in drawn) and (edges[0], edges[-1], len(edges)) == (-16.0, 4.0, 41)
-    assert drawn[0][0][-1] == pytest.approx(2 / 3) and drawn[0][0][32] == pytest.approx(1 / 3) and drawn[2][0][0] == 0.5 == drawn[2][0][16]
 
 
 # ---- flags

@@ -462,7 +462,7 @@ def seen(monkeypatch):
 
 def test_every_figure_is_drawn_and_named(tmp_path, capsys):
     said, tables, text = report(tmp_path, capsys, *twenty(tmp_path, 8))
-    assert said["figures"] == ["report.png", "categories.png", "categories_2.png", "lengths.png", "lengths_2.png", "on_ratio.png",
+    assert said["figures"] == ["report.png", "categories.png", "categories_2.png", "shares.png", "lengths.png", "lengths_2.png", "on_ratio.png",
                                "filters.png",
                                "training.png", "training_2.png"]  # 8 models: 6 and 2 to a picture
     from matplotlib.image import imread
@@ -473,7 +473,7 @@ def test_every_figure_is_drawn_and_named(tmp_path, capsys):
         assert (tmp_path / "report" / name).with_suffix(".pdf").read_bytes()[:5] == b"%PDF-"
         assert f"]({name})" in text
     command = f"`python evaluate.py report {tmp_path / 'r0.json'} "
-    assert text.count(command) == 6 and text.count(f"--out {tmp_path / 'report'}`") == 6  # a caption for each
+    assert text.count(command) == 7 and text.count(f"--out {tmp_path / 'report'}`") == 7  # a caption for each
     assert len(tables["benchmarks_simplemix"]) == 8 and len(tables["gains"]) == 8
 
 
@@ -504,6 +504,8 @@ def test_categories_and_differences(tmp_path, capsys, seen):
     assert own == {"on": [(27.0, 26.0, 29.0), (19.0, 14.0, 27.0), (29.0, 24.0, 37.0)],
                    "off": [(23.0, 22.0, 25.0), (20.0, 15.0, 28.0), (23.0, 18.0, 31.0)]}
     assert difference == {"on minus off": [(4.0, 2.0, 6.5), None, (5.72, 1.0, 9.0)]}
+    [(_, _, shares)] = seen["shares"]  # S1 Fig. 7: of the 805 prompts
+    assert [share for share, _, _ in shares[""]] == [pytest.approx(100 * n / 805) for n in (700, 30)]
 
 
 def test_length_bins(tmp_path, capsys, seen):
@@ -534,6 +536,40 @@ def test_ratio_and_filter_curves(tmp_path, capsys, seen):
     [(_, _, series)] = seen["filters"]
     assert series == {"quality on sft (n = 805)": [(0.1, 21.0, 20.0, 23.0), (0.4, 25.0, 24.0, 27.0)],
                       "random on sft (n = 805)": [(0.1, 19.0, 18.0, 21.0), (0.4, 18.0, 17.0, 20.0)]}
+
+
+def scored(path, rewards, labeler="rm:r"):
+    responses = [{"text": f"{k}", "source": "on", "model": "m", "reward": reward} for k, reward in enumerate(rewards)]
+    return write_rows(path, [{"id": "p", "prompt": "p", "responses": responses, "labeler": labeler}])
+
+
+def test_histograms(tmp_path, capsys, monkeypatch):
+    """S1 Figs. 10, 11: every file's rewards on common edges, all in the first panel, then one by one."""
+    from matplotlib.axes import Axes
+    drawn, real = [], Axes.stairs
+    monkeypatch.setattr(Axes, "stairs", lambda self, values, edges, **more: drawn.append((values, edges, more)) or real(
+        self, values, edges, **more))
+    files = [scored(tmp_path / "t07.jsonl", [0.0, 4.0, 4.0, None]), scored(tmp_path / "t3.jsonl", [-16.0, -8.0])]
+    said, _, text = report(tmp_path, capsys, *files)
+    assert said["figures"] == ["rewards.png"] and "S1 Figs. 10, 11" in text
+    cold, hot = "t07.jsonl (n = 3, mean 2.67)", "t3.jsonl (n = 2, mean -12.00)"
+    assert [(more["label"], more["fill"]) for _, _, more in drawn] == [(cold, False), (hot, False), (cold, True), (hot, True)]
+    edges = drawn[0][1]
+    assert all((other == edges).all() for _, other, _ in drawn) and (edges[0], edges[-1], len(edges)) == (-16.0, 4.0, 41)
+    assert drawn[0][0][-1] == pytest.approx(2 / 3) and drawn[0][0][32] == pytest.approx(1 / 3) and drawn[1][0][0] == 0.5 == drawn[1][0][16]
+    drawn.clear()
+    report(tmp_path, capsys, files[0], out="one")
+    assert [(more["label"], more["fill"]) for _, _, more in drawn] == [(cold, True)]
+
+
+def test_rewards_that_cannot_share_an_axis(tmp_path, capsys):
+    for files, sentence in (([scored(tmp_path / "a.jsonl", [1.0]), scored(tmp_path / "b.jsonl", [2.0], "rm:other")],
+                             "the rewards are of different labelers, rm:other and rm:r"),
+                            ([scored(tmp_path / "c.jsonl", [None])], "c.jsonl: no response has a reward"),
+                            ([scored(tmp_path / "d.jsonl", ["1"])], "d.jsonl:1: expected every response to have a finite \"reward\"")):
+        with pytest.raises(SystemExit) as ended:
+            report(tmp_path, capsys, *files)
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "report").exists()
 
 
 def test_training_curves(tmp_path, capsys, seen):
