@@ -11,7 +11,8 @@ winrate  Reads   --scored  files of score.py, merged by id, with responses of tw
     others say so), else length_controlled_minimal with a fixed weak penalty, on another scale; lc_ci is a sampling interval over prompts.
     Both again per "category" and per quarter of the answers' lengths, length-adjusted (S1 Figs. 2, 3, 8), and --minus another model.
     A win rate by the reward that also labelled the training pairs (S1 section 5.1 reports such rewards) says how well the policy
-    learned that reward, not how good it is; the lengths stand beside it for that reason.
+    learned that reward, not how good it is; the lengths stand beside it for that reason. Where --model is train_dpo.py's folder (seen
+    from here), the result keeps what made it, for report.
 
 benchmarks  Reads   --model   a folder (or a name on the hub); --data DIR, local files of the benchmarks
             Writes  --out     RESULT.json: {"kind": "benchmarks", "suite", "average", "tasks": {task: {"score", "stderr", "n", ...}}, ...}
@@ -867,9 +868,11 @@ def gains(lines: list[dict]) -> list[dict]:
 
 def delta_table(found: list[dict], boundaries: list[dict]) -> list[dict]:
     """S2's Tables 1, 3, 4, 5: every off- with every on-trained child of one start model, both trained with the same arguments."""
-    scores = {os.path.abspath(result["models"]["on"][0]): f"{100 * result['score']:.1f}" for result in boundaries
-              if len(result["models"]["on"]) == 1}
-    return [{"start model": off["start"], "boundary score": scores.get(off["path"], ""), "measure": off["measure"],
+    scores: dict[str, list[str]] = {}
+    for result in boundaries:
+        if len(result["models"]["on"]) == 1:
+            scores.setdefault(os.path.abspath(result["models"]["on"][0]), []).append(f"{100 * result['score']:.1f}")
+    return [{"start model": off["start"], "boundary score": "; ".join(scores.get(off["path"], [])), "measure": off["measure"],
              "off-trained": off["setting"], "gain off": shown(off["gain"], "+.2f"), "on-trained": on["setting"],
              "gain on": shown(on["gain"], "+.2f"), "delta": delta(off["gain"]["mean"], on["gain"]["mean"]), "prompts": off["n"]}
             for off in found for on in found if (off["data"], on["data"]) == ("off", "on") and off["alike"] == on["alike"]

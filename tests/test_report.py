@@ -123,7 +123,9 @@ def test_s2_table_2_has_two_off_policy_sets(tmp_path, capsys):
     unlike = json.loads(files[-1].read_text())
     unlike["training"]["args"]["beta"] = 0.5  # another training than the others': no ratio with them
     files[-1].write_text(json.dumps(unlike))
+    files += [boundary_file(tmp_path / f"{name}.json", "sft", score) for name, score in (("first", 0.62), ("second", 0.5))]
     _, tables, _ = report(tmp_path, capsys, *files)
+    assert {line["boundary score"] for line in tables["delta"]} == {"62.0; 50.0"}  # of two scorers, say
     assert [(line["model"], line["gain"], line["trained on"]) for line in tables["gains"]] == [
         ("off", "+12.65", "off"), ("llama", "+5.41", "off"), ("on", "+5.58", "on"), ("half", "+6.88", "mixed"), ("unlike", "+5.88", "on")]
     assert [(line["off-trained"], line["on-trained"], line["delta"]) for line in tables["delta"]] == [
