@@ -427,7 +427,7 @@ def read_verdict(choice, scheme: str) -> float | str:
     if not content:
         return "no log-probabilities in the server's answer (--scheme letter takes its letter)"
     best = sorted(content[0].top_logprobs, key=lambda top: -top.logprob)[:5]  # vLLM's list begins with the sampled token, whatever its rank
-    p = {label: sum(math.exp(top.logprob) for top in best if top.token.strip() == label) for label in "mM"}
+    p = {label: sum(math.exp(top.logprob) for top in best if top.token == label) for label in "mM"}
     return p["m"] / (p["m"] + p["M"]) if p["m"] + p["M"] else "neither m nor M among the five most likely first tokens"
 
 def judge_scorer(args: argparse.Namespace, seen: Counter) -> tuple[Callable, Callable]:
