@@ -733,11 +733,15 @@ def read_result(path: str) -> dict:
     """A result with its "kind" and "file"; "metrics" is a training, "scored" rewards, "pairs" build_pairs.py's meta file, "meta" any other."""
     if path.endswith(".jsonl"):
         if "responses" in next(read_jsonl(path, ()))[2]:
-            rewards: list[float | None] = []
-            _, _, labelers = index_verdicts([path], lambda row, where: rewards.extend(
-                reward_of(response, where) for response in row["responses"]))
-            known = [reward for reward in rewards if reward is not None]
-            return {"kind": "scored", "file": path, "labelers": labelers, "rewards": known or fail(f"{path}: no response has a reward")}
+            rewards: dict[str, list[float]] = {}
+
+            def visit(row: dict, where: str) -> None:
+                for response in row["responses"]:
+                    if (reward := reward_of(response, where)) is not None:
+                        rewards.setdefault(response["source"], []).append(reward)
+
+            _, _, labelers = index_verdicts([path], visit)
+            return {"kind": "scored", "file": path, "labelers": labelers, "rewards": rewards or fail(f"{path}: no response has a reward")}
         model, rows = str(Path(path).parent), [row for _, _, row in read_jsonl(path, ("step", "loss"))]
         return {"kind": "metrics", "file": path, "model": model, "rows": rows, "training": training_of(model)}
     try:
@@ -1108,10 +1112,10 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
     # S1 Figs. 10, 11
     if results["scored"]:
         files = short_names([run["file"] for run in results["scored"]])
-        series = {f"{files[run['file']]} (n = {len(run['rewards']):,}, mean {np.mean(run['rewards']):.2f})": run["rewards"]
-                  for run in results["scored"]}
-        yield ("rewards", "Rewards of the responses (S1 Figs. 10, 11)", "Shares of each file's scored responses, n; all together, then one "
-               "by one", histograms, [("reward", some) for some in (series, *({name: series[name]} for name in series if len(series) > 1))],
+        series = {f"{files[run['file']]}{f', {source}-policy' * (len(run['rewards']) > 1)} (n = {len(values):,}, mean {np.mean(values):.2f})":
+                  values for run in results["scored"] for source, values in sorted(run["rewards"].items())}
+        yield ("rewards", "Rewards of the responses (S1 Figs. 10, 11)", "Shares of a file's scored responses of one source, n; all together, "
+               "then one by one", histograms, [("reward", some) for some in (series, *({name: series[name]} for name in series if len(series) > 1))],
                np.histogram_bin_edges(np.concatenate([*series.values()]), 40))
     # S2 Fig. 3
     panels = []

@@ -540,8 +540,9 @@ def test_ratio_and_filter_curves(tmp_path, capsys, seen):
                       "random on sft (n = 805)": [(0.1, 19.0, 18.0, 21.0), (0.4, 18.0, 17.0, 20.0)]}
 
 
-def scored(path, rewards, labeler="rm:r"):
-    responses = [{"text": f"{k}", "source": "on", "model": "m", "reward": reward} for k, reward in enumerate(rewards)]
+def scored(path, rewards, labeler="rm:r", off=()):
+    responses = [{"text": f"{k}", "source": source, "model": "m", "reward": reward}
+                 for source, some in (("on", rewards), ("off", off)) for k, reward in enumerate(some)]
     return write_rows(path, [{"id": "p", "prompt": "p", "responses": responses, "labeler": labeler}])
 
 
@@ -562,6 +563,9 @@ def test_histograms(tmp_path, capsys, monkeypatch):
     drawn.clear()
     report(tmp_path, capsys, files[0], out="one")
     assert [(more["label"], more["fill"]) for _, _, more in drawn] == [(cold, True)]
+    drawn.clear()
+    report(tmp_path, capsys, scored(tmp_path / "both.jsonl", [1.0, 3.0], off=[0.0]), out="both")
+    assert [more["label"] for _, _, more in drawn[:2]] == ["both.jsonl, off-policy (n = 1, mean 0.00)", "both.jsonl, on-policy (n = 2, mean 2.00)"]
 
 
 def test_rewards_that_cannot_share_an_axis(tmp_path, capsys):
