@@ -237,7 +237,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
             rows.append(json.loads(file.readline()))
             check_prompt(rows[-1], path)
     counts = [len(row["responses"]) for row in rows]
-    merged = {key: value for row in reversed(rows) for key, value in row.items()}
+    merged = {key: next((row[key] for row in rows if row.get(key) is not None), None) for row in rows for key in row}
     merged["responses"] = [response for row in rows for response in row["responses"]]
     for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
@@ -310,10 +310,12 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
+    meta = Path(args.out).with_suffix(".meta.json")
+    if shared := [name for name in facts["inputs"] if os.path.abspath(Path(name).with_suffix(".meta.json")) == os.path.abspath(meta)]:
+        fail(f"{args.out}: {meta.name} beside it would replace that of the input {shared[0]}; take another name")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.overwrite or not os.path.exists(args.out):
         return False
-    meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
         fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
     before = json.loads(meta.read_text())

@@ -138,13 +138,14 @@ def win_rate(preferences: list[float]) -> dict:
     n = len(values)
     wins, losses, draws = ((values > 0.5).sum(), (values < 0.5).sum(), (values == 0.5).sum())
     return {"win_rate": 100 * values.mean(), "standard_error": 100 * values.std(ddof=1) / math.sqrt(n) if n > 1 else None,
-            "ci": bootstrap_interval(100 * values, np.ones(n)), "n_total": n, "n_wins": int(wins), "n_wins_base": int(losses),
+            "ci": bootstrap_interval(100 * values, np.ones(n)) if n > 1 else None, "n_total": n, "n_wins": int(wins), "n_wins_base": int(losses),
             "n_draws": int(draws), "discrete_win_rate": 100 * (wins + draws / 2) / n}
 
 def mean_reward(rewards: list[float]) -> dict | None:
     """Mean of one reward per prompt, with its bootstrap interval."""
     values = np.array(rewards, dtype=float)
-    return {"mean": values.mean(), "ci": bootstrap_interval(values, np.ones(len(values))), "n": len(values)} if rewards else None
+    ci = bootstrap_interval(values, np.ones(len(values))) if len(values) > 1 else None
+    return {"mean": values.mean(), "ci": ci, "n": len(values)} if rewards else None
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(0.5 * logits)  # never overflows
@@ -275,8 +276,13 @@ def file_hash(path: str) -> str | None:
 @lru_cache(maxsize=None)
 def origins(meta: Path) -> dict[str, str]:
     """{path: hash} of all that a file was made from, by the meta file beside it, those beside its inputs, and so on."""
-    inputs = json.loads(meta.read_text())["inputs"] if meta.exists() else {}
-    return {name: known for path in inputs for name, known in origins(Path(path).with_suffix(".meta.json")).items()} | inputs
+    found: dict[str, str] = {}
+    metas = [meta]  # paths are as they were typed: seen from another folder one may be a file that stands here, even this one
+    for each in metas:
+        inputs = json.loads(each.read_text())["inputs"] if each.exists() else {}
+        found = inputs | found
+        metas += dict.fromkeys(path for name in inputs if (path := Path(name).with_suffix(".meta.json")) not in metas)
+    return found
 
 def given(args: dict) -> dict:
     return {name: value for name, value in args.items() if name not in MACHINE and value is not None and value is not False}
@@ -293,7 +299,8 @@ def recipe(facts: dict, ignored: set[str]) -> dict:
             return value
         meta = Path(value, "metrics.meta.json") if os.path.isdir(value) else Path(value).with_suffix(".meta.json")
         known = meta.exists() and facts["inputs"].get(value) in (None, file_hash(value))
-        return recipe(json.loads(meta.read_text()), ignored) if known else own
+        below = json.loads(meta.read_text()) if known else facts
+        return own if below == facts else recipe(below, ignored)  # a path typed in another folder can lead back here
 
     return {name: made(value) for name, value in facts["args"].items() if name not in ignored and value is not None}
 
@@ -375,7 +382,8 @@ def rates(prompts: list[dict], groups: dict, reference: dict, penalty: float | N
         result["lc_ci"] = interval(controlled)
         values = adjusted_rates(p, fit["effect"], np.ones(len(p)), masks)
         for k, group in enumerate(by_group.values()):
-            group |= {"length_controlled_winrate": values[k], "lc_ci": interval(adjusted[:, k])} if group["n_total"] else {}
+            group |= {"length_controlled_winrate": values[k]} if group["n_total"] else {}
+            group |= {"lc_ci": interval(adjusted[:, k])} if group["n_total"] > 1 else {}
     for (kind, name), group in by_group.items():
         result[kind][name] = group
     return result, draws
@@ -506,8 +514,10 @@ def main_winrate(args: argparse.Namespace) -> None:
     if args.annotations or args.lc_data:  # the difficulty and the gamed rows of AlpacaEval's own 805 instructions
         official, gamma, gamed, of_reference = read_reference(reference_folder(args.lc_data or "tatsu-lab/alpaca_eval"))
     common = [key for key in sets[0] if all(key in prompts for prompts in sets)]
-    for prompts in sets[1:]:  # a prompt has the category that the first file gives it
-        prompts.update({key: prompts[key] | {"category": sets[0][key]["category"]} for key in common})
+    for key in common:  # a prompt has the category that the first file to know one gives it
+        category = next((prompts[key]["category"] for prompts in sets if prompts[key]["category"] is not None), None)
+        for prompts in sets:
+            prompts[key]["category"] = category
     if official and (strangers := [key for prompts in sets for key in prompts if prompts[key]["instruction"] not in official]):
         fail(f"{where}: expected instructions of the {len(official)} of --lc-data, found {len(strangers)} others, such as {strangers[0]!r:.60}")
     others = len(official or everything) - len(common)
@@ -772,13 +782,14 @@ def grouped(results: list[dict], names: dict[str, str]) -> dict[tuple, tuple[str
     for key, runs in alike.items():
         seen: dict[tuple, dict] = {}
         for run in runs:
-            seen.setdefault((run["model"], *(str(run.get(name)) for name in ("win_rate", "length_controlled_winrate", "tasks"))), run)
+            seen.setdefault((run["model"], *(str(run.get(name)) for name in ("win_rate", "length_controlled_winrate", "tasks", "bins_of"))), run)
         apart = len({model for model, *_ in seen}) < len(seen)  # a model measured on other answers or questions too: no telling whose is whose
         for run in seen.values():
             groups.setdefault((*key, run["file"]) if apart else key, {})[run["model"]] = run
     settings = {}
     for key, runs in groups.items():
-        ends = os.path.commonprefix([Path(model).name for model in runs]).rstrip("_-.") or names[min(runs)]
+        ends = os.path.commonprefix([Path(model).name for model in runs]).rstrip("_-.")
+        ends = Path(min(runs)).parent.name if ends in ("", "s", "seed", "run") else ends  # of out/on50/seed0 and out/on50/seed1
         settings[key] = f"{ends} ({len(runs)} seeds)" if len(runs) > 1 else names[min(runs)]
     often = Counter(settings.values())
     return {key: (settings[key] + (f", {short_names([run['file']])[run['file']]}" if often[settings[key]] > 1 else ""), list(runs.values()))
@@ -800,7 +811,7 @@ def span(numbers: list[int | None]) -> str:
     known = sorted(number for number in numbers if number is not None)
     return " to ".join(dict.fromkeys(f"{number:,}" for number in (*known[:1], *known[-1:])))
 
-def report_lines(winrates: list[dict], averages: dict[str, dict], names: dict[str, str]) -> list[dict]:
+def report_lines(winrates: list[dict], averages: dict[str, dict | None], names: dict[str, str]) -> list[dict]:
     """What tables and figures show of each baseline (50 against itself), then of each setting; averages: of benchmarks, by model."""
     groups, baselines = grouped(winrates, names), {}
     rates = {name: 50.0 for name in ("length_controlled_winrate", "win_rate") if any(run.get(name) is not None for run in winrates)}
@@ -825,12 +836,19 @@ def models_table(lines: list[dict]) -> list[dict]:
              "judge": ", ".join(runs[0].get("labelers") or [str(runs[0].get("by"))]), "formula of LC": runs[0].get("formula") or ""}
             for line in lines for runs in [line["runs"]]]
 
-def groups_table(lines: list[dict]) -> list[dict]:
-    """Categories and length bins of each run (S1 Figs. 2, 3, 8), each with its number of prompts."""
-    return [{"setting": line["setting"], "of": kind.replace("_", " "), "group": name, "n": str(group["n_total"]),
-             "LC": shown(group.get("length_controlled_winrate")), "LC 95 %": shown({"ci": group.get("lc_ci")}, ".1f", "ci"),
-             "win rate": shown(group["win_rate"]), "95 %": shown({"ci": group["ci"]}, ".1f", "ci")}
-            for line in lines for run in line["runs"] for kind in ("categories", "length_bins") for name, group in run.get(kind, {}).items()]
+def groups_table(lines: list[dict], names: dict[str, str]) -> list[dict]:
+    """Categories and length bins of each run (S1 Figs. 2, 3, 8) and of each difference, with the number of prompts."""
+    table = []
+    for line, run in ((line, run) for line in lines for run in line["runs"]):
+        own = names[run["model"]] if len(line["runs"]) > 1 else line["setting"]
+        minus = run.get("minus") or {}
+        for setting, of in ((own, run), (f"{own} minus {names.get(minus.get('model'))}", minus)):
+            table += [{"setting": setting, "of": kind.replace("_", " ") + (f" in {', '.join(run['bins_of'])}" if bins and run.get("bins_of") else ""),
+                       "group": name, "n": str(group["n_total"]), "LC": shown(group.get("length_controlled_winrate")),
+                       "LC 95 %": shown({"ci": group.get("lc_ci")}, ".1f", "ci"), "win rate": shown(group.get("win_rate")),
+                       "95 %": shown({"ci": group.get("ci")}, ".1f", "ci")}
+                      for kind, bins in (("categories", False), ("length_bins", True)) for name, group in of.get(kind, {}).items()]
+    return table
 
 def benchmarks_table(suites: list[tuple[str, list[dict]]]) -> list[dict]:
     """S1's Tables 4 and 5, S3's benchmarks: score (se over questions, sd over seeds) by task; the settings of one suite."""
@@ -1007,10 +1025,15 @@ def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str
     for k in range(0, len(names), len(COLOURS)):
         marks = dict(zip(names[k:], zip(COLOURS, "os^Dv*")))  # the same in all panels
         some = [(*head, kept) for *head, series in panels if (kept := {name: points for name, points in series.items() if name in marks})]
-        most, legend = max(len(series) for *_, series in some), names != [""]
+        legend = {name: textwrap.fill(name.replace(" = ", "\xa0=\xa0"), 44) for name in marks if names != [""]}
         across, down = min(3, len(some)), math.ceil(len(some) / 3)
-        width, height = (1.8 + 2.6 * across, 1 + len(what) * max(0.45, 0.19 * most)) if draw is bars else (0.8 + 3 * across, 3.2 * down)
-        figure, grid = plt.subplots(down, across, figsize=(width, height + 0.22 * legend * most), layout="constrained", squeeze=False,
+        width, height = 0.8 + 3 * across, 3.2 * down
+        if draw is bars:
+            longest, most = max(len(line) for row in what for line in row.split("\n")), max(len(series) for *_, series in some)
+            tallest = max(1 + row.count("\n") for row in what)
+            width, height = 1 + 0.07 * longest + 2.6 * across, 1 + len(what) * max(0.15 + 0.15 * tallest, 0.19 * most)
+        height += sum(0.22 + 0.14 * label.count("\n") for label in legend.values()) / min(across, 2)
+        figure, grid = plt.subplots(down, across, figsize=(max(width, 4.2), height), layout="constrained", squeeze=False,
                                     sharey=draw is histograms)
         axes = grid.flat[:len(some)]
         draw(axes, some, marks, what)
@@ -1018,7 +1041,7 @@ def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str
             axis.set_axis_off()
         if legend:
             handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(some), 2), frameon=False, fontsize=8)
+            figure.legend(handles.values(), map(legend.get, handles), loc="outside lower center", ncols=min(across, 2), frameon=False, fontsize=8)
         files.append(path.with_name(f"{path.name}{f'_{k // len(COLOURS) + 1}' if k else ''}.png"))
         for file in (files[-1], files[-1].with_suffix(".pdf")):
             figure.savefig(file, dpi=150)
@@ -1036,7 +1059,7 @@ def sweep(lines: list[dict], measure: str, of: Callable) -> dict[str, list[tuple
         made = line["training"].get("made")
         if made and line["training"].get("family") and line[measure] and (place := of(made["counts"], made["args"])):
             (*rest, x), value = place, line[measure]
-            low, high = [value["mean"] + sign * value["sd"] for sign in (-1, 1)] if value["sd"] is not None else value["ci"]
+            low, high = [value["mean"] + sign * value["sd"] for sign in (-1, 1)] if value["sd"] is not None else value["ci"] or 2 * [value["mean"]]
             found.setdefault((line["training"]["family"], line["against"], *rest), []).append(
                 (line, (x, value["mean"], min(low, value["mean"]), max(high, value["mean"]))))
     series = {}
@@ -1058,7 +1081,7 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
     if panels:
         yield ("report", "Settings (S1 Fig. 6)", "Means and 95 % bootstrap intervals over prompts, n = prompts; a setting with several "
                "seeds has the mean of its runs and of their intervals' ends", bars, panels,
-               [f"{line['setting']}\nn = {line['n']}" for line in lines])
+               [f"{textwrap.fill(line['setting'], 30)}\nn = {line['n']}" for line in lines])
     lc = all(run.get("length_controlled_winrate") is not None for run in results["winrate"])
     name, ci, rate = ("length_controlled_winrate", "lc_ci", "LC win rate") if lc else ("win_rate", "ci", "win rate")
 
@@ -1070,20 +1093,24 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
         differences[label if label not in differences else f"{label}, {run['file']}"] = run
     minus = {label: [{"all": run["minus"] | {"n_total": run["n_total"]}} | run["minus"].get("categories", {})]
              for label, run in differences.items()}
-    counts = Counter()
-    for run in (run for runs in (own | minus).values() for run in runs):
-        counts |= Counter({category: group["n_total"] for category, group in run.items()})
+    counts: dict[str, list[int]] = {}  # of each category, in every run
+    for category, group in (item for runs in (own | minus).values() for run in runs for item in run.items()):
+        counts.setdefault(category, []).append(group["n_total"])
+    rows = sorted(counts, key=lambda category: -max(counts[category]))
     if len(counts) > 1 or minus:
-        panels = [(label, reference, {series: [point(over_runs([of.get(row) for of in runs], name, ci)) for row, _ in counts.most_common()]
+        panels = [(label, reference, {series: [point(over_runs([of.get(row) for of in runs], name, ci)) for row in rows]
                                       for series, runs in some.items() if runs})
                   for label, reference, some in ((f"{rate} (%)", 50, own), (f"difference of {rate}s (points)", 0, minus)) if some]
         yield ("categories", "Categories of prompts (S1 Figs. 2, 8)", "95 % bootstrap intervals over prompts, those of differences "
-               "paired; n = prompts", bars, panels, [f"{textwrap.fill(row, 30)}\nn = {n}" for row, n in counts.most_common()])
-    if len(counts) > 1:
-        shares = {category: 100 * n / counts["all"] for category, n in counts.most_common() if category != "all"}
-        yield ("shares", "Categories of the prompts (S1 Fig. 7)", f"n = {counts['all']} prompts", bars, [
-            ("share of the prompts (%)", 0, {"": [(share, share, share) for share in shares.values()]})],
-               [textwrap.fill(category, 30) for category in shares])
+               "paired; n = prompts", bars, panels, [f"{textwrap.fill(row, 30)}\nn = {span(counts[row])}" for row in rows])
+    sets = {}  # runs on the same prompts make one series
+    for setting, run in ((setting, run) for setting, runs in own.items() for run in runs if len(run) > 1):
+        shares = [100 * run[row]["n_total"] / run["all"]["n_total"] if row in run else 0.0 for row in rows if row != "all"]
+        sets.setdefault(tuple((share, share, share) for share in shares), f"prompts of {setting} (n = {run['all']['n_total']})")
+    if sets:
+        yield ("shares", "Categories of the prompts (S1 Fig. 7)", "Shares of the prompts with a verdict, n", bars, [
+            ("share of the prompts (%)", 0, {label: list(shares) for shares, label in sets.items()})],
+               [textwrap.fill(row, 30) for row in rows if row != "all"])
     # S1 Fig. 3
     places: dict[tuple, dict] = {}
     both = [(run, of) for run in results["winrate"] for of in (run, *([run["minus"]["own"] | {"model": run["minus"]["model"]}]
@@ -1150,12 +1177,14 @@ def main_report(args: argparse.Namespace) -> None:
     names = short_names([name for name in models if name])
     suites = {suite: grouped([run for run in results["benchmarks"] if run["suite"] == suite], names)
               for suite in sorted({run["suite"] for run in results["benchmarks"]})}
-    averages = {run["model"]: average for groups in suites.values() for _, runs in groups.values() for run in runs
-                if (average := over_runs(runs, "average"))}
+    averages: dict[str, dict | None] = {}
+    for run, runs in ((run, runs) for groups in suites.values() for _, runs in groups.values() for run in runs if not run.get("limit")):
+        if average := over_runs(runs, "average"):
+            averages[run["model"]] = None if run["model"] in averages else average  # of two different results neither
     lines = report_lines(results["winrate"], averages, names)
     gained = gains(lines)
     tables = {
-        "report": ("Models", models_table(lines)), "groups": ("Categories and lengths", groups_table(lines)), **{
+        "report": ("Models", models_table(lines)), "groups": ("Categories and lengths", groups_table(lines, names)), **{
             f"benchmarks_{suite}": (f"Benchmarks: {suite}", benchmarks_table([*groups.values()])) for suite, groups in suites.items()},
         "gains": ("Gains on the start model", [{
             "model": gain["setting"], "start model": gain["start"], "trained on": gain["data"], "measure": gain["measure"],
@@ -1252,7 +1281,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
             rows.append(json.loads(file.readline()))
             check_prompt(rows[-1], path)
     counts = [len(row["responses"]) for row in rows]
-    merged = {key: value for row in reversed(rows) for key, value in row.items()}
+    merged = {key: next((row[key] for row in rows if row.get(key) is not None), None) for row in rows for key in row}
     merged["responses"] = [response for row in rows for response in row["responses"]]
     for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
@@ -1325,10 +1354,12 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
+    meta = Path(args.out).with_suffix(".meta.json")
+    if shared := [name for name in facts["inputs"] if os.path.abspath(Path(name).with_suffix(".meta.json")) == os.path.abspath(meta)]:
+        fail(f"{args.out}: {meta.name} beside it would replace that of the input {shared[0]}; take another name")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.overwrite or not os.path.exists(args.out):
         return False
-    meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
         fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
     before = json.loads(meta.read_text())

@@ -700,10 +700,12 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
 
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
+    meta = Path(args.out).with_suffix(".meta.json")
+    if shared := [name for name in facts["inputs"] if os.path.abspath(Path(name).with_suffix(".meta.json")) == os.path.abspath(meta)]:
+        fail(f"{args.out}: {meta.name} beside it would replace that of the input {shared[0]}; take another name")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.overwrite or not os.path.exists(args.out):
         return False
-    meta = Path(args.out).with_suffix(".meta.json")
     if not meta.exists():
         fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
     before = json.loads(meta.read_text())
@@ -828,7 +830,7 @@ def merged_row(places: list[tuple[str, int]]) -> dict:
             rows.append(json.loads(file.readline()))
             check_prompt(rows[-1], path)
     counts = [len(row["responses"]) for row in rows]
-    merged = {key: value for row in reversed(rows) for key, value in row.items()}
+    merged = {key: next((row[key] for row in rows if row.get(key) is not None), None) for row in rows for key in row}
     merged["responses"] = [response for row in rows for response in row["responses"]]
     for key in (key for key in ("wins", "cosine") if any(row.get(key) is not None for row in rows)):
         merged[key] = [[None] * sum(counts[:i]) + line + [None] * sum(counts[i + 1:]) for i, row in enumerate(rows)
@@ -860,6 +862,8 @@ def summary(out: str, args: argparse.Namespace) -> dict:
         else:
             own = [response["logp"] if args.scorer == "logp" else response["scores"][args.name] for response in row["responses"]]
         for value, response in zip(own, row["responses"]):
+            if args.baseline and response.get("model") != args.baseline:
+                counts.update(judged=1, without_verdict=value is None)
             if value is None:
                 missing[response.get("reward_error") or "no value"] += 1
             else:
@@ -884,12 +888,15 @@ def main(args: argparse.Namespace) -> None:
     models: Counter = Counter()
     labelers: Counter = Counter()
     makes_reward = args.scorer in ("rm", "pairrm", "judge", "verify")
+    sides: dict[str, set[bool]] = {}  # of each prompt, whether responses are the --baseline's: a judge needs both
 
     def visit(row: dict, where: str) -> None:
         rewarded = [response.get("reward") is not None or response.get("reward_error") is not None for response in row["responses"]]
         have.update(rewarded)
         labelers.update([str(row.get("labeler"))] * any(rewarded))
         models.update(response.get("model") for response in row["responses"])
+        if args.baseline:
+            sides.setdefault(row["id"], set()).update(response.get("model") == args.baseline for response in row["responses"])
         if makes_reward and not args.primary and any(args.name in (response.get("scores") or {}) for response in row["responses"]):
             fail(f'{where}: "scores" hold {args.name!r} already; another --name keeps both, --primary replaces it')
 
@@ -906,7 +913,10 @@ def main(args: argparse.Namespace) -> None:
         fail(f"{', '.join(args.responses)}: no response is of the model {args.baseline!r}; there are {', '.join(map(str, models))}")
     by_server = {"judge": judge_scorer, "category": category_scorer}.get(args.scorer)
     window = SERVER_WINDOW if by_server else WINDOW
-    ids = shard_windows(list(places)[:args.limit], window, args.shard)
+    asked = list(places)[:args.limit]
+    ids = shard_windows(asked, window, args.shard)
+    if args.baseline and (alone := sum(len(sides[prompt_id]) < 2 for prompt_id in asked)) > 0.01 * len(asked):
+        fail(f"{', '.join(args.responses)}: of {len(asked)} prompts {alone} have no response of {args.baseline} or none to compare with it, over 1 %")
     reasons: Counter = Counter()  # why there is no result, in this run
     seen: Counter = Counter()  # tokens in batches, and what a scorer counts of its own
     if args.scorer == "verify":
@@ -959,8 +969,8 @@ def main(args: argparse.Namespace) -> None:
     write_meta(args.out, facts)
     if not facts["counts"].get("mean", True):
         fail(f"{args.out}: no response has a score: {facts['counts']['without']}")
-    if args.baseline and (missing := sum(facts["counts"]["without"].values())) > 0.01 * facts["counts"]["responses"]:
-        fail(f"{args.out}: over 1 % of responses have no verdict, {missing} of {facts['counts']['responses']}: {facts['counts']['without']}")
+    if args.baseline and (missing := facts["counts"]["without_verdict"]) > 0.01 * facts["counts"]["judged"]:
+        fail(f"{args.out}: over 1 % of responses have no verdict, {missing} of {facts['counts']['judged']}: {facts['counts']['without']}")
     print(json.dumps({"out": args.out, **facts["counts"], "resumed_rows": done, "seconds": facts["seconds"]}))
 
 def check_model(args: argparse.Namespace, seen: Counter) -> Callable:

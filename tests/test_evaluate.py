@@ -97,7 +97,33 @@ def test_equal_texts_tie_and_a_missing_reward_is_no_verdict(tmp_path, capsys):
 
 def test_one_prompt_has_no_standard_error(tmp_path, capsys):
     result = winrate(tmp_path, capsys, ROWS[:1])
-    assert (result["win_rate"], result["standard_error"], result["ci"]) == (100.0, None, [100.0, 100.0])
+    assert (result["win_rate"], result["standard_error"], result["ci"], result["reward"]["ci"]) == (100.0, None, None, None)
+    rows = [{**ROWS[k], "category": category} for k, category in enumerate("aabb")] + [
+        {**prompt_row(k, response("new", 2.0, "abcde"), response("old", 1.0, "abc")), "category": "one" if k == 4 else "a"} for k in (4, 5)]
+    (tmp_path / "six").mkdir()
+    alone = winrate(tmp_path / "six", capsys, rows)["categories"]["one"]
+    assert (alone["n_total"], alone["ci"], "lc_ci" in alone) == (1, None, False)
+
+
+def test_a_result_beside_its_input_with_the_same_stem(tmp_path, capsys):
+    """x.meta.json would be that of x.jsonl and of x.json: score.py would not know its own file again."""
+    scored = write_rows(tmp_path / "x.jsonl", ROWS)
+    for out in ("x.json", "x.jsonl"):
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main(evaluate.parse_args(["winrate", "--scored", str(scored), "--model", "new", "--baseline", "old", "--overwrite",
+                                               "--out", str(tmp_path / out)]))
+        assert ended.value.code == 2
+        assert f"{out}: x.meta.json beside it would replace that of the input {scored}; take another name" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl"] and (tmp_path / "x.jsonl").read_text().count("\n") == len(ROWS)
+
+
+def test_a_category_that_one_file_knows(tmp_path, capsys):
+    rows = [prompt_row(k, response("new", 2.0, "abcde")) | {"category": None} for k in range(2)]
+    others = [prompt_row(k, response("old", 1.0, "abc")) | {"category": "facts"} for k in range(2)]
+    files = [write_rows(tmp_path / f"{name}.jsonl", some) for name, some in (("a", rows), ("b", others))]
+    evaluate.main(evaluate.parse_args(["winrate", "--scored", *map(str, files), "--model", "new", "--baseline", "old", "--out",
+                                       str(tmp_path / "r.json")]))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["categories"]["facts"]["n_total"] == 2
 
 
 def test_categories(tmp_path, capsys):

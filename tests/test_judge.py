@@ -230,13 +230,22 @@ def test_a_response_that_names_no_model_meets_the_baseline(tmp_path, capsys, pee
 
 def test_rows_without_the_baseline_have_nothing_to_be_compared_with(tmp_path, capsys, peer):
     flags, requests = peer(likes_the_first)
-    rows = [ask(STRAIGHT[k], base("base"), "a") for k in range(3)] + [ask(STRAIGHT[3], "a", "b")]
+    rows = [ask(f"question {k}", base("base"), "a") for k in range(100)]
+    for more in ([ask("alone", "a", "b"), ask("also alone", base("base"))], [ask("one", "a"), ask("two", "b")]):
+        err = refused(tmp_path, capsys, rows[:4] + more, *flags, "--baseline", "base")
+        assert "of 6 prompts 2 have no response of base or none to compare with it, over 1 %" in err
+        assert not requests and not (tmp_path / "scored.jsonl").exists()  # nothing was asked, nothing is written
+    scored, printed = run(tmp_path, capsys, rows + [ask("alone", base("base"))], *flags, "--baseline", "base")  # 1 of 101
+    assert scored[100]["wins"] == [[None]] and scored[100]["responses"][0]["reward_error"] == "nothing to compare with"
+    assert (printed["judged"], printed["without_verdict"], len(requests)) == (100, 0, 100)
+
+
+def test_missing_verdicts_are_counted_against_those_asked_for(tmp_path, capsys, peer):
+    """2 of 100 answers are no verdict: over 1 % of the 100 responses that were compared, though 1 % of the 200 of the file."""
+    flags, _ = peer(lambda body, number: completion([("x", 0.9)]) if number in (3, 7) else likes_the_first(body, number))
+    rows = [ask(f"question {k}", base("base"), f"answer {k}") for k in range(100)]
     err = refused(tmp_path, capsys, rows, *flags, "--baseline", "base")
-    assert "over 1 % of responses have no verdict, 2 of 8: {'nothing to compare with': 2}" in err and len(requests) == 3
-    scored = read_rows(tmp_path / "scored.jsonl")
-    assert rewards(scored) == [pytest.approx(value) for value in (0.75, 0.25) * 3] + [None, None]
-    assert scored[3]["wins"] == [[None, None], [None, None]]
-    assert [some["reward_error"] for some in scored[3]["responses"]] == ["nothing to compare with"] * 2
+    assert "over 1 % of responses have no verdict, 2 of 100" in err
 
 
 def test_equal_texts_are_a_tie_that_nobody_is_asked_for(tmp_path, capsys, peer):

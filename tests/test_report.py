@@ -163,6 +163,28 @@ def test_seeds_are_one_line_and_other_data_are_not(tmp_path, capsys):
     assert (gained["model"], gained["gain"], gained["sd over seeds"], said["results"]) == ("on50_s (3 seeds)", "+13.00", "3.00", 5)
 
 
+def test_seeds_in_folders_of_their_own(tmp_path, capsys):
+    files = [result(tmp_path / f"s{seed}.json", f"out/on50/seed{seed}", lc, trained=training("sft", 32, 32, "same", seed=seed),
+                    categories={"math": {"win_rate": lc, "ci": None, "length_controlled_winrate": lc, "n_total": 1}})
+             for seed, lc in enumerate((20.0, 23.0))]
+    _, tables, _ = report(tmp_path, capsys, *files)
+    assert tables["report"][1]["setting"] == "on50 (2 seeds)"
+    assert [(line["setting"], line["LC"]) for line in tables["groups"]] == [("seed0", "20.00"), ("seed1", "23.00")]
+
+
+def test_bins_of_different_prompts_and_differences_in_the_table_of_groups(tmp_path, capsys):
+    bins = {"10 to 110": {"length_controlled_winrate": 20.0, "lc_ci": [15.0, 24.0], "win_rate": 1.0, "ci": [0, 1], "n_total": 200}}
+    minus = {"model": "off", "win_rate": 3.0, "ci": [1.0, 5.0], "length_controlled_winrate": 4.0, "lc_ci": [2.0, 6.5],
+             "categories": {"math": {"length_controlled_winrate": 5.72, "lc_ci": [1.0, 9.0], "n_total": 30}}}
+    files = [result(tmp_path / f"{of}.json", "m", 22.0, length_bins=bins, bins_of=[of], minus=minus if of == "math" else None)
+             for of in ("math", "coding")]
+    _, tables, _ = report(tmp_path, capsys, *files)
+    assert [(line["of"], line["group"], line["LC"], line["n"]) for line in tables["groups"]] == [
+        ("length bins in math", "10 to 110", "20.00", "200"), ("categories", "math", "5.72", "30"),
+        ("length bins in coding", "10 to 110", "20.00", "200")]
+    assert tables["groups"][1]["setting"] == "m, math.json minus off" and tables["groups"][1]["LC 95 %"] == "1.0 to 9.0"
+
+
 def test_the_same_model_measured_twice(tmp_path, capsys):
     files = [result(tmp_path / "greedy.json", "m", 20.0), result(tmp_path / "again.json", "m", 20.0, length_bins={}),
              result(tmp_path / "beam.json", "m", 22.0), result(tmp_path / "llama.json", "m", 30.0, baseline="llama")]
@@ -263,6 +285,13 @@ def test_trace(tmp_path, capsys, monkeypatch):
         "result": "r.json", "model": f"{model} {sha('weights p-best-worst-0')[:12]}", "measured on": f"judged.jsonl {sha('verdicts')[:12]}",
         "start model": f"{tmp_path / 'sft'} {sha('weights of sft')[:12]}", "pairs": f"{folder / 'pairs.jsonl'} {sha('pairs 0')[:12]}",
         "scored": f"{folder / 'scored.jsonl'} {sha('rewards 0')[:12]}"}
+    # a path typed in another folder can name a file that stands here, even this result
+    (tmp_path / "r.meta.json").write_text(json.dumps({"inputs": {"judged.jsonl": sha("verdicts"), "r.json": sha("another r.json")}}))
+    evaluate.origins.cache_clear()
+    [again] = report(tmp_path, capsys, "r.json")[1]["trace"]
+    assert again == line | {"measured on": line["measured on"] + f"; r.json {sha('another r.json')[:12]} (changed)"}
+    (tmp_path / "r.meta.json").write_text(json.dumps({"inputs": {"judged.jsonl": sha("verdicts")}}))
+    evaluate.origins.cache_clear()
     (folder / "pairs.jsonl").unlink()
     (folder / "scored.jsonl").write_text("rewards of another day")
     evaluate.file_hash.cache_clear()
@@ -295,6 +324,11 @@ def test_benchmarks(tmp_path, capsys):
     assert tables["benchmarks_what-matters"] == [{"setting": "sft", "mmlu (n = 1,172)": "62.00 (se 1.25)"}]  # S3 has no average
     # S1's Table 2: win rate and average side by side
     assert {line["setting"]: line["benchmarks"] for line in tables["report"]} == {"gpt4 (baseline)": "", "m_0": "64.50", "sft": "63.50"}
+    limited = json.loads(files[2].read_text()) | {"limit": 5, "average": 11.0}
+    (tmp_path / "limited.json").write_text(json.dumps(limited))
+    for more, average in ((["limited.json"], "63.50"), ([benchmarks(tmp_path / "again.json", "sft", {"arc": 1.0, "piqa": 1.0})], "")):
+        _, tables, _ = report(tmp_path, capsys, *files, *(tmp_path / name for name in more))
+        assert [line["benchmarks"] for line in tables["report"] if line["setting"] == "sft"] == [average]
 
 
 def test_pair_sets_become_s3_table_5(tmp_path, capsys):
@@ -507,7 +541,22 @@ def test_categories_and_differences(tmp_path, capsys, seen):
                    "off": [(23.0, 22.0, 25.0), (20.0, 15.0, 28.0), (23.0, 18.0, 31.0)]}
     assert difference == {"on minus off": [(4.0, 2.0, 6.5), None, (5.72, 1.0, 9.0)]}
     [(_, _, shares)] = seen["shares"]  # S1 Fig. 7: of the 805 prompts
-    assert [share for share, _, _ in shares[""]] == [pytest.approx(100 * n / 805) for n in (700, 30)]
+    assert list(shares) == ["prompts of on (n = 805)"] and [share for share, _, _ in shares["prompts of on (n = 805)"]] == [
+        pytest.approx(100 * n / 805) for n in (700, 30)]
+
+
+def test_results_on_different_prompts(tmp_path, capsys, seen, monkeypatch):
+    rows = []
+    monkeypatch.setattr(evaluate, "bars", lambda axes, panels, marks, what, draw=evaluate.bars: (rows.append(what), draw(axes, panels, marks, what)))
+    for name, n, math in (("few", 300, 270), ("all", 805, 81)):
+        groups = {kind: {"win_rate": 50.0, "ci": [40.0, 60.0], "length_controlled_winrate": 50.0, "lc_ci": [40.0, 60.0], "n_total": count}
+                  for kind, count in (("math", math), ("other", n - math))}
+        result(tmp_path / f"{name}.json", name, 27.0, categories=groups, n_total=n)
+    report(tmp_path, capsys, tmp_path / "few.json", tmp_path / "all.json")
+    assert rows[1] == ["all\nn = 300 to 805", "other\nn = 30 to 724", "math\nn = 81 to 270"]
+    [(_, _, shares)] = seen["shares"]
+    assert {label: [round(share, 1) for share, _, _ in some] for label, some in shares.items()} == {
+        "prompts of few (n = 300)": [10.0, 90.0], "prompts of all (n = 805)": [89.9, 10.1]}
 
 
 def test_length_bins(tmp_path, capsys, seen):
