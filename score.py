@@ -701,14 +701,15 @@ def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
 def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
     """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
     meta = Path(args.out).with_suffix(".meta.json")
-    if shared := [name for name in facts["inputs"] if os.path.abspath(Path(name).with_suffix(".meta.json")) == os.path.abspath(meta)]:
-        fail(f"{args.out}: {meta.name} beside it would replace that of the input {shared[0]}; take another name")
+    before = json.loads(meta.read_text()) if meta.exists() else {"args": {}}
+    outs = {os.path.abspath(meta.with_name(os.path.basename(out))) for out in (args.out, before["args"].get("out", args.out))}
+    if taken := [name for name in facts["inputs"] if os.path.abspath(name) in outs]:  # x.jsonl and x.json have one meta file
+        fail(f"{args.out}: it or its {meta.name} would replace that of the input {taken[0]}; take another name")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.overwrite or not os.path.exists(args.out):
         return False
     if not meta.exists():
         fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
-    before = json.loads(meta.read_text())
     for kind in ("args", "inputs"):
         for name in (name for name in facts[kind] | before[kind] if name not in free):
             if (then := before[kind].get(name)) != (now := facts[kind].get(name)):

@@ -108,13 +108,14 @@ def test_one_prompt_has_no_standard_error(tmp_path, capsys):
 def test_a_result_beside_its_input_with_the_same_stem(tmp_path, capsys):
     """x.meta.json would be that of x.jsonl and of x.json: score.py would not know its own file again."""
     scored = write_rows(tmp_path / "x.jsonl", ROWS)
+    (tmp_path / "x.meta.json").write_text('{"args": {"out": "out/x.jsonl"}, "inputs": {}}')  # as score.py wrote it in another folder
     for out in ("x.json", "x.jsonl"):
         with pytest.raises(SystemExit) as ended:
             evaluate.main(evaluate.parse_args(["winrate", "--scored", str(scored), "--model", "new", "--baseline", "old", "--overwrite",
                                                "--out", str(tmp_path / out)]))
         assert ended.value.code == 2
-        assert f"{out}: x.meta.json beside it would replace that of the input {scored}; take another name" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl"] and (tmp_path / "x.jsonl").read_text().count("\n") == len(ROWS)
+        assert f"{out}: it or its x.meta.json would replace that of the input {scored}; take another name" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl", "x.meta.json"] and (tmp_path / "x.jsonl").read_text().count("\n") == len(ROWS)
 
 
 def test_a_category_that_one_file_knows(tmp_path, capsys):
