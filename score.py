@@ -14,8 +14,8 @@ Writes  --out        the same rows; each response gains "reward": 1.25 or null, 
                  Input and cuts are the library's (1,224 tokens of the conversation, 2,048 in all), with budgets per pair.
 --scorer judge   a chat model behind an OpenAI-compatible server (--base-url; the key from OPENAI_API_KEY) in AlpacaEval 2's scheme: two
                  responses as `m` and `M`, in an order drawn per prompt, one token asked for, and "wins"[i][j] = p(m) / (p(m) + p(M)) from
-                 its log-probabilities; "reward" is the mean win. --baseline NAME asks only for pairs with that model's response, and more than
-                 1 % without a verdict is then an error. The prompt is our own wording; --judge-prompt reads another.
+                 its log-probabilities; "reward" is the mean win. --baseline NAME asks only for pairs with that model's response; over 1 % of
+                 prompts without such a pair, or of verdicts missing, is then an error. The prompt is our own wording; --judge-prompt reads another.
 --scorer verify  1 where the last boxed answer, or else the last number, equals the row's "answer", else 0 (as in GSM8K).
 --scorer logp    log pi(y|x): "logp", the sum over the response's tokens and its end-of-turn token, none where it was cut, and
                  "logp_tokens" (S2 Table 8, S1 section 5.3 "on-policiness"). The vocabulary meets 512 tokens at a time.
