@@ -70,6 +70,6 @@ for name in on0 on50 on100; do
     >/dev/null
 done
 say "report"
-$python evaluate.py report $out/on0.json $out/on50.json $out/on100.json $out/boundary.json $out/scored.jsonl --out $out \
-  $out/pairs_on{0,50,100}.meta.json $out/dpo_on{0,50,100}/metrics.jsonl
+$python evaluate.py report $out/on{0,50,100}.json $out/boundary.json $out/scored.jsonl $out/pairs_on{0,50,100}.meta.json \
+  $out/dpo_on{0,50,100}/metrics.jsonl --out $out
 say "done: $out/report.md and the figures beside it"
