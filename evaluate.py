@@ -382,8 +382,8 @@ def rates(prompts: list[dict], groups: dict, reference: dict, penalty: float | N
         result["lc_ci"] = interval(controlled)
         values = adjusted_rates(p, fit["effect"], np.ones(len(p)), masks)
         for k, group in enumerate(by_group.values()):
-            group |= {"length_controlled_winrate": values[k]} if group["n_total"] else {}
-            group |= {"lc_ci": interval(adjusted[:, k])} if group["n_total"] > 1 else {}
+            ci = interval(adjusted[:, k]) if group["n_total"] > 1 else None
+            group |= {"length_controlled_winrate": values[k], "lc_ci": ci} if group["n_total"] else {}
     for (kind, name), group in by_group.items():
         result[kind][name] = group
     return result, draws
@@ -405,7 +405,8 @@ def difference(first: tuple[dict, dict], second: tuple[dict, dict]) -> dict:
         if "lc_ci" in group and "lc_ci" in group_of_other:
             result.setdefault(kind, {})[name] = {
                 "length_controlled_winrate": group["length_controlled_winrate"] - group_of_other["length_controlled_winrate"],
-                "lc_ci": interval(mine["groups"][:, k] - theirs["groups"][:, k]), "n_total": group["n_total"], "n_total_minus": group_of_other["n_total"]}
+                "lc_ci": interval(mine["groups"][:, k] - theirs["groups"][:, k]) if group["lc_ci"] and group_of_other["lc_ci"] else None,
+                "n_total": group["n_total"], "n_total_minus": group_of_other["n_total"]}
     return result
 
 def read_list(path: Path) -> list[dict]:
