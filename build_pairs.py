@@ -8,7 +8,8 @@ Writes  --out     one pair a line, which `datasets` and TRL's DPOTrainer read as
          "labeler", "cosine", and chosen_ and rejected_ "reward", "model", "finish", "token_ids", "tokenizer", "logp"}
 
 --select, per prompt and source (on-policy and off-policy responses each give a pair), among the usable responses; truncated, empty
-and unrewarded ones are not. (Where rows have "wins", a reward is the mean over all responses of the file that was scored.) A pair of equal rewards (a tie) or equal texts is dropped. All that is dropped is counted by reason.
+and unrewarded ones are not. (Where rows have "wins", a reward is the mean over all responses of the file that was scored.) A pair of
+equal rewards (a tie) or equal texts is dropped. All that is dropped is counted by reason.
     best-worst   highest and lowest reward, the first of equals (S1 section 3.1, S2 section 4). best-second: the two highest
     best-random  the highest, and one of the others at random (the rejection sampling that S3 section 1 cites)
     given        the data set's own pair, its first two responses as they stand, reward or not. relabel: the same two ordered by reward

@@ -398,7 +398,8 @@ def difference(first: tuple[dict, dict], second: tuple[dict, dict]) -> dict:
     result = {}
     for name, ci in (("win_rate", "ci"), ("length_controlled_winrate", "lc_ci")):
         known = own[name] is not None and other[name] is not None
-        result |= {name: own[name] - other[name] if known else None, ci: interval(mine[name] - theirs[name]) if len(mine[name]) and len(theirs[name]) else None}
+        drawn = len(mine[name]) and len(theirs[name])
+        result |= {name: own[name] - other[name] if known else None, ci: interval(mine[name] - theirs[name]) if drawn else None}
     keys = [(kind, name) for kind in ("categories", "length_bins") for name in own[kind]]
     for k, (kind, name) in enumerate(keys):
         group, group_of_other = own[kind][name], other[kind][name]
@@ -740,19 +741,23 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 NEEDS = {"winrate": ("model", "baseline", "ci", "n_total"), "benchmarks": ("model", "suite", "tasks"), "meta": (),
          "pairs": ("args", "counts"), "boundary": ("ci", "models", "length_matched", "distinct")}  # what a result of each kind must have
 
+def read_rewards(path: str) -> dict:
+    """A scored file's rewards by source, {"on": [...], "off": [...]}, and their labeler, as a result of the kind "scored"."""
+    rewards: dict[str, list[float]] = {}
+
+    def visit(row: dict, where: str) -> None:
+        for response in row["responses"]:
+            if (reward := reward_of(response, where)) is not None:
+                rewards.setdefault(response["source"], []).append(reward)
+
+    _, _, labelers = index_verdicts([path], visit)
+    return {"kind": "scored", "file": path, "labelers": labelers, "rewards": rewards or fail(f"{path}: no response has a reward")}
+
 def read_result(path: str) -> dict:
     """A result with its "kind" and "file"; "metrics" is a training, "scored" rewards, "pairs" build_pairs.py's meta file, "meta" any other."""
     if path.endswith(".jsonl"):
         if "responses" in next(read_jsonl(path, ()))[2]:
-            rewards: dict[str, list[float]] = {}
-
-            def visit(row: dict, where: str) -> None:
-                for response in row["responses"]:
-                    if (reward := reward_of(response, where)) is not None:
-                        rewards.setdefault(response["source"], []).append(reward)
-
-            _, _, labelers = index_verdicts([path], visit)
-            return {"kind": "scored", "file": path, "labelers": labelers, "rewards": rewards or fail(f"{path}: no response has a reward")}
+            return read_rewards(path)
         model, rows = str(Path(path).parent), [row for _, _, row in read_jsonl(path, ("step", "loss"))]
         return {"kind": "metrics", "file": path, "model": model, "rows": rows, "training": training_of(model)}
     try:
@@ -1023,6 +1028,8 @@ def write_figure(path: Path, panels: list[tuple], draw: Callable, what: list[str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     names, files = list(dict.fromkeys(name for *_, series in panels for name in series)), []
+    if draw is bars:
+        what = ["\n".join(textwrap.fill(line, 30) for line in row.split("\n")) for row in what]
     for k in range(0, len(names), len(COLOURS)):
         marks = dict(zip(names[k:], zip(COLOURS, "os^Dv*")))  # the same in all panels
         some = [(*head, kept) for *head, series in panels if (kept := {name: points for name, points in series.items() if name in marks})]
@@ -1082,7 +1089,7 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
     if panels:
         yield ("report", "Settings (S1 Fig. 6)", "Means and 95 % bootstrap intervals over prompts, n = prompts; a setting with several "
                "seeds has the mean of its runs and of their intervals' ends", bars, panels,
-               [f"{textwrap.fill(line['setting'], 30)}\nn = {line['n']}" for line in lines])
+               [f"{line['setting']}\nn = {line['n']}" for line in lines])
     lc = all(run.get("length_controlled_winrate") is not None for run in results["winrate"])
     name, ci, rate = ("length_controlled_winrate", "lc_ci", "LC win rate") if lc else ("win_rate", "ci", "win rate")
 
@@ -1103,15 +1110,14 @@ def pictures(lines: list[dict], results: dict[str, list[dict]], names: dict[str,
                                       for series, runs in some.items() if runs})
                   for label, reference, some in ((f"{rate} (%)", 50, own), (f"difference of {rate}s (points)", 0, minus)) if some]
         yield ("categories", "Categories of prompts (S1 Figs. 2, 8)", "95 % bootstrap intervals over prompts, those of differences "
-               "paired; n = prompts", bars, panels, [f"{textwrap.fill(row, 30)}\nn = {span(counts[row])}" for row in rows])
+               "paired; n = prompts", bars, panels, [f"{row}\nn = {span(counts[row])}" for row in rows])
     sets = {}  # runs on the same prompts make one series
     for setting, run in ((setting, run) for setting, runs in own.items() for run in runs if len(run) > 1):
         shares = [100 * run[row]["n_total"] / run["all"]["n_total"] if row in run else 0.0 for row in rows if row != "all"]
         sets.setdefault(tuple((share, share, share) for share in shares), f"prompts of {setting} (n = {run['all']['n_total']})")
     if sets:
         yield ("shares", "Categories of the prompts (S1 Fig. 7)", "Shares of the prompts with a verdict, n", bars, [
-            ("share of the prompts (%)", 0, {label: list(shares) for shares, label in sets.items()})],
-               [textwrap.fill(row, 30) for row in rows if row != "all"])
+            ("share of the prompts (%)", 0, {label: list(shares) for shares, label in sets.items()})], [row for row in rows if row != "all"])
     # S1 Fig. 3
     places: dict[tuple, dict] = {}
     both = [(run, of) for run in results["winrate"] for of in (run, *([run["minus"]["own"] | {"model": run["minus"]["model"]}]

@@ -30,8 +30,8 @@ are scored once, and two of them are a tie. The agreement of two scorers is prin
     python score.py --scorer judge --model gpt-4-1106-preview --responses out/on.jsonl out/off.jsonl --out out/judged.jsonl --max-requests 5000
 
 Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file: of what a
-judge was paid for at most the answers of 32 rows are asked for again. Prints one JSON line: rows, responses, without a score by reason, mean score by source, agreement,
-share of padding, seconds.
+judge was paid for at most the answers of 32 rows are asked for again. Prints one JSON line: rows, responses, without a score by
+reason, mean score by source, agreement, share of padding, seconds.
 """
 
 import argparse

@@ -4,8 +4,8 @@ What the length-controlled win rate and the report cost, beside the libraries th
     pip install scikit-learn pytest
     python benchmarks/evaluation.py --annotations results/claude-2/annotations.json --lc-data alpaca_eval
 
-1) The fit with a given penalty, ours against scikit-learn's LogisticRegression with alpaca_eval's settings (ALPACA_LC 3); both rates.
-2) The choice of the penalty by 5 folds and the fit, ours against LogisticRegressionCV on the same folds; both rates.
+1) The rate with a given penalty, ours (all of length_controlled) against the fit alone of scikit-learn's LogisticRegression with alpaca_eval's settings (ALPACA_LC 3); both rates.
+2) The same with the penalty chosen by 5 folds, against LogisticRegressionCV on the same folds; both rates.
 3) The bootstrap of 1,000 draws with 20 groups of prompts (alpaca_eval has none).
 4) `evaluate.py report` of 20 models with categories, length bins, trainings and benchmarks (made by tests/test_report.py), seconds.
 Prints one JSON object.
@@ -54,23 +54,16 @@ def fits(annotations: str, lc_data: str) -> dict:
     sample = np.concatenate([weights * targets, weights * (1 - targets)])
     settings = {"penalty": "l1", "solver": "liblinear", "tol": 1e-4, "max_iter": 100, "random_state": 123, "fit_intercept": False}
 
-    def rate(theta: np.ndarray) -> float:
-        return round(100 * evaluate.length_effect(features[:n], theta)[0].mean(), 4)
-
-    def by_folds() -> np.ndarray:
-        penalty = evaluate.best_penalty(features, targets, weights, folds)
-        return evaluate.fit_l1(features, targets, weights, penalty)
-
     pairs = [(np.flatnonzero(np.tile(folds, 2) != k), np.flatnonzero(np.tile(folds, 2) == k)) for k in range(5)]
     measured = {"model": model, "prompts": n}
-    for name, ours, theirs in (
-            ("fit", lambda: evaluate.fit_l1(features, targets, weights, evaluate.MINIMAL_PENALTY),
-             lambda: LogisticRegression(C=evaluate.MINIMAL_PENALTY, **settings).fit(twice, labels, sample).coef_[0]),
-            ("cross-validation", by_folds,
-             lambda: LogisticRegressionCV(Cs=10, cv=pairs, scoring="neg_log_loss", **settings).fit(twice, labels, sample).coef_[0])):
-        (own, theta), (other, reference) = best_seconds(ours, 20), best_seconds(theirs, 5)
+    for name, penalty, theirs in (
+            ("fit", evaluate.MINIMAL_PENALTY, LogisticRegression(C=evaluate.MINIMAL_PENALTY, **settings)),
+            ("cross-validation", None, LogisticRegressionCV(Cs=10, cv=pairs, scoring="neg_log_loss", **settings))):
+        own, ours = best_seconds(lambda: evaluate.length_controlled(p, deltas, places, gamma[places], gamed, penalty), 20)
+        other, fitted = best_seconds(lambda: theirs.fit(twice, labels, sample), 5)
+        equal, _ = evaluate.length_effect(features[:n], fitted.coef_[0])
         measured[name] = {"ours_ms": round(1000 * own, 2), "scikit_learn_ms": round(1000 * other, 2), "ratio": round(other / own, 1),
-                          "ours": rate(theta), "scikit_learn": rate(reference)}
+                          "ours": round(ours["length_controlled_winrate"], 4), "scikit_learn": round(100 * equal.mean(), 4)}
     groups = np.random.default_rng(0).random((20, n)) < 0.1
     seconds, _ = best_seconds(lambda: evaluate.lc_bootstrap(p, deltas, evaluate.draw_prompts(n), evaluate.MINIMAL_PENALTY, groups,
                                                             gamma[places], gamed), 2)
