@@ -33,7 +33,7 @@ def prompt_row(number, on, off, **more):
 def run(tmp_path, capsys, rows, *flags):
     """The result, which is the file's and the last line's."""
     path = write_rows(tmp_path / "scored.jsonl", rows)
-    boundary.main(boundary.parse_args(["--scored", path, "--out", str(tmp_path / "boundary.json"), "--overwrite",
+    boundary.main(boundary.parse_args(["--scored", path, "--out", str(tmp_path / "boundary.json"),
                                        *flags]))
     sentence, last = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "boundary.json").read_text())
