@@ -45,7 +45,7 @@ from typing import Annotated, Literal, Required, TypedDict
 import msgspec
 import numpy as np
 
-TABLE_5 = ("n", "mean", "std", "min", "25%", "median", "75%", "max")
+TABLE_5 = ("mean", "std", "min", "25%", "median", "75%", "max")
 SIDE_KEYS = ("reward", "model", "finish", "token_ids", "tokenizer", "logp")
 Message = TypedDict("Message", {"role": str, "content": str})
 
@@ -222,8 +222,8 @@ def statistics(pairs, samples):
     for name, values in columns.items():
         values = values[~np.isnan(values)]
         if len(values):
-            numbers = [len(values), values.mean(), values.std(), *np.percentile(values, [0, 25, 50, 75, 100])]
-            table[name] = dict(zip(TABLE_5, map(float, numbers), strict=True))
+            numbers = [values.mean(), values.std(), *np.percentile(values, [0, 25, 50, 75, 100])]
+            table[name] = {"n": len(values), **dict(zip(TABLE_5, map(float, numbers), strict=True))}
     return table
 
 
@@ -271,7 +271,7 @@ def main(args):
     write_output(args, args.scored, lines, started, counts=counts, stats=stats)
     if args.stats:
         for name, row in stats.items():
-            print(f"{name:22}", *(f"{column} {number:.2f}" for column, number in row.items()))
+            print(f"{name:22}", *(f"{column} {number:.5g}" for column, number in row.items()))
     print(json.dumps({"out": args.out, **counts}))
 
 

@@ -34,7 +34,7 @@ say "on-policy: four samples per prompt from the policy (S1's settings)"
 $python generate.py --model $policy --prompts data/demo_train.jsonl --out $out/on.jsonl --max-tokens 128 \
   --dtype float32 --backend hf
 
-say "off-policy: the answers that people wrote"
+say "off-policy: the written answers"
 $python generate.py --import-format rows --import-data data/demo_train.jsonl --out $out/off.jsonl
 
 say "one reward for both"
@@ -42,14 +42,14 @@ $python score.py --scorer rm --model $out/models/reward --responses $out/on.json
   --dtype float32
 
 say "boundary (S2, Algorithm 1)"
-$python boundary.py --scored $out/scored.jsonl --out $out/boundary.json
+$python boundary.py --scored $out/scored.jsonl --out $out/policy.boundary.json
 
 train_and_answer() { # NAME RATIO
   say "on-policy share $2: pairs, DPO, greedy answers to prompts that were not trained on"
-  $python build_pairs.py --scored $out/scored.jsonl --out "$out/pairs_$1.jsonl" --on-ratio "$2" --total 64
-  $python train_dpo.py --model $policy --pairs "$out/pairs_$1.jsonl" --out "$out/dpo_$1" --batch-size 8 --lr 2e-5 \
+  $python build_pairs.py --scored $out/scored.jsonl --out "$out/$1.pairs.jsonl" --on-ratio "$2" --total 64
+  $python train_dpo.py --model $policy --pairs "$out/$1.pairs.jsonl" --out "$out/models/$1" --batch-size 8 --lr 2e-5 \
     --dtype float32 --save-every 2 --resume
-  answer "$out/dpo_$1" "$out/eval_$1.jsonl"
+  answer "$out/models/$1" "$out/$1.answers.jsonl"
 }
 answer() { # MODEL OUT
   $python generate.py --greedy --model "$1" --prompts data/demo_eval.jsonl --out "$2" --max-tokens 128 --dtype float32 \
@@ -57,19 +57,25 @@ answer() { # MODEL OUT
 }
 
 say "greedy answers of the policy before training"
-answer $policy $out/eval_base.jsonl
+answer $policy $out/policy.answers.jsonl
 train_and_answer on0 0
 train_and_answer on50 0.5
 train_and_answer on100 1
 
 say "rewards and win rates against the policy before training"
-$python score.py --scorer rm --model $out/models/reward --dtype float32 --out $out/eval_scored.jsonl \
-  --responses $out/eval_base.jsonl $out/eval_on0.jsonl $out/eval_on50.jsonl $out/eval_on100.jsonl
+$python score.py --scorer rm --model $out/models/reward --dtype float32 --out $out/answers.jsonl \
+  --responses $out/policy.answers.jsonl $out/on0.answers.jsonl $out/on50.answers.jsonl $out/on100.answers.jsonl
 for name in on0 on50 on100; do
-  $python evaluate.py winrate --scored $out/eval_scored.jsonl --model $out/dpo_$name --baseline $policy --out $out/$name.json \
-    >/dev/null
+  $python evaluate.py winrate --scored $out/answers.jsonl --model $out/models/$name --baseline $policy \
+    --out $out/$name.winrate.json >/dev/null
 done
-say "report"
-$python evaluate.py report $out/on{0,50,100}.json $out/boundary.json $out/scored.jsonl $out/pairs_on{0,50,100}.meta.json \
-  $out/dpo_on{0,50,100}/metrics.jsonl --out $out
+say "figures and tables"
+winrates=$(echo $out/on{0,50,100}.winrate.json)
+pairs=$(echo $out/on{0,50,100}.pairs.meta.json)
+metrics=$(echo $out/models/on{0,50,100}/metrics.jsonl)
+$python report/figure.py settings $winrates --out $out/settings.png
+$python report/figure.py ratio $winrates $pairs --out $out/ratio.png
+$python report/figure.py rewards $out/scored.jsonl --out $out/rewards.png
+$python report/figure.py training $metrics --out $out/training.png
+$python report/table.py $winrates $pairs $metrics $out/policy.boundary.json --start policy --out $out
 say "done: $out/report.md and the figures beside it"

@@ -1,28 +1,29 @@
 """
 Stage 5: scored responses -> win rates; and a model -> the papers' benchmarks.
 
-winrate     Reads   --scored FILE ...   a Row (below) per prompt, as score.py writes it, with answers of --model
-                                        and --baseline; several files are merged by id
+winrate     Reads   --scored FILE ...   a Row (below) per prompt, as score.py writes it, with answers of
+                                        --model and --baseline; several files are merged by id
                or   --annotations FILE  verdicts in AlpacaEval's public format, a list of Annotation (below)
             Writes  --out FILE          JSON: {"win_rate", "length_controlled_winrate", "n_total", ...}
-    On each prompt the model wins (1), ties (1/2) or loses (0): by "wins" if the rows have them (then it is the
-    judge's probability), else by reward. The same per "category" and per quarter of the answers' lengths (S1
-    Figs. 2, 3, 8), and --minus another model; "ci" and "lc_ci" are 95 % intervals over prompts, from 1,000
-    bootstrap draws. A rate by the reward that labelled the training pairs says how well that was learned.
+    On each prompt the model wins (1), ties (1/2) or loses (0): by "wins" if the rows have them (then it is
+    the judge's probability), else by reward. The same per "category" and per quarter of the answers' lengths
+    (S1 Figs. 2, 3, 8), and --minus another model; "ci" and "lc_ci" are 95 % intervals over prompts, by
+    1,000 bootstrap draws. A rate by the reward that labelled the pairs says how well that was learned.
 
-    The length-controlled rate (LC) is AlpacaEval 2's: a logistic regression of the preference on the difference
-    of lengths, the prompt's difficulty gamma and 1, with an L1 penalty, evaluated at equal lengths. gamma and
-    the "gamed" rows, which keep the effect of length honest, exist for AlpacaEval's 805 prompts (--lc-data: a
-    folder with df_gamed.csv and alpaca_eval_gpt4_baseline.json of the data set tatsu-lab/alpaca_eval). Without
-    them C is fixed: "length_controlled_minimal", on another scale. Public numbers are of the judge
-    gpt-4-1106-preview (reported shut down in 2026) against gpt4_1106_preview, and so is gamma: with others the
-    formula says "other judge". "labelers" has the judge of a result.
+    The length-controlled rate (LC) is AlpacaEval 2's: a logistic regression of the preference on the
+    difference of lengths, the prompt's difficulty gamma and 1, with an L1 penalty, taken at equal lengths.
+    gamma and the "gamed" rows, which keep the effect of length honest, exist for its 805 prompts
+    (--lc-data: a folder with df_gamed.csv and alpaca_eval_gpt4_baseline.json of the data set
+    tatsu-lab/alpaca_eval). Without them C is fixed: "length_controlled_minimal", on another scale. Public
+    numbers are of the judge gpt-4-1106-preview (reported shut down in 2026) against gpt4_1106_preview, and so
+    is gamma: with others the formula says "other judge". "labelers" has the judge of a result.
 
 benchmarks  Reads   --model             a folder, or a name on the hub
             Writes  --out FILE          JSON: {"average", "tasks": {task: {"score", "stderr", "n", ...}}, ...}
-    Runs lm-eval (pip install "lm-eval[ifeval]==0.4.13"). simplemix (S1 appendix D, Tables 4, 5): 8 tasks without
-    examples or chat template, accuracy not length-normalised, IFEval by prompts followed, loosely; average is
-    their plain mean. what-matters (S3 Table 7, as Tulu 3): chat template, examples as turns, no average.
+    Runs lm-eval (pip install "lm-eval[ifeval]==0.4.13"). simplemix (S1 appendix D, Tables 4, 5): 8 tasks
+    without examples or chat template, accuracy not length-normalised, IFEval by prompts followed, loosely;
+    average is their plain mean. what-matters (S3 Table 7, as Tulu 3): chat template, examples
+    as turns, no average.
 
     python evaluate.py winrate --scored eval.jsonl --model out/on50 --baseline out/sft --out on50.winrate.json
     python evaluate.py winrate --annotations annotations.json --lc-data alpaca_eval --out alpaca.winrate.json
@@ -140,7 +141,7 @@ def mean(numbers):
     return sum(known) / len(known) if known else math.nan
 
 
-def compare(rows, model, baseline, by_wins):
+def verdicts(rows, model, baseline, by_wins):
     """{id: prompt} of rows that both models answered; several answers of a model count with their mean."""
     prompts = {}
     for key, row in rows.items():
@@ -250,8 +251,8 @@ def lasso(hessian, target, theta):
 def training_rows(prompts, gamed):
     """(x, p, weight) of the fit: prompts as arrays {name: (n,)}, then the gamed rows, if there are any.
 
-    x: tanh of the baseline's length minus the model's over its standard deviation; gamma, if it is known; 1, or
-    0 in gamed rows. A prompt without a verdict has no weight.
+    x: tanh of the baseline's length minus the model's over its standard deviation; gamma, if it is known; 1,
+    or 0 in gamed rows. A prompt without a verdict has no weight.
     """
     difference = prompts["len_baseline"] - prompts["len"]
     spread = difference.std(ddof=1)
@@ -284,7 +285,7 @@ def choose_penalty(prompts, gamed):
 
 
 def rates(prompts, gamed, penalty):
-    """(theta, MEASURES (3, g)) of groups; prompts: arrays (n,), and "members" (n, g), all in the first group."""
+    """(theta, MEASURES (3, g)) of groups; prompts: arrays (n,) and "members" (n, g), the first has all."""
     members, p = prompts["members"], prompts["p"]
     wins, theta = group_means(p, members), None
     lc = np.full(len(wins), math.nan)
@@ -383,9 +384,8 @@ def measure(prompts, names, gamed, penalty):
     result = with_intervals(values, draws, names, counts)
     result["avg_length"] = int(prompts["len"].mean())
     result["avg_length_baseline"] = int(prompts["len_baseline"].mean())
-    result["reward_baseline"] = mean(
-        [reward for reward in prompts["reward_baseline"] if reward == reward] or [None]
-    )
+    rewards = prompts["reward_baseline"][~np.isnan(prompts["reward_baseline"])]
+    result["reward_baseline"] = rewards.mean() if len(rewards) else None
     if theta is not None:
         formula = "length_controlled_minimal" if gamed is None else "length_controlled_v1"
         result |= {"formula": formula, "C": penalty, "theta": theta.tolist()}
@@ -412,7 +412,7 @@ def main_winrate(args):
     with_wins = [row.get("wins") is not None for row in rows.values()]
     if any(with_wins) and not all(with_wins):
         fail(f"{where}: some rows have wins and some have none: score all with one scorer")
-    sets = [compare(rows, name, baseline, any(with_wins)) for name in models]
+    sets = [verdicts(rows, name, baseline, any(with_wins)) for name in models]
     keys = [key for key in sorted(rows) if all(key in prompts for prompts in sets)]
 
     n_prompts, places, gamma, gamed = len(rows), {}, None, None

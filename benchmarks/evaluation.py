@@ -39,6 +39,7 @@ def best_seconds(call, repeats: int) -> tuple[float, object]:
 
 def fits(annotations: str, lc_data: str) -> dict:
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+
     warnings.simplefilter("ignore")  # scikit-learn's deprecations
     prompts, model, _ = evaluate.read_annotations(annotations)
     official, gamma, gamed, _ = evaluate.read_reference(Path(lc_data))
@@ -50,38 +51,72 @@ def fits(annotations: str, lc_data: str) -> dict:
 
     features, targets, weights = evaluate.lc_problem(p, deltas, np.ones(n), gamma[places], gamed)
     folds = np.concatenate([places, np.arange(len(targets) - n)]) % 5
-    twice, labels = np.concatenate([features] * 2), np.repeat([1, 0], len(targets))  # a soft target is two weighted rows
+    twice, labels = (
+        np.concatenate([features] * 2),
+        np.repeat([1, 0], len(targets)),
+    )  # a soft target is two weighted rows
     sample = np.concatenate([weights * targets, weights * (1 - targets)])
-    settings = {"penalty": "l1", "solver": "liblinear", "tol": 1e-4, "max_iter": 100, "random_state": 123, "fit_intercept": False}
+    settings = {
+        "penalty": "l1",
+        "solver": "liblinear",
+        "tol": 1e-4,
+        "max_iter": 100,
+        "random_state": 123,
+        "fit_intercept": False,
+    }
 
-    pairs = [(np.flatnonzero(np.tile(folds, 2) != k), np.flatnonzero(np.tile(folds, 2) == k)) for k in range(5)]
+    pairs = [
+        (np.flatnonzero(np.tile(folds, 2) != k), np.flatnonzero(np.tile(folds, 2) == k)) for k in range(5)
+    ]
     measured = {"model": model, "prompts": n}
     for name, penalty, theirs in (
-            ("fit", evaluate.MINIMAL_PENALTY, LogisticRegression(C=evaluate.MINIMAL_PENALTY, **settings)),
-            ("cross-validation", None, LogisticRegressionCV(Cs=10, cv=pairs, scoring="neg_log_loss", **settings))):
-        own, ours = best_seconds(lambda: evaluate.length_controlled(p, deltas, places, gamma[places], gamed, penalty), 20)
+        ("fit", evaluate.MINIMAL_PENALTY, LogisticRegression(C=evaluate.MINIMAL_PENALTY, **settings)),
+        ("cross-validation", None, LogisticRegressionCV(Cs=10, cv=pairs, scoring="neg_log_loss", **settings)),
+    ):
+        own, ours = best_seconds(
+            lambda: evaluate.length_controlled(p, deltas, places, gamma[places], gamed, penalty), 20
+        )
         other, fitted = best_seconds(lambda: theirs.fit(twice, labels, sample), 5)
         equal, _ = evaluate.length_effect(features[:n], fitted.coef_[0])
-        measured[name] = {"ours_ms": round(1000 * own, 2), "scikit_learn_ms": round(1000 * other, 2), "ratio": round(other / own, 1),
-                          "ours": round(ours["length_controlled_winrate"], 4), "scikit_learn": round(100 * equal.mean(), 4)}
+        measured[name] = {
+            "ours_ms": round(1000 * own, 2),
+            "scikit_learn_ms": round(1000 * other, 2),
+            "ratio": round(other / own, 1),
+            "ours": round(ours["length_controlled_winrate"], 4),
+            "scikit_learn": round(100 * equal.mean(), 4),
+        }
     groups = np.random.default_rng(0).random((20, n)) < 0.1
-    seconds, _ = best_seconds(lambda: evaluate.lc_bootstrap(p, deltas, evaluate.draw_prompts(n), evaluate.MINIMAL_PENALTY, groups,
-                                                            gamma[places], gamed), 2)
+    seconds, _ = best_seconds(
+        lambda: evaluate.lc_bootstrap(
+            p, deltas, evaluate.draw_prompts(n), evaluate.MINIMAL_PENALTY, groups, gamma[places], gamed
+        ),
+        2,
+    )
     return measured | {"bootstrap_s": round(seconds, 2)}
 
 
 def report_of_20() -> dict:
     from test_report import twenty
+
     with tempfile.TemporaryDirectory() as folder:
         files = list(map(str, twenty(Path(folder))))
         argv = [sys.executable, REPO / "evaluate.py", "report", *files, "--out", f"{folder}/report"]
-        seconds, done = best_seconds(lambda: subprocess.run(argv, capture_output=True, text=True, check=True), 1)
-    return {"report_s": round(seconds, 1), "figures": len(json.loads(done.stdout.splitlines()[-1])["figures"])}
+        seconds, done = best_seconds(
+            lambda: subprocess.run(argv, capture_output=True, text=True, check=True), 1
+        )
+    return {
+        "report_s": round(seconds, 1),
+        "figures": len(json.loads(done.stdout.splitlines()[-1])["figures"]),
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--annotations", required=True, help="a model's verdicts on AlpacaEval's prompts")
-    parser.add_argument("--lc-data", required=True, help="folder with df_gamed.csv and alpaca_eval_gpt4_baseline.json")
+    parser.add_argument(
+        "--lc-data", required=True, help="folder with df_gamed.csv and alpaca_eval_gpt4_baseline.json"
+    )
     args = parser.parse_args()
     print(json.dumps(fits(args.annotations, args.lc_data) | report_of_20()))

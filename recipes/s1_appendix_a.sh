@@ -21,11 +21,11 @@ for beta in 0.01 0.1 0.5 1 5; do
     model=$OUT/beta_${beta}_lr_$lr
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs.jsonl" --beta "$beta" --lr "$lr" \
       --out "$model"
-    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
+    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
-    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "${model}_winrate.json"
+      --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
+    python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "$model.winrate.json"
   done
 done
-python evaluate.py report "$OUT"/*_winrate.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*.winrate.json --out "$OUT/report"

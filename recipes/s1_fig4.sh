@@ -19,14 +19,14 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prompts, so the total is the same too
   for seed in 0 1 2; do
     name=${share}_seed$seed model=$OUT/dpo_${share}_seed$seed
-    python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio "$share" --seed "$seed" --out "$OUT/pairs_$name.jsonl"
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --seed "$seed" \
+    python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio "$share" --seed "$seed" --out "$model.pairs.jsonl"
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --seed "$seed" \
       --out "$model"
-    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
+    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
-    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "${model}_winrate.json"
+      --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
+    python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "$model.winrate.json"
   done
 done
-python evaluate.py report "$OUT"/*_winrate.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*.winrate.json --out "$OUT/report"

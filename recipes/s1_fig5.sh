@@ -25,12 +25,12 @@ for p in 0.1 0.2 0.3 0.4 0.5; do
   python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter similarity:$p --out "$OUT/pairs_similarity_$p.jsonl"
   for filter in quality onpolicy contrast similarity; do
     name=${filter}_$p model=$OUT/dpo_${filter}_$p
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$model"
-    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
+    python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
-    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "${model}_winrate.json"
+      --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
+    python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "$model.winrate.json"
   done
 done
-python evaluate.py report "$OUT"/*_winrate.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*.winrate.json --out "$OUT/report"

@@ -25,10 +25,10 @@ done
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$OUT/dpo_mix" "$OUT/dpo_high" "$OUT/dpo_same_size"; do
   name=$OUT/eval/${model##*/}
-  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${name}_answers.jsonl"
+  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "${name}_answers.jsonl" --out "${name}_judged.jsonl"
-  python evaluate.py winrate --scored "${name}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "${name}_winrate.json"
+    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
+  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "$name.winrate.json"
 done
-python evaluate.py report "$OUT"/eval/*_winrate.json --out "$OUT/report"
+python evaluate.py report "$OUT"/eval/*.winrate.json --out "$OUT/report"

@@ -44,11 +44,11 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 python score.py --scorer category --model gpt-4o-mini --responses "$OUT/gpt4.jsonl" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$OUT/dpo_0" "$OUT/dpo_0.5" "$OUT/dpo_1" "$OUT/hypo" "$OUT/mixp_2"; do
   name=$OUT/eval/${model##*/}
-  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${name}_answers.jsonl"
+  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "${name}_answers.jsonl" --out "${name}_judged.jsonl"
-  python evaluate.py winrate --scored "${name}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "${name}_winrate.json"
-  python evaluate.py benchmarks --model "$model" --suite simplemix --out "${name}_benchmarks.json"
+    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
+  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "$name.winrate.json"
+  python evaluate.py benchmarks --model "$model" --suite simplemix --out "$name.benchmarks.json"
 done
-python evaluate.py report "$OUT"/eval/*_winrate.json "$OUT"/eval/*_benchmarks.json --out "$OUT/report"
+python evaluate.py report "$OUT"/eval/*.winrate.json "$OUT"/eval/*.benchmarks.json --out "$OUT/report"

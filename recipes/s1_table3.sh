@@ -25,14 +25,14 @@ for name in prompting tau_0.7 tau_1 tau_2 tau_3; do
 done
 for name in prompting tau_1 tau_2 tau_3; do
   model=$OUT/dpo_$name
-  python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --stats --out "$OUT/pairs_$name.jsonl"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" --out "$model"
-  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
+  python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --stats --out "$model.pairs.jsonl"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
+  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
-  python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "${model}_winrate.json"
-  python evaluate.py benchmarks --model "$model" --suite simplemix --out "${model}_benchmarks.json"
+    --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
+  python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "$model.winrate.json"
+  python evaluate.py benchmarks --model "$model" --suite simplemix --out "$model.benchmarks.json"
 done
-python evaluate.py report "$OUT"/*_winrate.json "$OUT"/*_benchmarks.json "$OUT"/pairs_*.meta.json "$OUT/scored_prompting.jsonl" \
+python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/pairs_*.meta.json "$OUT/scored_prompting.jsonl" \
   "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" "$OUT/scored_tau_3.jsonl" --out "$OUT/report"  # the scored files: Figs. 10, 11

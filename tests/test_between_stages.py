@@ -1,20 +1,23 @@
 """
 What one stage writes is what the next one needs: files of several sources and scorers meet.
 
-Covers  S3 Table 1's pool from two data sets whose turns have their keys in another order; HelpSteer2 to pairs (S1 Table 2);
-        DPO-Mix-P's pair from two files; old verdicts that must not travel with new samples; labelers; rewards by wins from
-        two files; texts that cannot be written; what is said of responses without a result.
+Covers  S3 Table 1's pool from two data sets whose turns have their keys in another order; HelpSteer2 to pairs
+        (S1 Table 2); DPO-Mix-P's pair from two files; old verdicts that must not travel with new samples;
+        labelers; wins of one and of two files; texts that cannot be written; what is said of responses
+        without a result.
 Run     python -m pytest tests/test_between_stages.py
 """
 
 import json
 
+import pytest
+from conftest import read_rows, write_rows
+
 import boundary
 import build_pairs
+import evaluate
 import generate
-import pytest
 import score
-from conftest import read_rows, write_rows
 
 
 def run(script, *flags, expect=None):
@@ -26,121 +29,220 @@ def run(script, *flags, expect=None):
     assert status.value.code == expect
 
 
+def import_rows(kind, path, out):
+    run(generate, "--import-format", kind, "--import-data", path, "--out", out)
+    return read_rows(out)
+
+
+def verify(*files, out, flags=(), expect=None):
+    run(score, "--scorer", "verify", *flags, "--responses", *files, "--out", out, expect=expect)
+
+
 def response(text, reward, source="off", model="m", **more):
-    return {"text": text, "source": source, "model": model, "finish": "stop", "reward": reward, "scores": {"rm": reward}, **more}
+    known = {"text": text, "source": source, "model": model, "finish": "stop"}
+    return {**known, "reward": reward, "scores": {"rm": reward}, **more}
 
 
 def row(name, *responses, **more):
-    return {"id": name, "prompt": [{"role": "user", "content": f"question {name}"}], "responses": list(responses), **more}
+    prompt = [{"role": "user", "content": f"question {name}"}]
+    return {"id": name, "prompt": prompt, "responses": list(responses), **more}
+
+
+def texts(pair):
+    return pair["chosen"][0]["content"], pair["rejected"][0]["content"]
 
 
 def test_two_data_sets_with_keys_in_another_order_are_one_pool(tmp_path):
     question = [{"content": "why", "role": "user"}]  # as the hub's parquet may order them
-    binarized = {"prompt_id": "x", **{side: [*question, {"content": text, "role": "assistant"}] for side, text in
-                                      (("chosen", "it is 5"), ("rejected", "it is 4"))}}
-    original = {"source": "evol", "instruction": "why", "completions": [{"model": f"m{k}", "response": f"so {k}"} for k in range(4)]}
-    files = {name: write_rows(tmp_path / f"{name}.in.jsonl", [line]) for name, line in (("ultrafeedback_binarized", binarized),
-                                                                                        ("ultrafeedback", original))}
-    for name, path in files.items():
-        run(generate, "--import-format", name, "--import-data", path, "--out", tmp_path / f"{name}.jsonl")
-    both = read_rows(tmp_path / "ultrafeedback_binarized.jsonl")[0]
-    both["id"] = read_rows(tmp_path / "ultrafeedback.jsonl")[0]["id"]
-    both["answer"] = "5"
-    both["prompt"] = question
+    binarized = {"prompt_id": "x"}
+    for side, text in (("chosen", "it is 5"), ("rejected", "it is 4")):
+        binarized[side] = [*question, {"content": text, "role": "assistant"}]
+    completions = [{"model": f"m{k}", "response": f"so {k}"} for k in range(4)]
+    original = {"source": "evol", "instruction": "why", "completions": completions}
+    imported = {}
+    for name, line in (("ultrafeedback_binarized", binarized), ("ultrafeedback", original)):
+        path = write_rows(tmp_path / f"{name}.in.jsonl", [line])
+        (imported[name],) = import_rows(name, path, tmp_path / f"{name}.jsonl")
+    both = imported["ultrafeedback_binarized"]
+    both |= {"id": imported["ultrafeedback"]["id"], "answer": "5", "prompt": question}
     write_rows(tmp_path / "b.jsonl", [both])
-    run(score, "--scorer", "verify", "--responses", tmp_path / "b.jsonl", tmp_path / "ultrafeedback.jsonl", "--out", tmp_path / "s.jsonl")
+    verify(tmp_path / "b.jsonl", tmp_path / "ultrafeedback.jsonl", out=tmp_path / "s.jsonl")
     (scored,) = read_rows(tmp_path / "s.jsonl")
-    assert [some["reward"] for some in scored["responses"]] == [1, 0, 0, 0, 0, 0] and scored["dataset"] == "evol"
-    assert scored["prompt"] == [{"role": "user", "content": "why"}]
+    assert [one["reward"] for one in scored["responses"]] == [1, 0, 0, 0, 0, 0]
+    assert scored["dataset"] == "evol" and scored["prompt"] == [{"role": "user", "content": "why"}]
+
+
+ASPECTS = "helpfulness", "correctness", "coherence", "complexity", "verbosity"
 
 
 def test_helpsteer2_to_pairs_drops_ties_whatever_their_rounding(tmp_path, capsys):
-    def of(prompt, text, helpfulness, correctness, coherence, complexity, verbosity):
-        return {"prompt": prompt, "response": text, "helpfulness": helpfulness, "correctness": correctness, "coherence": coherence,
-                "complexity": complexity, "verbosity": verbosity}
     # .45 = .55 * 3 - .4 * 3, which in floating point is 0.44999999999999996; then 4.4 over 1.5
-    rows = [of("tie", "a", 0, 0, 1, 0, 0), of("tie", "b", 0, 0, 0, 3, 3), of("q", "good", 3, 3, 1, 0, 1), of("q", "bad", 1, 1, 1, 0, 1)]
     assert 0.55 * 3 - 0.4 * 3 < 0.45
-    run(generate, "--import-format", "helpsteer2", "--import-data", write_rows(tmp_path / "h.in.jsonl", rows), "--out", tmp_path / "h.jsonl")
-    run(build_pairs, "--scored", tmp_path / "h.jsonl", "--reward", "helpsteer2", "--on-ratio", 0, "--out", tmp_path / "p.jsonl")
-    (pair,) = read_rows(tmp_path / "p.jsonl")
-    assert (pair["chosen"][0]["content"], pair["chosen_reward"], pair["rejected_reward"]) == ("good", 4.4, 1.5)
-    assert pair["labeler"] == "helpsteer2" and json.loads(capsys.readouterr().out.splitlines()[-1])["dropped"] == {"off: tie": 1}
+    rows = []
+    for prompt, text, scores in (
+        ("tie", "a", (0, 0, 1, 0, 0)),
+        ("tie", "b", (0, 0, 0, 3, 3)),
+        ("q", "good", (3, 3, 1, 0, 1)),
+        ("q", "bad", (1, 1, 1, 0, 1)),
+    ):
+        rows.append({"prompt": prompt, "response": text, **dict(zip(ASPECTS, scores, strict=True))})
+    path, out = tmp_path / "h.jsonl", tmp_path / "p.jsonl"
+    import_rows("helpsteer2", write_rows(tmp_path / "h.in.jsonl", rows), path)
+    run(build_pairs, "--scored", path, "--reward", "helpsteer2", "--on-ratio", 0, "--out", out)
+    (pair,) = read_rows(out)
+    assert texts(pair) == ("good", "bad") and pair["labeler"] == "helpsteer2"
+    assert (pair["chosen_reward"], pair["rejected_reward"]) == (4.4, 1.5)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dropped"] == {"off: tie": 1}
 
 
 def test_a_mix_p_pair_comes_from_its_two_files(tmp_path):
-    first, second = ([row(f"p{k}", {"text": f"{of} {k}", "source": "on", "model": "policy"}, answer=str(k)) for k in range(3)]
-                     for of in ("is", "no"))
-    second[2]["responses"][0]["text"] = "is 7"
-    files = [write_rows(tmp_path / f"{k}.jsonl", rows) for k, rows in enumerate((first, second))]
-    for line in second[:2]:
-        line["responses"][0]["text"] = "no"
-    write_rows(files[1], second)
-    run(score, "--scorer", "verify", "--responses", *files, "--out", tmp_path / "s.jsonl")
+    def sampled(number, text):
+        return row(f"p{number}", {"text": text, "source": "on", "model": "policy"}, answer=str(number))
+
+    first = write_rows(tmp_path / "0.jsonl", [sampled(k, f"is {k}") for k in range(3)])
+    second = write_rows(tmp_path / "1.jsonl", [sampled(0, "no"), sampled(1, "no"), sampled(2, "is 7")])
+    verify(first, second, out=tmp_path / "s.jsonl")
     run(build_pairs, "--scored", tmp_path / "s.jsonl", "--on-ratio", 1, "--out", tmp_path / "p.jsonl")
-    assert {pair["id"]: (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in read_rows(tmp_path / "p.jsonl")} == {
-        "p0": ("is 0", "no"), "p1": ("is 1", "no"), "p2": ("is 2", "is 7")}
+    pairs = {pair["id"]: texts(pair) for pair in read_rows(tmp_path / "p.jsonl")}
+    assert pairs == {"p0": ("is 0", "no"), "p1": ("is 1", "no"), "p2": ("is 2", "is 7")}
 
 
 def test_new_samples_come_without_old_verdicts(tmp_path, policy):
-    old = row("p", response("a", 1.0), response("b", 2.0), wins=[[None, 0.1], [0.9, None]], cosine=[[1, 0.5], [0.5, 1]], labeler="pairrm:x",
-              answer="7")
-    run(generate, "--model", policy, "--prompts", write_rows(tmp_path / "old.jsonl", [old]), "--out", tmp_path / "new.jsonl", "--n", 3,
-        "--max-tokens", 4, "--backend", "hf")
-    (new,) = read_rows(tmp_path / "new.jsonl")
-    assert not {"wins", "cosine", "labeler"} & new.keys() and new["answer"] == "7" and len(new["responses"]) == 3
-    run(generate, "--import-format", "rows", "--import-data", tmp_path / "old.jsonl", "--out", tmp_path / "rows.jsonl")
-    assert not {"wins", "cosine", "labeler"} & read_rows(tmp_path / "rows.jsonl")[0].keys()
+    verdicts = {"wins": [[None, 0.1], [0.9, None]], "cosine": [[1, 0.5], [0.5, 1]], "labeler": "pairrm:x"}
+    old = row("p", response("a", 1.0), response("b", 2.0), answer="7", **verdicts)
+    path, out = write_rows(tmp_path / "old.jsonl", [old]), tmp_path / "new.jsonl"
+    flags = "--n", 3, "--max-tokens", 4, "--backend", "hf"
+    run(generate, "--model", policy, "--prompts", path, "--out", out, *flags)
+    (new,) = read_rows(out)
+    assert not verdicts.keys() & new.keys() and new["answer"] == "7" and len(new["responses"]) == 3
+    (new,) = import_rows("rows", path, tmp_path / "rows.jsonl")
+    assert not verdicts.keys() & new.keys()
 
 
-def test_rewards_of_two_labelers_do_not_meet(tmp_path, capsys):
-    on = write_rows(tmp_path / "on.jsonl", [row("p", response("a", 5.0, "on"), response("b", 4.0, "on"), labeler="rm:A")])
-    off = write_rows(tmp_path / "off.jsonl", [row("p", response("c", 1.0), response("d", 0.0), labeler="rm:B")])
-    for script, *flags in ((boundary,), (score, "--scorer", "verify", "--name", "x"), (build_pairs,), (build_pairs, "--reward", "rm"),
-                           (build_pairs, "--reward", "rm", "--mix", "cross")):
-        files = "--responses" if script is score else "--scored"
-        run(script, files, on, off, *flags, "--out", tmp_path / "out.json", expect=2)
-        err = capsys.readouterr().err
-        assert "labeler" in err and "rm:A" in err and "rm:B" in err and not (tmp_path / "out.json").exists()
-    # a score that another scorer made for both is one labeler's
-    for path in (on, off):
-        rows = read_rows(path)
-        for k, some in enumerate(rows[0]["responses"]):
-            some["scores"]["judge"] = 0.25 * k
-        write_rows(path, rows)
-    run(build_pairs, "--scored", on, off, "--reward", "judge", "--mix", "cross", "--out", tmp_path / "p.jsonl")
-    assert read_rows(tmp_path / "p.jsonl")[0]["labeler"] == "judge"
+WINRATE = "winrate", "--model", "m-on", "--baseline", "m-off"
 
 
-@pytest.mark.parametrize("flags", [["--mix", "cross"], ["--replace", "1"]])
-def test_rewards_by_wins_of_two_files_do_not_meet(tmp_path, capsys, flags):
-    wins = [[None, 0.9], [0.1, None]]
-    on = write_rows(tmp_path / "on.jsonl", [row("p", response("a", 2.2, "on"), response("b", -2.2, "on"), wins=wins, labeler="pairrm:x")])
-    off = write_rows(tmp_path / "off.jsonl", [row("p", response("c", 4.6), response("d", -4.6), wins=wins, labeler="pairrm:x")])
-    run(build_pairs, "--scored", on, off, *flags, "--out", tmp_path / "out.jsonl", expect=2)
-    assert "off.jsonl:1: rewards by wins are means over one file's responses" in capsys.readouterr().err
-    run(build_pairs, "--scored", on, off, "--on-ratio", 1, "--out", tmp_path / "out.jsonl")  # within a source they are compared rightly
-    assert read_rows(tmp_path / "out.jsonl")[0]["chosen"][0]["content"] == "a"
+def two_files(tmp_path, on=None, off=None, **both):
+    """Paths of the on- and the off-policy responses of one prompt; on, off, both: more keys of the rows."""
+    mine = [response("a", 5.0, "on", "m-on"), response("b", 4.0, "on", "m-on")]
+    theirs = [response("c", 1.0, "off", "m-off"), response("d", 0.0, "off", "m-off")]
+    first, second = row("p", *mine, **both, **(on or {})), row("p", *theirs, **both, **(off or {}))
+    return write_rows(tmp_path / "on.jsonl", [first]), write_rows(tmp_path / "off.jsonl", [second])
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"wins": 5}, '"wins" to be a 2 x 2 matrix'), ({"wins": [None, None]}, '"wins" to be a 2 x 2 matrix'),
-    ({"prompt": "half \ud83d"}, "expected a JSON object"),
-    ({"responses": [response("a", 1.0), {**response("b", 2.0), "scores": [1]}]}, 'expected "responses" to be a list')])
-def test_malformed_rows_are_one_sentence(tmp_path, capsys, change, sentence):
-    (tmp_path / "in.jsonl").write_text(json.dumps({**row("p", response("a", 1.0), response("b", 2.0)), **change}) + "\n")
-    run(build_pairs, "--scored", tmp_path / "in.jsonl", "--on-ratio", 0, "--out", tmp_path / "out.jsonl", expect=2)
+@pytest.mark.parametrize("other", ["rm:B", None])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (score, ["--scorer", "verify", "--name", "x", "--responses"]),
+        (boundary, ["--scored"]),
+        (evaluate, [*WINRATE, "--scored"]),
+        (build_pairs, ["--scored"]),
+        (build_pairs, ["--reward", "rm", "--scored"]),
+        (build_pairs, ["--on-ratio", 1, "--scored"]),
+        (build_pairs, ["--on-ratio", 0, "--select", "given", "--scored"]),
+    ],
+    ids=lambda part: " ".join(map(str, part[:-1])) if isinstance(part, list) else part.__name__,
+)
+def test_rewards_of_two_labelers_do_not_meet(tmp_path, capsys, script, flags, other):
+    on, off = two_files(tmp_path, on={"labeler": "rm:A"}, off={"labeler": other})
+    run(script, *flags, on, off, "--out", tmp_path / "out.json", expect=2)
     err = capsys.readouterr().err
-    assert "in.jsonl:1: " in err and sentence in err and err.count("\n") == 1
+    assert "labeler" in err and "rm:A" in err and str(other) in err and not (tmp_path / "out.json").exists()
+    if script is not score:
+        assert f"{on}, {off}: the rewards are of different labelers, " in err
+
+
+def test_a_file_without_rewards_has_no_labeler_that_could_differ(tmp_path):
+    on, off = two_files(tmp_path, on={"labeler": "rm:A"})
+    (line,) = read_rows(off)
+    for one in line["responses"]:
+        one["reward"] = None
+    write_rows(off, [line])
+    run(build_pairs, "--scored", on, off, "--on-ratio", 0, "--select", "given", "--out", tmp_path / "p.jsonl")
+    (pair,) = read_rows(tmp_path / "p.jsonl")
+    assert texts(pair) == ("c", "d") and (pair["labeler"], pair["chosen_reward"]) == ("rm:A", None)
+
+
+def test_a_score_that_another_scorer_made_for_both_files(tmp_path):
+    paths = two_files(tmp_path, labeler="rm:A")
+    for path in paths:
+        (line,) = read_rows(path)
+        for k, one in enumerate(line["responses"]):
+            one["scores"]["judge"] = 0.25 * k
+        write_rows(path, [line])
+    for ratio, expected in ((0, ("d", "c")), (1, ("b", "a"))):
+        out = tmp_path / f"{ratio}.jsonl"
+        run(build_pairs, "--scored", *paths, "--reward", "judge", "--on-ratio", ratio, "--out", out)
+        (pair,) = read_rows(out)
+        assert texts(pair) == expected
+        assert pair["labeler"] == "judge" and pair["chosen_reward"] == 0.25
+
+
+WINS = [[None, 0.9], [0.1, None]]
+
+
+def test_wins_of_two_files_are_compared_within_a_file_alone(tmp_path, capsys):
+    on, off = two_files(tmp_path, labeler="pairrm:x", wins=WINS)
+    # between the sources nobody was asked, and the means over one file's responses are no verdict
+    run(boundary, "--scored", on, off, "--out", tmp_path / "out.json", expect=2)
+    assert "'prompts_with_one_source': 0, 'prompts_without_verdict': 1" in capsys.readouterr().err
+    run(evaluate, *WINRATE, "--scored", on, off, "--out", tmp_path / "out.json", expect=2)
+    assert "nothing to compare m-on with m-off by: of 1 prompts 0 have no answers" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+    # within a source they are compared rightly
+    run(build_pairs, "--scored", on, off, "--on-ratio", 1, "--out", tmp_path / "out.jsonl")
+    assert texts(read_rows(tmp_path / "out.jsonl")[0]) == ("a", "b")
+
+
+@pytest.mark.parametrize("with_wins", ["on", "off"])
+def test_wins_in_one_of_two_files(tmp_path, capsys, with_wins):
+    """A prompt's responses from a file with wins and from one without: nothing can be compared by wins, and the
+    rewards of the two are not compared instead, whichever file comes first."""
+    on, off = two_files(tmp_path, **{with_wins: {"wins": WINS}})
+    for files in ((on, off), (off, on)):
+        for script, flags in ((boundary, []), (evaluate, WINRATE)):
+            run(script, *flags, "--scored", *files, "--out", tmp_path / "out.json", expect=2)
+            err = capsys.readouterr().err
+            assert ", ".join(files) in err and err.count("\n") == 1
+            assert "some rows have wins and some have none" in err or "verdict" in err
+            assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"wins": 5}, "Expected `array | null`, got `int` - at `$.wins`"),
+        ({"wins": [None, None]}, "Expected `array`, got `null` - at `$.wins[0]`"),
+        ({"wins": [[None, 1]]}, 'expected "wins" to have a row and a column for every response'),
+        ({"cosine": [[1], [1, 1]]}, 'expected "cosine" to have a row and a column for every response'),
+        ({"prompt": "half \ud83d"}, "JSON is malformed: unexpected end of escaped utf-16 surrogate pair"),
+        (
+            {"responses": [response("a", 1.0), {**response("b", 2.0), "scores": [1]}]},
+            "Expected `object | null`, got `array` - at `$.responses[1].scores`",
+        ),
+    ],
+    ids=["number", "nulls", "one line", "cosine", "half a letter", "scores"],
+)
+def test_malformed_rows_are_one_sentence(tmp_path, capsys, change, sentence):
+    line = json.dumps({**row("p", response("a", 1.0), response("b", 2.0)), **change})
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    flags = "--on-ratio", 0, "--out", tmp_path / "out.jsonl"
+    run(build_pairs, "--scored", tmp_path / "in.jsonl", *flags, expect=2)
+    err = capsys.readouterr().err
+    assert f"in.jsonl:1: {sentence}" in err and err.count("\n") == 1
 
 
 def test_what_has_no_result_is_counted_with_its_reason(tmp_path, capsys):
     rows = [row("p", {"text": "4", "source": "on"}, answer="4"), row("q", {"text": "4", "source": "on"})]
-    run(score, "--scorer", "verify", "--responses", write_rows(tmp_path / "in.jsonl", rows), "--out", tmp_path / "1.jsonl")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reasons"] == {"the prompt carries no answer": 1}
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    verify(path, out=tmp_path / "1.jsonl")
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["reasons"] == {"the prompt carries no answer": 1}
     # a response that the first scorer could not score does not keep a second one away (S3 B.1)
-    run(score, "--scorer", "verify", "--name", "again", "--responses", tmp_path / "1.jsonl", "--out", tmp_path / "2.jsonl")
+    verify(tmp_path / "1.jsonl", out=tmp_path / "2.jsonl", flags=["--name", "again"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["reasons"] == {"the prompt carries no answer": 1} and said["mean"] == {"on": 1.0}
-    run(score, "--scorer", "verify", "--shard", "1/2", "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "3.jsonl", expect=2)
-    assert "--shard 1/2: expected at most one shard per window of 256 rows, found none for this one" in capsys.readouterr().err
+    verify(path, out=tmp_path / "3.jsonl", flags=["--shard", "1/2"], expect=2)
+    sentence = "--shard 1/2: expected at most one shard per window of 256 rows, found none for this one"
+    assert sentence in capsys.readouterr().err

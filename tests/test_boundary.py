@@ -1,11 +1,12 @@
 """
-boundary.py: V_on, V_off and the stage that follows (S2, Algorithm 1), its bootstrap interval, the length-matched score,
-the check of S2's F.1, the exact consistencies (eqs. 10, 11), the intra-diversity (eq. 12).
+boundary.py: V_on, V_off and the stage that follows (S2, Algorithm 1), its bootstrap interval, the score over
+texts of similar length, the check of S2's F.1, the exact consistencies (eqs. 10, 11).
 
-Covers  METHODS.md 10's vector as rewards and as wins under every --tie, equal texts, m x n responses, the interval
-        against a closed form and a normal approximation, the bounds of the length match, distinctness by hand,
-        consistency by its definition in plain loops and its reduction to Algorithm 1, diversity by hand and as
-        train_dpo.py has it, each sentence of advice, what is counted and left out, what is refused.
+Covers  Algorithm 1's vector as rewards and as wins under every --tie, equal texts, m x n responses, the
+        interval against a closed form and a normal approximation, the bounds of the length match,
+        distinctness by hand, consistency by its definition in plain loops and its reduction to Algorithm 1,
+        each sentence of advice, what is counted and left out, what is refused. (The intra-diversity, eq. 12,
+        is in test_build_pairs.py.)
 Run     python -m pytest tests/test_boundary.py
 """
 
@@ -13,10 +14,11 @@ import json
 import math
 import random
 
-import boundary
 import numpy as np
 import pytest
 from conftest import write_rows
+
+import boundary
 
 
 def response(text, source, reward=None, **more):
@@ -30,11 +32,18 @@ def prompt_row(number, on, off, **more):
     return {"id": f"p{number}", "prompt": f"question {number}", "responses": responses, **more}
 
 
+def with_logps(row, *logps, tokens=None):
+    """The row with log-probabilities in the order of its responses, of one token each; None leaves a null."""
+    tokens = tokens or [1] * len(logps)
+    for one, logp, count in zip(row["responses"], logps, tokens, strict=True):
+        one.update(logp=logp, logp_tokens=None if logp is None else count)
+    return row
+
+
 def run(tmp_path, capsys, rows, *flags):
     """The result, which is the file's and the last line's."""
     path = write_rows(tmp_path / "scored.jsonl", rows)
-    boundary.main(boundary.parse_args(["--scored", path, "--out", str(tmp_path / "boundary.json"),
-                                       *flags]))
+    boundary.main(boundary.parse_args(["--scored", path, "--out", str(tmp_path / "boundary.json"), *flags]))
     sentence, last = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "boundary.json").read_text())
     assert json.loads(last) == result and result["advice"] == sentence
@@ -48,8 +57,7 @@ def refused(tmp_path, capsys, rows, *flags):
     return capsys.readouterr().err
 
 
-# METHODS.md 10: logits [[1, -.5], [0, 2]] of on-policy response i against off-policy response j: two won, one lost, one
-# tied
+# METHODS.md 10: logits of on-policy response i against off-policy response j: two won, one lost, one tied
 LOGITS = [[1.0, -0.5], [0.0, 2.0]]
 
 
@@ -59,7 +67,8 @@ def as_wins():
         for j in range(2):
             wins[i][2 + j] = 1 / (1 + np.exp(-LOGITS[i][j] / 2))
             wins[2 + j][i] = 1 - wins[i][2 + j]
-    wins[0][1], wins[1][0], wins[2][3], wins[3][2] = 0.9, 0.1, 0.9, 0.1  # comparisons within a source count for nothing
+    wins[0][1], wins[1][0] = 0.9, 0.1  # comparisons within a source count for nothing
+    wins[2][3], wins[3][2] = 0.9, 0.1
     return prompt_row(0, [None, None], [None, None], wins=wins)
 
 
@@ -73,7 +82,8 @@ def test_methods_vector(tmp_path, capsys, row, tie, v_on, v_off):
     result = run(tmp_path, capsys, [row], "--tie", tie)
     assert (result["v_on"], result["v_off"], result["ties"], result["n_prompts"]) == (v_on, v_off, 1, 1)
     assert result["score"] == v_on / (v_on + v_off)
-    assert (result["stage"], result["use"]) == ("fine-tuning", "on")  # V_off > V_on is asked for, and 2 > 2 is not true
+    # V_off > V_on is asked for, and 2 > 2 is not true
+    assert (result["stage"], result["use"]) == ("fine-tuning", "on")
     assert result["by"] == ("wins" if "wins" in row else "reward")
 
 
@@ -85,13 +95,18 @@ def test_more_won_by_off_policy_is_the_injection_stage(tmp_path, capsys):
     result = run(tmp_path, capsys, [prompt_row(0, [1.0, 3.0], [2.0, 4.0])])  # 3 beats 2, three are lost
     assert (result["v_on"], result["v_off"], result["score"]) == (1, 3, 0.25)
     assert (result["stage"], result["use"]) == ("injection", "off")
-    assert result["advice"].startswith("Preference injection stage: train on off-policy data next (boundary score 0.25")
+    assert result["advice"].startswith(
+        "Preference injection stage: train on off-policy data next (boundary score 0.25"
+    )
 
 
 def test_every_on_policy_response_meets_every_off_policy_one(tmp_path, capsys):
     # 3 x 1, 2 x 3 and 1 x 2: won 2, 4 and 0 of 3, 6 and 2
-    rows = [prompt_row(0, [1.0, 2.0, -1.0], [0.0]), prompt_row(1, [3.0, 2.0], [1.0, 0.0, 5.0]),
-            prompt_row(2, [0.0], [1.0, 2.0])]
+    rows = [
+        prompt_row(0, [1.0, 2.0, -1.0], [0.0]),
+        prompt_row(1, [3.0, 2.0], [1.0, 0.0, 5.0]),
+        prompt_row(2, [0.0], [1.0, 2.0]),
+    ]
     result = run(tmp_path, capsys, rows)
     assert (result["v_on"], result["v_off"], result["n_prompts"]) == (6, 5, 3)
     assert result["score"] == pytest.approx(6 / 11, abs=1e-12)
@@ -109,8 +124,10 @@ def test_equal_texts_tie_whatever_their_rewards_say(tmp_path, capsys):
 
 def test_a_prompt_may_lie_in_two_files(tmp_path, capsys):
     row = prompt_row(0, [5.0, 1.0], [1.0, 4.0])
-    files = [write_rows(tmp_path / f"{name}.jsonl", [{**row, "responses": some}])
-             for name, some in (("on", row["responses"][:2]), ("off", row["responses"][2:]))]
+    files = [
+        write_rows(tmp_path / f"{name}.jsonl", [{**row, "responses": some}])
+        for name, some in (("on", row["responses"][:2]), ("off", row["responses"][2:]))
+    ]
     boundary.main(boundary.parse_args(["--scored", *files, "--out", str(tmp_path / "boundary.json")]))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["v_on"], result["v_off"], result["ties"]) == (2, 2, 1)
@@ -154,15 +171,13 @@ def test_bootstrap_draws_prompts_not_comparisons():
 
 
 def test_distinctness_by_hand(tmp_path, capsys):
-    # prompt 0: sums -10, -30 against -20, -40: 3 of 4 higher; per token -5, -1 against -10, -4: -5 > -10, -1 beats
-    # both: 3 of 4
-    first = prompt_row(0, [1.0, 1.5], [0.0, 0.5])
-    for some, logp, tokens in zip(first["responses"], (-10.0, -30.0, -20.0, -40.0), (2, 30, 2, 10)):
-        some.update(logp=logp, logp_tokens=tokens)
+    # prompt 0: sums -10, -30 against -20, -40: 3 of 4 higher; per token -5, -1 against -10, -4: -5 > -10 and
+    # -1 beats both: 3 of 4
+    first = with_logps(
+        prompt_row(0, [1.0, 1.5], [0.0, 0.5]), -10.0, -30.0, -20.0, -40.0, tokens=(2, 30, 2, 10)
+    )
     # prompt 1: sum -9 < -8, per token -1 > -4; prompts weigh the same, however many comparisons they hold
-    second = prompt_row(1, [1.0], [0.0])
-    for some, logp, tokens in zip(second["responses"], (-9.0, -8.0), (9, 2)):
-        some.update(logp=logp, logp_tokens=tokens)
+    second = with_logps(prompt_row(1, [1.0], [0.0]), -9.0, -8.0, tokens=(9, 2))
     result = run(tmp_path, capsys, [first, second, prompt_row(2, [1.0], [0.0])])
     assert result["distinct"] == {"sum": (3 / 4 + 0) / 2, "mean": (3 / 4 + 1) / 2, "n_prompts": 2}
     assert "only 38% of on-policy responses are the more probable ones" in result["advice"]
@@ -170,9 +185,13 @@ def test_distinctness_by_hand(tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_counted(tmp_path, capsys):
-    rows = [prompt_row(0, [1.0], [0.0]), prompt_row(1, [1.0, 2.0], []), prompt_row(2, [], [1.0]),
-            prompt_row(3, [None], [1.0]),
-            prompt_row(4, [1.0, None], [0.0, 2.0])]
+    rows = [
+        prompt_row(0, [1.0], [0.0]),
+        prompt_row(1, [1.0, 2.0], []),
+        prompt_row(2, [], [1.0]),
+        prompt_row(3, [None], [1.0]),
+        prompt_row(4, [1.0, None], [0.0, 2.0]),
+    ]
     result = run(tmp_path, capsys, rows)
     assert (result["v_on"], result["v_off"], result["n_prompts"]) == (2, 1, 2)
     assert result["prompts_with_one_source"] == 2 and result["prompts_without_verdict"] == 1
@@ -182,41 +201,47 @@ def test_what_cannot_be_compared_is_counted(tmp_path, capsys):
 def test_lengths_stand_beside_the_score(tmp_path, capsys):
     rows = [prompt_row(0, [1.0], [0.0]), prompt_row(1, [1.0], [])]
     rows[0]["responses"][0]["text"], rows[0]["responses"][1]["text"] = "abcd", "ab"
-    assert run(tmp_path, capsys, rows)["avg_length"] == {"on": 4.0, "off": 2.0}  # p1 is not compared and not measured
+    # p1 is not compared and not measured
+    assert run(tmp_path, capsys, rows)["avg_length"] == {"on": 4.0, "off": 2.0}
 
 
 def test_nothing_to_compare_is_a_sentence(tmp_path, capsys):
     err = refused(tmp_path, capsys, [prompt_row(0, [1.0], []), prompt_row(1, [], [1.0])])
     assert "no prompt has an on-policy and an off-policy response that can be compared" in err
-    assert "{'prompts_with_one_source': 2}" in err
+    assert "'prompts_with_one_source': 2, 'prompts_without_verdict': 0, 'without_verdict': 0" in err
     assert "no prompt has" in refused(tmp_path, capsys, [prompt_row(0, [1.0], [1.0])], "--tie", "skip")
-    assert "no response has a reward" in refused(tmp_path, capsys, [prompt_row(0, [None], [None])])
+    err = refused(tmp_path, capsys, [prompt_row(0, [None], [None])])
+    assert "no prompt has" in err and "'prompts_without_verdict': 1, 'without_verdict': 1" in err
 
 
 def test_wins_in_some_rows_only(tmp_path, capsys):
-    assert "1 rows have wins and 1 have none" in refused(tmp_path, capsys, [as_wins(), prompt_row(1, [1.0], [0.0])])
-
-
-def with_logps(row, *logps, tokens=1):
-    """The row with log-probabilities, in the order of its responses; None leaves a null."""
-    for some, logp in zip(row["responses"], logps, strict=True):
-        some.update(logp=logp, logp_tokens=None if logp is None else tokens)
-    return row
+    err = refused(tmp_path, capsys, [as_wins(), prompt_row(1, [1.0], [0.0])])
+    assert "scored.jsonl: some rows have wins and some have none: score all with one scorer" in err
 
 
 def test_the_order_of_rows_changes_nothing(tmp_path, capsys):
     rng = random.Random(3)
-    rows = [with_logps(prompt_row(k, [rng.gauss(0, 1), rng.gauss(0, 1)], [rng.gauss(0, 1)]),
-                       *(-rng.random() for _ in range(3))) for k in range(30)]
+    rows = [
+        with_logps(
+            prompt_row(k, [rng.gauss(0, 1), rng.gauss(0, 1)], [rng.gauss(0, 1)]),
+            *(-rng.random() for _ in range(3)),
+        )
+        for k in range(30)
+    ]
     result = run(tmp_path, capsys, rows)
     rng.shuffle(rows)
     assert run(tmp_path, capsys, rows) == result
 
 
 def test_models_and_the_histogram_of_shares_won(tmp_path, capsys):
-    rows = [prompt_row(0, [1.0, 2.0], [0.0, -1.0]), prompt_row(1, [1.0, 2.0], [0.0, 3.0]),  # 4 of 4, 2 of 4
-            prompt_row(2, [1.0], [1.0, 2.0, 0.0]), prompt_row(3, [0.0], [1.0]),             # a tie is not won: 1 of 3, 0
-            prompt_row(4, [2.0, 1.0, None], [1.5]), prompt_row(5, [9.0], [])]               # 1 of 2; not compared
+    rows = [
+        prompt_row(0, [1.0, 2.0], [0.0, -1.0]),  # 4 of 4
+        prompt_row(1, [1.0, 2.0], [0.0, 3.0]),  # 2 of 4
+        prompt_row(2, [1.0], [1.0, 2.0, 0.0]),  # 1 of 3: a tie is not won
+        prompt_row(3, [0.0], [1.0]),  # 0 of 1
+        prompt_row(4, [2.0, 1.0, None], [1.5]),  # 1 of 2
+        prompt_row(5, [9.0], []),  # not compared
+    ]
     rows[0]["responses"][0]["model"], rows[5]["responses"][0]["model"] = "b", "c"
     rows[0]["responses"][3]["model"] = None
     result = run(tmp_path, capsys, rows)
@@ -226,20 +251,24 @@ def test_models_and_the_histogram_of_shares_won(tmp_path, capsys):
     assert (result["n_comparisons"], result["n_prompts"]) == (14, 5)
 
 
-# ----- length-matched score ------------------------------------------------------------------------------------------
-
+# ----- length-matched score
 def test_length_matching_by_hand(tmp_path, capsys):
-    rows = [prompt_row(0, [1.0], [0.0, 2.0]), prompt_row(1, [0.0], [1.0, 0.0]), prompt_row(2, [1.0], [0.0, None])]
-    # 10 with 8: 2 <= 2, won; 10 with 7: 3 > 2, lost. 5 with 4: 1 <= 1, lost; 5 with 6: 1 <= 1.2, tied. 9 with 90: won;
-    # 9 with 9: no verdict
-    for row, sizes in zip(rows, [(10, 8, 7), (5, 4, 6), (9, 90, 9)]):
-        for some, letter, size in zip(row["responses"], "abc", sizes):
-            some["text"] = letter * size
+    rows = [
+        prompt_row(0, [1.0], [0.0, 2.0]),
+        prompt_row(1, [0.0], [1.0, 0.0]),
+        prompt_row(2, [1.0], [0.0, None]),
+    ]
+    # 10 with 8: 2 <= 2, won; 10 with 7: 3 > 2, lost. 5 with 4: 1 <= 1, lost; 5 with 6: 1 <= 1.2, tied.
+    # 9 with 90: won; 9 with 9: no verdict
+    for row, sizes in zip(rows, [(10, 8, 7), (5, 4, 6), (9, 90, 9)], strict=True):
+        for one, letter, size in zip(row["responses"], "abc", sizes, strict=True):
+            one["text"] = letter * size
     result = run(tmp_path, capsys, rows)
     assert (result["v_on"], result["v_off"], result["ties"]) == (2, 3, 1)
     matched = result["length_matched"]
     assert (matched["v_on"], matched["v_off"], matched["ties"], matched["n_comparisons"]) == (1, 2, 1, 3)
-    assert matched["score"] == pytest.approx(1 / 3) and matched["n_prompts"] == 2 and matched["ci"] == [0.0, 1.0]
+    assert matched["score"] == pytest.approx(1 / 3)
+    assert matched["n_prompts"] == 2 and matched["ci"] == [0.0, 1.0]
     assert run(tmp_path, capsys, rows, "--tie", "half")["length_matched"]["score"] == 1.5 / 3
     assert run(tmp_path, capsys, rows, "--tie", "skip")["length_matched"]["score"] == 1 / 2
 
@@ -258,35 +287,53 @@ def test_advice_where_the_longer_text_wins(tmp_path, capsys):
     result = run(tmp_path, capsys, rows)
     assert (result["score"], result["stage"], result["length_matched"]["score"]) == (0.7, "fine-tuning", 0.25)
     assert result["length_matched"]["stage"] == "injection"
-    assert "Take it with care: the 4 comparisons of texts of similar length say injection (score 0.250" in result["advice"]
+    doubt = "the 4 comparisons of texts of similar length say injection (score 0.250"
+    assert f"Take it with care: {doubt}" in result["advice"]
     for row in rows[:6]:
         row["responses"][0]["text"] = row["responses"][0]["text"][:6]  # all match: nothing to warn of
     result = run(tmp_path, capsys, rows)
     assert result["length_matched"]["score"] == 0.7 and "care" not in result["advice"]
 
 
-# ----- consistency (eqs. 10 and 11) ----------------------------------------------------------------------------------
-
+# ----- consistency (eqs. 10 and 11)
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
 def xnor_share(one, other, on, off):
-    """Eq. 10 or 11 of one prompt as the paper prints it: mean over the m x n pairs of I[P_1(y1 > y2)] XNOR I[P_2(y1 > y2)]."""
+    """Eq. 10 or 11 of one prompt: the mean over the m x n pairs of I[P_1(y1 > y2)] XNOR I[P_2(y1 > y2)]."""
     agree = 0
     for y1 in on:
         for y2 in off:
             p1, p2 = sigmoid(one[y1] - one[y2]), sigmoid(other[y1] - other[y2])  # eqs. 7 and 8
-            first, second = (1 if p1 > 0.5 else 0), (1 if p2 > 0.5 else 0)       # I sends [0, 0.5] to 0
+            first, second = (1 if p1 > 0.5 else 0), (1 if p2 > 0.5 else 0)  # I sends [0, 0.5] to 0
             agree += 1 - (first ^ second)
     return agree / (len(on) * len(off))
 
 
-# log-probabilities of each prompt's responses, m on-policy ones first, under the ground truth, the policy and the
-# off-policy source; the first two have ties, where P is 1/2, and the last finds every off-policy response likelier
-TOY = [{"m": 2, "truth": [-1.0, -4.0, -1.0, -3.0], "policy": [-2.0, -5.0, -5.0, -6.0], "off": [-9.0, -8.0, -1.0, -2.0]},
-       {"m": 2, "truth": [-2.0, -1.0, -3.0, -4.0], "policy": [-9.0, -3.0, -4.0, -4.0], "off": [-7.0, -8.0, -6.0, -5.0]},
-       {"m": 1, "truth": [-2.0, -1.0, -2.5, -2.0], "policy": [-1.0, -1.0, -2.0, -3.0], "off": [-9.0, -1.0, -1.0, -1.0]}]
+# log-probabilities of each prompt's responses, m on-policy ones first, under the ground truth, the policy and
+# the off-policy source; the first two have ties, where P is 1/2, and the last finds every off-policy response
+# likelier
+TOY = [
+    {
+        "m": 2,
+        "truth": [-1.0, -4.0, -1.0, -3.0],
+        "policy": [-2.0, -5.0, -5.0, -6.0],
+        "off": [-9.0, -8.0, -1.0, -2.0],
+    },
+    {
+        "m": 2,
+        "truth": [-2.0, -1.0, -3.0, -4.0],
+        "policy": [-9.0, -3.0, -4.0, -4.0],
+        "off": [-7.0, -8.0, -6.0, -5.0],
+    },
+    {
+        "m": 1,
+        "truth": [-2.0, -1.0, -2.5, -2.0],
+        "policy": [-1.0, -1.0, -2.0, -3.0],
+        "off": [-9.0, -1.0, -1.0, -1.0],
+    },
+]
 
 
 @pytest.mark.parametrize("form", ["wins", "rewards"])
@@ -297,10 +344,14 @@ def test_consistency_by_its_definition(tmp_path, capsys, form):
         exact["on"].append(xnor_share(truth, toy["policy"], on, off))
         exact["off"].append(xnor_share(truth, toy["off"], on, off))
         pairs = [(y1, y2) for y1 in on for y2 in off]
-        exact["off_simplified"].append(sum(sigmoid(truth[y2] - truth[y1]) > 0.5 for y1, y2 in pairs) / len(pairs))
-        row = prompt_row(number, *([truth[i] if form == "rewards" else None for i in some] for some in (on, off)))
-        if form == "wins":
-            row["wins"] = [[None if i == j else sigmoid(truth[i] - truth[j]) for j in range(4)] for i in range(4)]
+        lost = [sigmoid(truth[y2] - truth[y1]) > 0.5 for y1, y2 in pairs]
+        exact["off_simplified"].append(sum(lost) / len(pairs))
+        if form == "rewards":
+            row = prompt_row(number, [truth[i] for i in on], [truth[i] for i in off])
+        else:
+            row = prompt_row(number, [None for _ in on], [None for _ in off])
+            wins = [[sigmoid(truth[i] - truth[j]) for j in range(4)] for i in range(4)]
+            row["wins"] = [[None if i == j else wins[i][j] for j in range(4)] for i in range(4)]
         rows.append(with_logps(row, *toy["policy"]))
     exact = {name: sum(values) / 3 for name, values in exact.items()}
     result = run(tmp_path, capsys, rows)["consistency"]
@@ -313,12 +364,20 @@ def test_consistency_by_its_definition(tmp_path, capsys, form):
 
 
 def test_where_the_two_forms_of_eq_11_differ(tmp_path, capsys):
-    # one won, two tied of three, the policy distinct: eq. 10 is 1/3, eq. 11 2/3 as written (0 XNOR 0) and 0 simplified
+    # one won, two tied of three, the policy distinct: eq. 10 is 1/3, eq. 11 is 2/3 as written (0 XNOR 0) and
+    # 0 simplified
     row = with_logps(prompt_row(0, [1.0], [0.0, 1.0, 1.0]), -1.0, -2.0, -2.0, -2.0)
     result = run(tmp_path, capsys, [row])
-    assert result["consistency"] == {"on": pytest.approx(1 / 3), "off": pytest.approx(2 / 3), "off_simplified": 0.0,
-                                     "stage": "injection", "n_prompts": 1, "n_comparisons": 3}
-    assert (result["v_on"], result["v_off"], result["stage"]) == (1, 2, "injection")  # Algorithm 1's "otherwise"
+    assert result["consistency"] == {
+        "on": pytest.approx(1 / 3),
+        "off": pytest.approx(2 / 3),
+        "off_simplified": 0.0,
+        "stage": "injection",
+        "n_prompts": 1,
+        "n_comparisons": 3,
+    }
+    # Algorithm 1's "otherwise"
+    assert (result["v_on"], result["v_off"], result["stage"]) == (1, 2, "injection")
     result = run(tmp_path, capsys, [row], "--tie", "skip")
     assert result["stage"] == "fine-tuning" and result["consistency"]["stage"] == "injection"
     assert "the exact consistencies say injection (eq. 10 0.333, eq. 11 0.667)" in result["advice"]
@@ -326,30 +385,38 @@ def test_where_the_two_forms_of_eq_11_differ(tmp_path, capsys):
 
 def test_consistency_is_of_the_whole_response(tmp_path, capsys):
     # eq. 8 compares log-probabilities, not those per token: -5 > -6 though -5 < -6 / 6
-    row = with_logps(prompt_row(0, [1.0], [0.0]), -5.0, -6.0)
-    row["responses"][1]["logp_tokens"] = 6
-    result = run(tmp_path, capsys, [row])
-    assert result["consistency"]["on"] == 1 and result["distinct"] == {"sum": 1.0, "mean": 0.0, "n_prompts": 1}
+    result = run(tmp_path, capsys, [with_logps(prompt_row(0, [1.0], [0.0]), -5.0, -6.0, tokens=(1, 6))])
+    assert result["consistency"]["on"] == 1
+    assert result["distinct"] == {"sum": 1.0, "mean": 0.0, "n_prompts": 1}
+
+
+def random_row(number, rng, shift):
+    """Two on- and three off-policy responses of few different rewards; the on-policy ones are likelier."""
+    on = [float(rng.randint(0, 3)) for _ in range(2)]
+    off = [float(rng.randint(0, 3)) - shift for _ in range(3)]
+    logps = [-1 - rng.random() for _ in on] + [-3 - rng.random() for _ in off]
+    return with_logps(prompt_row(number, on, off), *logps)
 
 
 def test_full_distinctness_reduces_to_algorithm_1(tmp_path, capsys):
-    # section 5.3: where the policy finds all its own responses likelier, eqs. 10 and 11 are the shares of V_on and V_off
+    # section 5.3: where the policy finds all its own responses likelier, eqs. 10 and 11 are the shares of
+    # V_on and V_off
     rng = random.Random(0)
     stages = set()
     for trial in range(20):
-        rows = [with_logps(prompt_row(k, [float(rng.randint(0, 3)) for _ in range(2)],
-                                      [float(rng.randint(0, 3)) - trial % 2 for _ in range(3)]),
-                           *(-1 - rng.random() for _ in range(2)), *(-3 - rng.random() for _ in range(3))) for k in range(7)]
-        result = run(tmp_path, capsys, rows)
+        result = run(tmp_path, capsys, [random_row(k, rng, trial % 2) for k in range(7)])
         assert result["distinct"]["sum"] == 1 and result["ties"] > 0
         exact = result["consistency"]
-        assert exact["on"] == pytest.approx(result["v_on"] / 42) and exact["off"] == pytest.approx(result["v_off"] / 42)
+        assert exact["on"] == pytest.approx(result["v_on"] / 42)
+        assert exact["off"] == pytest.approx(result["v_off"] / 42)
         assert exact["stage"] == result["stage"] and "exact" not in result["advice"]
         stages.add(result["stage"])
     assert stages == {"injection", "fine-tuning"}
     # equal in thirds, where the means round: V_off > V_on is not so, and neither is eq. 11 > eq. 10
-    rows = [with_logps(prompt_row(k, [0.5], [1.0 * (j >= won) for j in range(3)]), -1.0, -2.0, -2.0, -2.0)
-            for k, won in enumerate((1, 2, 1, 2, 3, 0))]
+    rows = [
+        with_logps(prompt_row(k, [0.5], [1.0 * (j >= won) for j in range(3)]), -1.0, -2.0, -2.0, -2.0)
+        for k, won in enumerate((1, 2, 1, 2, 3, 0))
+    ]
     result = run(tmp_path, capsys, rows)
     assert result["v_on"] == result["v_off"] == 9
     assert result["stage"] == result["consistency"]["stage"] == "fine-tuning"
@@ -357,91 +424,83 @@ def test_full_distinctness_reduces_to_algorithm_1(tmp_path, capsys):
 
 def test_advice_where_the_exact_consistency_disagrees(tmp_path, capsys):
     # the policy loses three of four and knows it: eq. 10 is 1, eq. 11 is 3/4
-    rows = [with_logps(prompt_row(k, [1.0 if k == 0 else -1.0], [0.0]), -1.0 if k == 0 else -9.0, -5.0) for k in range(4)]
+    rows = [
+        with_logps(prompt_row(k, [1.0 if k == 0 else -1.0], [0.0]), -1.0 if k == 0 else -9.0, -5.0)
+        for k in range(4)
+    ]
     result = run(tmp_path, capsys, rows)
     assert (result["stage"], result["consistency"]["stage"]) == ("injection", "fine-tuning")
     assert (result["consistency"]["on"], result["consistency"]["off"]) == (1.0, 0.75)
-    assert result["advice"].endswith("Take it with care: the exact consistencies say fine-tuning (eq. 10 1.000, eq. 11 0.750); "
-                                     "only 25% of on-policy responses are the more probable ones (F.1: 84 to 97 %).")
+    assert result["advice"].endswith(
+        "Take it with care: the exact consistencies say fine-tuning (eq. 10 1.000, eq. 11 0.750); "
+        "only 25% of on-policy responses are the more probable ones (F.1: 84 to 97 %)."
+    )
 
 
 def test_log_probabilities_in_part_of_the_responses(tmp_path, capsys):
-    # prompt 0: one on-policy response has none, so two of four comparisons count; prompt 1 has none; 2 has no verdict
-    # beside one that has
-    rows = [with_logps(prompt_row(0, [1.0, 2.0], [0.0, 3.0]), -1.0, None, -2.0, -2.0), prompt_row(1, [1.0], [0.0]),
-            with_logps(prompt_row(2, [None, 1.0], [0.0]), -1.0, -3.0, -2.0)]
+    # prompt 0: one on-policy response has none, so two of four comparisons count; prompt 1 has none; prompt 2
+    # has no verdict beside one that has
+    rows = [
+        with_logps(prompt_row(0, [1.0, 2.0], [0.0, 3.0]), -1.0, None, -2.0, -2.0),
+        prompt_row(1, [1.0], [0.0]),
+        with_logps(prompt_row(2, [None, 1.0], [0.0]), -1.0, -3.0, -2.0),
+    ]
     result = run(tmp_path, capsys, rows)
     assert (result["n_comparisons"], result["without_logp"], result["without_verdict"]) == (6, 3, 1)
     exact = result["consistency"]
     # 1 beats 0, as likely said; 1 loses to 3, against it; then 1 beats 0 though the less likely one
     assert (exact["on"], exact["off"], exact["n_prompts"], exact["n_comparisons"]) == (0.25, 0.25, 2, 3)
     assert result["distinct"] == {"sum": (1 + 0.5) / 2, "mean": (1 + 0.5) / 2, "n_prompts": 2}
-    assert result["diversity"] == {"on": None, "off": {"mean": 0.0, "abs": 0.0, "std": 0.0, "per_token": 0.0, "n_pairs": 1,
-                                                       "without_logp": 0}}
     none = run(tmp_path, capsys, [prompt_row(1, [1.0, 0.0], [0.5])])
-    assert none["consistency"] is none["diversity"] is none["distinct"] is None and none["without_logp"] == 2
+    assert none["consistency"] is none["distinct"] is None and none["without_logp"] == 2
+    assert "diversity" not in none  # it is the pairs': build_pairs.py has it
 
 
-# ----- intra-diversity (eq. 12) --------------------------------------------------------------------------------------
-
-def test_diversity_by_hand(tmp_path, capsys):
-    import train_dpo
-    # on: best 3 (-8, 4 tokens), worst 1 (-30, 10); 2 lies between. off: best -12 (3), worst -10 (5)
-    first = prompt_row(0, [2.0, 3.0, 1.0], [5.0, 4.0])
-    for some, logp, tokens in zip(first["responses"], (-99.0, -8.0, -30.0, -12.0, -10.0), (9, 4, 10, 3, 5)):
-        some.update(logp=logp, logp_tokens=tokens)
-    # on: best -20 (4), worst -6 (2); the two off-policy ones tie, so PC_off has no pair here
-    second = prompt_row(1, [0.0, 7.0], [1.0, 1.0])
-    for some, logp, tokens in zip(second["responses"], (-6.0, -20.0, -3.0, -4.0), (2, 4, 1, 1)):
-        some.update(logp=logp, logp_tokens=tokens)
-    # on: the worst has none; off: one response
-    third = with_logps(prompt_row(2, [1.0, 2.0], [0.0]), None, -1.0, -1.0)
-    result = run(tmp_path, capsys, [first, second, third])["diversity"]
-    pairs = [{"diversity": -8.0 + 30, "diversity_per_token": -8 / 4 + 30 / 10},
-             {"diversity": -20.0 + 6, "diversity_per_token": -20 / 4 + 6 / 2}]
-    assert result["on"] == {"mean": (22 - 14) / 2, "abs": (22 + 14) / 2, "std": 18.0, "per_token": (1 - 2) / 2,
-                            "n_pairs": 2, "without_logp": 1}
-    assert result["off"] == {"mean": -2.0, "abs": 2.0, "std": 0.0, "per_token": -12 / 3 + 10 / 5, "n_pairs": 1,
-                             "without_logp": 0}
-    logged = train_dpo.means(pairs)
-    assert result["on"] == pytest.approx({"mean": logged["diversity"], "abs": logged["diversity_abs"], "std": logged["diversity_std"],
-                                          "per_token": logged["diversity_per_token"], "n_pairs": 2, "without_logp": 1})
-
-
-def test_diversity_by_wins_within_the_source(tmp_path, capsys):
-    # rewards say otherwise and do not count. on: 1 beats 0 and 2, 0 beats 2: (1, 2). off: 4 beats 3, whatever the others
-    beats = {(1, 0): 0.9, (1, 2): 0.6, (0, 2): 0.7, (4, 3): 0.8, (0, 4): 1.0, (1, 4): 1.0, (2, 4): 1.0, (3, 0): 1.0}
-    wins = [[beats.get((i, j), 1 - beats[j, i] if (j, i) in beats else None) for j in range(5)] for i in range(5)]
-    row = with_logps(prompt_row(0, [9.0, 1.0, 5.0], [9.0, 1.0], wins=wins), -1.0, -2.0, -4.0, -16.0, -8.0)
-    result = run(tmp_path, capsys, [row])
-    assert (result["diversity"]["on"]["mean"], result["diversity"]["off"]["mean"]) == (-2.0 + 4.0, -8.0 + 16.0)
-    assert (result["v_on"], result["v_off"], result["without_verdict"]) == (3, 1, 2)
-
-
-def test_equal_texts_are_no_pair(tmp_path, capsys):
-    row = with_logps(prompt_row(0, [1.0, 2.0], [0.0, 3.0]), -1.0, -2.0, -4.0, -8.0)
-    row["responses"][1]["text"] = row["responses"][0]["text"]
-    assert run(tmp_path, capsys, [row])["diversity"] == {"on": None, "off": {"mean": -4.0, "abs": 4.0, "std": 0.0, "per_token": -4.0,
-                                                                             "n_pairs": 1, "without_logp": 0}}
-
-
-# ----- bad input -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("logp, tokens", [(float("nan"), 3), ("-1.0", 3), (-1.0, None), (-1.0, 0), (True, 3)], ids=str)
-def test_log_probabilities_that_are_none(tmp_path, capsys, logp, tokens):
+# ----- bad input
+@pytest.mark.parametrize(
+    "logp, tokens, sentence",
+    [
+        (float("nan"), 3, "JSON is malformed: invalid character"),
+        ("-1.0", 3, "Expected `float | null`, got `str` - at `$.responses[1].logp`"),
+        (True, 3, "Expected `float | null`, got `bool` - at `$.responses[1].logp`"),
+        (-1.0, 0, "Expected `int` >= 1 - at `$.responses[1].logp_tokens`"),
+        (-1.0, 2.5, "Expected `int | null`, got `float` - at `$.responses[1].logp_tokens`"),
+    ],
+    ids=str,
+)
+def test_log_probabilities_that_are_none(tmp_path, capsys, logp, tokens, sentence):
     rows = [prompt_row(0, [1.0], [0.0]), prompt_row(1, [1.0], [0.0])]
     rows[1]["responses"][1].update(logp=logp, logp_tokens=tokens)
-    assert 'scored.jsonl:2: expected "logp" to be null, or finite beside its "logp_tokens"' in refused(tmp_path, capsys, rows)
+    assert f"scored.jsonl:2: {sentence}" in refused(tmp_path, capsys, rows)
 
 
-@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), "0.5"], ids=str)
-def test_wins_that_are_no_probabilities(tmp_path, capsys, value):
+def test_a_log_probability_of_an_unknown_number_of_tokens_is_none(tmp_path, capsys):
+    rows = [with_logps(prompt_row(k, [1.0], [0.0]), -1.0, -2.0) for k in range(3)]
+    rows[1]["responses"][1]["logp_tokens"] = None
+    del rows[2]["responses"][0]["logp_tokens"]
+    result = run(tmp_path, capsys, rows)
+    assert (result["n_comparisons"], result["without_logp"]) == (3, 2)
+    assert result["distinct"] == {"sum": 1.0, "mean": 1.0, "n_prompts": 1}
+    assert result["consistency"]["n_comparisons"] == 1
+
+
+@pytest.mark.parametrize(
+    "value, sentence",
+    [
+        (1.5, "Expected `float` <= 1.0 - at `$.wins[0][2]`"),
+        (-0.1, "Expected `float` >= 0.0 - at `$.wins[0][2]`"),
+        (float("nan"), "JSON is malformed: invalid character"),
+        ("0.5", "Expected `float | null`, got `str` - at `$.wins[0][2]`"),
+    ],
+    ids=str,
+)
+def test_wins_that_are_no_probabilities(tmp_path, capsys, value, sentence):
     row = as_wins()
     row["wins"][0][2] = value
-    assert 'scored.jsonl:1: expected "wins" to hold probabilities or null, found' in refused(tmp_path, capsys, [row])
+    assert f"scored.jsonl:1: {sentence}" in refused(tmp_path, capsys, [row])
 
 
 def test_a_row_without_responses_beside_wins(tmp_path, capsys):
-    # a pairwise scorer leaves an empty matrix there: it has wins, and is counted as a prompt that cannot be compared
+    # a pairwise scorer leaves an empty matrix there: it has wins, and is a prompt that cannot be compared
     result = run(tmp_path, capsys, [as_wins(), prompt_row(1, [], [], wins=[])])
     assert (result["n_prompts"], result["prompts_with_one_source"], result["by"]) == (1, 1, "wins")

@@ -1,63 +1,86 @@
 """
 build_pairs.py: what is chosen, rejected and dropped, and why, and how on- and off-policy pairs are mixed.
 
-Covers  best-worst on hand-made cases, mix (METHODS.md 10: exact counts, nested, blind to row order), and whole runs on
-        hand-made rows: the pair's keys, drop counts by reason, --total, --truncated, --stats, files of one source only,
-        bad rewards.
+Covers  best-worst on hand-made cases; mixing: exact counts, nested, blind to the order of rows, with another
+        share for a category; whole runs on hand-made rows: the pair's keys, --reward, drop counts by reason,
+        --total, --truncated, files of one source, the statistics (S3 Table 5, S1 Table 3, S2 eq. 12).
 Run     python -m pytest tests/test_build_pairs.py
 """
 
+import hashlib
 import json
+from collections import Counter
 
-import build_pairs
 import pytest
-from build_pairs import Choice, Response, mix, select
 from conftest import read_rows, write_rows
 
-
-def some(*responses):
-    """(reward, text, cut) triples as the table that selection reads."""
-    return [Response("on", reward, text and hash(text), cut) for reward, text, cut in responses]
-
-
-def best_worst(responses, truncated):
-    """(chosen, rejected) of the default rule, or the reason why there is no pair."""
-    args = build_pairs.parse_args(["--scored", "in.jsonl", "--out", "out.jsonl", "--truncated", truncated])
-    pairs, reasons = select(responses, "on", args, "p0")
-    assert len(pairs) + len(reasons) == 1
-    return (pairs[0].chosen, pairs[0].rejected) if pairs else reasons[0]
-
-
-def sources(ids, ratio, total, seed):
-    """{id: source} of mix() for prompts with one pair of either source."""
-    on, off = [Choice(prompt_id, 0, 1) for prompt_id in ids], [Choice(prompt_id, 2, 3) for prompt_id in ids]
-    pairs = mix(on, off, ratio, total, "exclusive", seed)
-    assert len(pairs) == len({pair.id for pair in pairs}) == total
-    return {pair.id: "on" if pair.chosen == 0 else "off" for pair in pairs}
+import build_pairs
+from build_pairs import mix, select
 
 
 def response(text, reward, source="on", **more):
-    return {"text": text, "source": source, "model": f"model-{source}", "finish": "stop", "reward": reward, **more}
+    return {
+        "text": text,
+        "source": source,
+        "model": f"model-{source}",
+        "finish": "stop",
+        "reward": reward,
+        **more,
+    }
 
 
 def prompt_row(number, *responses, **more):
-    return {"id": f"p{number}", "prompt": [{"role": "user", "content": f"question {number}"}],
-            "responses": list(responses), **more}
+    prompt = [{"role": "user", "content": f"question {number}"}]
+    return {"id": f"p{number}", "prompt": prompt, "responses": list(responses), **more}
+
+
+def plain_row(number, **more):
+    """A row with one on-policy pair and one off-policy pair."""
+    on = response(f"on good {number}", 2.0), response(f"on bad {number}", 1.0)
+    off = response(f"off bad {number}", -1.0, "off"), response(f"off good {number}", 0.5, "off")
+    return prompt_row(number, *on, *off, **more)
 
 
 def plain_rows(count):
-    """Rows with one on-policy pair and one off-policy pair each."""
-    return [prompt_row(k, response(f"on good {k}", 2.0), response(f"on bad {k}", 1.0),
-                       response(f"off bad {k}", -1.0, "off"), response(f"off good {k}", 0.5, "off"))
-            for k in range(count)]
+    return [plain_row(k) for k in range(count)]
+
+
+def parse(*flags):
+    return build_pairs.parse_args(["--scored", "in.jsonl", "--out", "out.jsonl", *flags])
+
+
+def best_worst(*responses, truncated="drop"):
+    """Indices (chosen, rejected) of the default rule, or the reason why there is no pair; a response is
+    (reward, text) or (reward, text, finish)."""
+    dropped, row = Counter(), prompt_row(0)
+    for k, (reward, text, *finish) in enumerate(responses):
+        row["responses"].append(response(text, reward, model=k, finish=finish[0] if finish else "stop"))
+    pair = select(row, "on", parse("--truncated", truncated), dropped)
+    assert (pair is None) == (sum(dropped.values()) == 1)
+    return (
+        (pair["chosen_model"], pair["rejected_model"]) if pair else next(iter(dropped)).removeprefix("on: ")
+    )
+
+
+def sources(ids, ratio, total, seed, ratio_of=(), categories=()):
+    """{id: source} of mix() for prompts that have a pair of either source."""
+    categories, candidates = dict(categories), {}
+    for prompt_id in ids:
+        category = categories.get(prompt_id)
+        candidates[prompt_id] = {source: {"source": source, "category": category} for source in ("on", "off")}
+    mixed = mix(candidates, ratio, dict(ratio_of), total, seed)
+    assert len(mixed) == total
+    return {prompt_id: pair["source"] for prompt_id, pair in mixed.items()}
 
 
 def run(tmp_path, capsys, rows, *flags, out="pairs.jsonl", name="scored.jsonl"):
-    """(pairs, the last line of standard output as JSON, standard output)."""
+    """(pairs, the last line of standard output as JSON, the record)."""
     path = write_rows(tmp_path / name, rows)
-    build_pairs.main(build_pairs.parse_args(["--scored", path, "--out", str(tmp_path / out), *flags]))
-    printed = capsys.readouterr().out
-    return read_rows(tmp_path / out), json.loads(printed.splitlines()[-1]), printed
+    flags = ["--scored", path, "--out", tmp_path / out, *flags]
+    build_pairs.main(build_pairs.parse_args(list(map(str, flags))))
+    last = capsys.readouterr().out.splitlines()[-1]
+    record = json.loads((tmp_path / out).with_suffix(".meta.json").read_text())
+    return read_rows(tmp_path / out), json.loads(last), record
 
 
 def refused(tmp_path, capsys, rows, *flags):
@@ -67,49 +90,52 @@ def refused(tmp_path, capsys, rows, *flags):
     return capsys.readouterr().err
 
 
-# ---- selection
+def on_ids(pairs):
+    return {pair["id"] for pair in pairs if pair["source"] == "on"}
 
+
+# ----- selection
 def test_best_and_worst():
-    four = some((0.5, "a", False), (2.0, "b", False), (-1.0, "c", False), (1.0, "d", False))
-    assert best_worst(four, "drop") == (1, 2)
+    assert best_worst((0.5, "a"), (2.0, "b"), (-1.0, "c"), (1.0, "d")) == (1, 2)
 
 
 def test_equal_rewards_take_the_lowest_index():
-    winners = some((0.0, "a", False), (2.0, "b", False), (2.0, "c", False), (0.0, "d", False))
-    assert best_worst(winners, "drop") == (1, 0)  # two winners: 1 before 2; two losers: 0 before 3
+    # two winners: 1 before 2; two losers: 0 before 3
+    assert best_worst((0.0, "a"), (2.0, "b"), (2.0, "c"), (0.0, "d")) == (1, 0)
 
 
 def test_a_tie_is_dropped_and_never_pairs_a_response_with_itself():
-    assert best_worst(some((1.0, "a", False), (1.0, "b", False), (1.0, "c", False)), "drop") == "tie"
+    assert best_worst((1.0, "a"), (1.0, "b"), (1.0, "c")) == "tie"
 
 
 def test_identical_texts():
-    assert best_worst(some((1.0, "a", False), (1.0, "a", False)), "drop") == "identical"
+    assert best_worst((1.0, "a"), (1.0, "a")) == "identical"
     # a reward that differs on equal texts (another scorer's noise) still teaches nothing
-    assert best_worst(some((1.0, "a", False), (2.0, "a", False)), "drop") == "identical"
+    assert best_worst((1.0, "a"), (2.0, "a")) == "identical"
 
 
 def test_cut_responses():
-    responses = some((3.0, "a", True), (2.0, "b", False), (1.0, "c", False), (0.0, "d", True))
-    assert best_worst(responses, "drop") == (1, 2)
-    assert best_worst(responses, "keep") == (0, 3)
-    assert best_worst(some((3.0, "a", True), (2.0, "b", False)), "drop") == "truncated"
+    responses = (3.0, "a", "length"), (2.0, "b"), (1.0, "c"), (0.0, "d", "length")
+    assert best_worst(*responses) == (1, 2)
+    assert best_worst(*responses, truncated="keep") == (0, 3)
+    assert best_worst((3.0, "a", "length"), (2.0, "b")) == "truncated"
+    assert best_worst((3.0, "a", None), (2.0, "b")) == (0, 1)  # how it ended is not known: not cut
 
 
 def test_unusable_responses():
-    assert best_worst(some((3.0, "", False), (2.0, "b", False), (1.0, "c", False)), "drop") == (1, 2)
-    assert best_worst(some((3.0, "", False), (2.0, "b", False)), "drop") == "empty"
-    assert best_worst(some((None, "a", False), (2.0, "b", False), (1.0, "c", False)), "drop") == (1, 2)
-    assert best_worst(some((None, "a", False), (2.0, "b", False)), "drop") == "without reward"
-    assert best_worst(some((2.0, "b", False)), "drop") == "fewer than two responses"
+    assert best_worst((3.0, ""), (2.0, "b"), (1.0, "c")) == (1, 2)
+    assert best_worst((3.0, ""), (2.0, "b")) == "empty"
+    assert best_worst((None, "a"), (2.0, "b"), (1.0, "c")) == (1, 2)
+    assert best_worst((None, "a"), (2.0, "b")) == "without reward"
+    assert best_worst((2.0, "b")) == "fewer than two responses"
+    assert best_worst() == "no response"
 
 
 def test_negative_and_zero_rewards_are_rewards():
-    assert best_worst(some((0.0, "a", False), (-3.0, "b", False)), "drop") == (0, 1)
+    assert best_worst((0.0, "a"), (-3.0, "b")) == (0, 1)
 
 
-# ---- mixing
-
+# ----- mixing
 def test_mixing_counts_are_exact_and_nested():
     ids = [f"p{k}" for k in range(10)]
     before = set()
@@ -135,23 +161,148 @@ def test_mixing_ignores_the_order_of_ids_and_obeys_the_seed():
     assert set(sources(ids, 0.5, 20, seed=3)) <= set(sources(ids, 0.5, 30, seed=3))
 
 
-# ---- whole runs
+# ----- --on-ratio-of: another share in a category
+CATEGORIES = ["math", "poems", "coding", "math", None, "poems", "math"]
 
+
+def categorised(count):
+    """Rows of which 3 of 7 are math, 2 poems, 1 coding, and 1 has no category."""
+    return [plain_row(k, category=CATEGORIES[k % 7]) for k in range(count)]
+
+
+def drawn(rows, seed=0):
+    """The ids in the order of the draw: by the first 8 bytes of sha256("seed|mix|id")."""
+    return sorted(
+        [row["id"] for row in rows],
+        key=lambda prompt_id: hashlib.sha256(f"{seed}|mix|{prompt_id}".encode()).digest()[:8],
+    )
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3, 0.5, 1])
+def test_a_share_of_a_category_is_exact_within_it(tmp_path, capsys, ratio):
+    rows = categorised(42)
+    category = {row["id"]: row["category"] for row in rows}
+    first = drawn(rows)[:30]
+    plain, _, _ = run(tmp_path, capsys, rows, "--total", 30, "--on-ratio", ratio)
+    assert {pair["id"] for pair in plain} == set(first)
+    others = [prompt_id for prompt_id in first if category[prompt_id] != "math"]
+    math = [prompt_id for prompt_id in first if category[prompt_id] == "math"]
+    before = set()
+    for share in (0, 0.25, 0.5, 0.9, 1):
+        flags = ("--total", 30, "--on-ratio", ratio, "--on-ratio-of", f"math={share}")
+        pairs, printed, record = run(tmp_path, capsys, rows, *flags)
+        # the same prompts, and in either group the first round(R n) of the draw go on-policy
+        assert {pair["id"] for pair in pairs} == set(first)
+        expected = set(math[: int(share * len(math) + 0.5)]) | set(others[: int(ratio * len(others) + 0.5)])
+        assert on_ids(pairs) == expected and before <= expected
+        assert (printed["on"], printed["off"]) == (len(expected), 30 - len(expected))
+        assert record["args"]["on_ratio_of"] == {"math": share}
+        before = expected
+
+
+def test_the_share_of_a_category_is_rounded_half_up(tmp_path, capsys):
+    rows = [plain_row(k, category="ab"[k < 7]) for k in range(12)]  # 5 of a, 7 of b
+    flags = ("--on-ratio-of", "a=0.5", "b=0.5")
+    pairs, printed, _ = run(tmp_path, capsys, rows, *flags)
+    on = Counter(pair["category"] for pair in pairs if pair["source"] == "on")
+    assert (
+        on == {"a": 3, "b": 4} and printed["on"] == 7
+    )  # floor(2.5 + .5) and floor(3.5 + .5); 12 in all gave 6
+    backwards, _, _ = run(tmp_path, capsys, rows[::-1], *flags, out="b.jsonl", name="b_in.jsonl")
+    assert backwards == pairs[::-1]
+    other, _, _ = run(tmp_path, capsys, rows, *flags, "--seed", 1, out="c.jsonl")
+    assert on_ids(other) != on_ids(pairs) and len(on_ids(other)) == 7
+
+
+def test_categories_without_a_share_of_their_own_are_one_group(tmp_path, capsys):
+    # four categories of one prompt each: alone, each would round .5 up to one
+    rows = [plain_row(k, category=f"c{k}") for k in range(4)] + [
+        plain_row(4 + k, category="a=b:c") for k in range(2)
+    ]
+    pairs, printed, _ = run(tmp_path, capsys, rows, "--on-ratio-of", "a=b:c=0")
+    assert printed["on"] == 2 and not on_ids(pairs) & {"p4", "p5"}
+
+
+def test_a_category_of_which_no_prompt_is_drawn(tmp_path, capsys):
+    rows = plain_rows(7)
+    *first, last = drawn(rows)
+    rows[int(last[1:])]["category"] = "math"
+    flags = "--on-ratio", 0, "--on-ratio-of", "math=1"
+    pairs, printed, _ = run(tmp_path, capsys, rows, "--total", 6, *flags)
+    assert printed["on"] == 0 and {pair["id"] for pair in pairs} == set(first)
+    pairs, _, _ = run(tmp_path, capsys, rows, *flags)
+    assert on_ids(pairs) == {last} and len(pairs) == 7
+
+
+def test_a_share_of_a_category_where_one_source_is_missing(tmp_path, capsys):
+    rows = categorised(14)
+    for row in rows:
+        row["responses"] = row["responses"][2:]
+    pairs, _, _ = run(tmp_path, capsys, rows, "--on-ratio", 0, "--on-ratio-of", "math=0")
+    assert len(pairs) == 14
+    (tmp_path / "pairs.jsonl").unlink()
+    err = refused(tmp_path, capsys, rows, "--on-ratio", 0, "--on-ratio-of", "math=0.5")
+    assert "scored.jsonl: 14 pairs are asked for and 11 can be had" in err  # 3 of 6 were to be on-policy
+
+
+def test_shares_of_categories_that_are_refused(tmp_path, capsys):
+    rows = categorised(14)
+    err = refused(tmp_path, capsys, rows, "--on-ratio-of", "math=0.5", "maths=1")
+    assert f"{tmp_path}/scored.jsonl: no prompt is of the category 'maths'" in err
+    for flags in (["math=0.5", "--filter", "quality:0.5"], ["math=0.5", "--filter", "random:1"]):
+        err = refused(tmp_path, capsys, rows, "--on-ratio-of", *flags)
+        assert "--filter takes one of quality, " in err and "does not go with --on-ratio-of" in err
+    for share in ("math", "math=", "=0.5", "math=1.01", "math=-0.1", "math=nan", "math=half"):
+        err = refused(tmp_path, capsys, rows, "--on-ratio-of", share)
+        assert "argument --on-ratio-of: " in err and repr(share) in err
+    for select_rule in ("given", "relabel"):  # that rule is about off-policy pairs
+        flags = ("--select", select_rule, "--on-ratio", "1", "--on-ratio-of", "math=1")
+        err = refused(tmp_path, capsys, rows, *flags)
+        assert f"--select {select_rule} is about off-policy pairs, and --on-ratio 1 takes none" in err
+
+
+# ----- whole runs
 def test_a_pair_row(tmp_path, capsys):
     good = response("on good", 2.5, token_ids=[1, 2], tokenizer="abc", logp=-3.5, scores={"rm": 2.5})
     bad = response("on bad", -1.5, token_ids=[3], tokenizer="abc", logp=-4.5, finish=None)
-    row = prompt_row(0, bad, good, category="coding", answer="7", extra={"kept": [1]}, wins=[[None, 0], [1, None]])
-    (pair,), printed, _ = run(tmp_path, capsys, [row], "--on-ratio", "1")
+    row = prompt_row(0, bad, good, category="coding", answer="7", extra={"kept": [1]})
+    row["wins"] = [[None, 0], [1, None]]
+    (pair,), printed, record = run(tmp_path, capsys, [row], "--on-ratio", "1")
     assert pair == {
-        "id": "p0", "pair_id": "p0:on", "prompt": [{"role": "user", "content": "question 0"}], "category": "coding",
+        "id": "p0",
+        "pair_id": "p0:on",
+        "prompt": [{"role": "user", "content": "question 0"}],
+        "category": "coding",
         "answer": "7",
-        "extra": {"kept": [1]}, "source": "on", "chosen": [{"role": "assistant", "content": "on good"}],
-        "rejected": [{"role": "assistant", "content": "on bad"}], "chosen_reward": 2.5, "rejected_reward": -1.5,
-        "chosen_model": "model-on", "rejected_model": "model-on", "chosen_finish": "stop", "rejected_finish": None,
-        "chosen_token_ids": [1, 2], "rejected_token_ids": [3], "chosen_tokenizer": "abc", "rejected_tokenizer": "abc",
-        "chosen_logp": -3.5, "rejected_logp": -4.5, "labeler": None, "cosine": None}
-    assert {key: printed[key] for key in ("rows", "responses", "pairs", "on", "off", "dropped")} == {
-        "rows": 1, "responses": 2, "pairs": 1, "on": 1, "off": 0, "dropped": {}}
+        "extra": {"kept": [1]},
+        "source": "on",
+        "chosen": [{"role": "assistant", "content": "on good"}],
+        "rejected": [{"role": "assistant", "content": "on bad"}],
+        "chosen_reward": 2.5,
+        "rejected_reward": -1.5,
+        "chosen_model": "model-on",
+        "rejected_model": "model-on",
+        "chosen_finish": "stop",
+        "rejected_finish": None,
+        "chosen_token_ids": [1, 2],
+        "rejected_token_ids": [3],
+        "chosen_tokenizer": "abc",
+        "rejected_tokenizer": "abc",
+        "chosen_logp": -3.5,
+        "rejected_logp": -4.5,
+        "labeler": None,
+        "cosine": None,
+    }
+    counts = {
+        "rows": 1,
+        "responses": 2,
+        "prompts_with_pairs": 1,
+        "dropped": {},
+        "pairs": 1,
+        "on": 1,
+        "off": 0,
+    }
+    assert printed == {"out": str(tmp_path / "pairs.jsonl"), **counts} and record["counts"] == counts
 
 
 def test_pairs_hold_one_source_and_every_prompt_once(tmp_path, capsys):
@@ -171,12 +322,13 @@ def test_row_order_and_seed(tmp_path, capsys):
     other, _, _ = run(tmp_path, capsys, rows, "--seed", "1", out="c.jsonl", name="a_in.jsonl")
     assert backward == forward[::-1]
     assert [pair["source"] for pair in other] != [pair["source"] for pair in forward]
-    assert sum(pair["source"] == "on" for pair in other) == sum(pair["source"] == "on" for pair in forward) == 6
+    assert len(on_ids(other)) == len(on_ids(forward)) == 6
 
 
 def test_pure_sets_are_built_on_the_same_prompts(tmp_path, capsys):
     rows = plain_rows(8)
-    rows[2]["responses"][0]["reward"] = 1.0  # p2 has no on-policy pair (a tie), p5 no off-policy pair (identical)
+    # p2 has no on-policy pair (a tie), p5 no off-policy pair (identical)
+    rows[2]["responses"][0]["reward"] = 1.0
     rows[5]["responses"][2]["text"] = rows[5]["responses"][3]["text"]
     off, printed, _ = run(tmp_path, capsys, rows, "--on-ratio", "0", "--total", "4", out="off.jsonl")
     on, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1", "--total", "4", out="on.jsonl")
@@ -187,18 +339,28 @@ def test_pure_sets_are_built_on_the_same_prompts(tmp_path, capsys):
 
 def test_what_is_dropped_is_counted_by_reason(tmp_path, capsys):
     off = [response("x", 1.0, "off"), response("y", 0.0, "off")]
-    rows = [prompt_row(0, response("a", 1.0), response("b", 0.0), *off),
-            prompt_row(1, response("a", 1.0, finish="length"), response("b", 0.0), *off),
-            prompt_row(2, response(" \n", 1.0), response("b", 0.0), *off),
-            prompt_row(3, response("a", None), response("b", 0.0), *off),
-            prompt_row(4, response("a", 1.0), *off),
-            prompt_row(5, response("a", 1.0), response(" a\n", 0.0), *off),
-            prompt_row(6, response("a", 1.0), response("b", 1.0), *off)]
-    pairs, printed, _ = run(tmp_path, capsys, rows, "--on-ratio", "1")
+    rows = [
+        prompt_row(0, response("a", 1.0), response("b", 0.0), *off),
+        prompt_row(1, response("a", 1.0, finish="length"), response("b", 0.0), *off),
+        prompt_row(2, response(" \n", 1.0), response("b", 0.0), *off),
+        prompt_row(3, response("a", None), response("b", 0.0), *off),
+        prompt_row(4, response("a", 1.0), *off),
+        prompt_row(5, response("a", 1.0), response(" a\n", 0.0), *off),
+        prompt_row(6, response("a", 1.0), response("b", 1.0), *off),
+        prompt_row(7, *off),
+    ]
+    pairs, printed, record = run(tmp_path, capsys, rows, "--on-ratio", "1")
     assert [pair["id"] for pair in pairs] == ["p0"]
-    assert printed["dropped"] == {"on: truncated": 1, "on: empty": 1, "on: without reward": 1,
-                                  "on: fewer than two responses": 1,
-                                  "on: identical": 1, "on: tie": 1}
+    reasons = (
+        "truncated",
+        "empty",
+        "without reward",
+        "fewer than two responses",
+        "identical",
+        "tie",
+        "no response",
+    )
+    assert printed["dropped"] == {f"on: {reason}": 1 for reason in reasons} == record["counts"]["dropped"]
     kept, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1", "--truncated", "keep", out="kept.jsonl")
     assert [(pair["id"], pair["chosen_finish"]) for pair in kept] == [("p0", "stop"), ("p1", "length")]
 
@@ -206,13 +368,16 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path, capsys):
 def test_total(tmp_path, capsys):
     pairs, printed, _ = run(tmp_path, capsys, plain_rows(10), "--total", "5", "--on-ratio", "0.5")
     assert len(pairs) == 5 and (printed["on"], printed["off"]) == (3, 2)
-    # what cannot be had is refused, and the file of before stays as it was, --overwrite or not
-    before = (tmp_path / "pairs.jsonl").read_bytes()
+    # what cannot be had is refused, and the file of before stays as it was
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*")}
     with pytest.raises(SystemExit) as exit_status:
-        run(tmp_path, capsys, plain_rows(3), "--total", "4", "--overwrite")
+        run(tmp_path, capsys, plain_rows(3), "--total", "4")
     err = capsys.readouterr().err
-    assert exit_status.value.code == 2 and (tmp_path / "pairs.jsonl").read_bytes() == before
-    assert "4 pairs are asked for and 3 can be had, with an on-ratio of 0.5, 3 on-policy and 3 other pairs" in err
+    assert exit_status.value.code == 2 and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*")} == before and len(before) == 2
+    assert "scored.jsonl: 4 pairs are asked for and 3 can be had" in err and "'prompts_with_pairs': 3" in err
+    (tmp_path / "pairs.jsonl").unlink()
+    assert "--total must be at least 1" in refused(tmp_path, capsys, plain_rows(3), "--total", "0")
 
 
 @pytest.mark.parametrize("ratio", ["-0.1", "1.01", "nan"])
@@ -220,21 +385,20 @@ def test_a_ratio_outside_0_to_1(tmp_path, capsys, ratio):
     assert "--on-ratio must lie in [0, 1]" in refused(tmp_path, capsys, plain_rows(3), "--on-ratio", ratio)
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf"), "1.0"])
-def test_a_reward_that_is_no_number(tmp_path, capsys, reward):
-    rows = plain_rows(3)
-    rows[1]["responses"][2]["reward"] = reward
-    err = refused(tmp_path, capsys, rows)
-    assert "scored.jsonl:2: expected every response to have a finite \"reward\" or null" in err
-
-
 def test_rows_without_rewards(tmp_path, capsys):
     rows = plain_rows(2)
     del rows[0]["responses"][1]["reward"]
-    assert "scored.jsonl:1: expected every response to have a finite \"reward\" or null" in refused(
-        tmp_path, capsys, rows)
+    err = refused(tmp_path, capsys, rows)
+    assert 'scored.jsonl:1: expected every response to have a "reward" (score.py writes it)' in err
+    # the data set's own pair needs none
+    for row in rows:
+        row["responses"] = [{**one, "source": "off"} for one in row["responses"]]
+    pairs, _, _ = run(tmp_path, capsys, rows, "--select", "given", "--on-ratio", "0")
+    assert [pair["chosen"][0]["content"] for pair in pairs] == ["on good 0", "on good 1"]
+    (tmp_path / "pairs.jsonl").unlink()
     rows = [prompt_row(0, response("a", None), response("b", None))]
-    assert "no response has a reward" in refused(tmp_path, capsys, rows, "--on-ratio", "1")
+    err = refused(tmp_path, capsys, rows, "--on-ratio", "1")
+    assert "0 pairs are asked for and 0 can be had" in err and "'on: without reward': 1" in err
 
 
 def test_files_of_one_source(tmp_path, capsys):
@@ -242,44 +406,144 @@ def test_files_of_one_source(tmp_path, capsys):
     pairs, _, _ = run(tmp_path, capsys, only_on, "--on-ratio", "1")
     assert [pair["source"] for pair in pairs] == ["on"] * 3
     (tmp_path / "pairs.jsonl").unlink()
-    assert "--on-ratio 0.5 needs off-policy responses, and there are none" in refused(tmp_path, capsys, only_on)
+    assert "scored.jsonl: --on-ratio 0.5 needs both sources, found ['on']" in refused(
+        tmp_path, capsys, only_on
+    )
+    err = refused(tmp_path, capsys, only_on, "--on-ratio", "0")
+    assert "3 pairs are asked for and 0 can be had" in err
 
 
 def test_two_files_are_merged_by_id(tmp_path, capsys):
     on = [prompt_row(k, response(f"on good {k}", 1.0), response(f"on bad {k}", 0.0)) for k in range(4)]
-    off = [prompt_row(k, response(f"off bad {k}", 0.0, "off"), response(f"off good {k}", 1.0, "off"))
-           for k in (3, 2, 1, 0)]
+    off = [
+        prompt_row(k, response(f"off bad {k}", 0.0, "off"), response(f"off good {k}", 1.0, "off"))
+        for k in (3, 2, 1, 0)
+    ]
     paths = [write_rows(tmp_path / "on.jsonl", on), write_rows(tmp_path / "off.jsonl", off)]
-    build_pairs.main(build_pairs.parse_args(["--scored", *paths, "--out", str(tmp_path / "pairs.jsonl")]))
-    pairs = read_rows(tmp_path / "pairs.jsonl")
+    out = str(tmp_path / "pairs.jsonl")
+    build_pairs.main(build_pairs.parse_args(["--scored", *paths, "--out", out]))
+    pairs = read_rows(out)
     assert [pair["id"] for pair in pairs] == ["p0", "p1", "p2", "p3"]
     assert all(pair["chosen"][0]["content"] == f"{pair['source']} good {pair['id'][1:]}" for pair in pairs)
     assert sorted(pair["source"] for pair in pairs) == ["off", "off", "on", "on"]
+    record = json.loads((tmp_path / "pairs.meta.json").read_text())
+    assert record["inputs"] == {path: hashlib.sha256(open(path, "rb").read()).hexdigest() for path in paths}
 
 
-def test_stats_by_hand(tmp_path, capsys):
-    rows = [prompt_row(0, response("aaaa", 1.0), response("b", 0.0)),
-            prompt_row(1, response("aa", 2.0), response("bbbb", -2.0)),
-            prompt_row(2, response("aaaaaa", 6.0), response("bb", 5.0))]
-    _, _, printed = run(tmp_path, capsys, rows, "--on-ratio", "1", "--stats")
-    lines = {line[:28].strip(): line[28:].split() for line in printed.splitlines()[:-1]}
-    assert lines[""] == ["n", "mean", "std", "min", "25%", "median", "75%", "max"]
-    # chosen rewards 1, 2, 6: mean 3, population variance (4 + 1 + 9) / 3
-    assert lines["on chosen reward"] == ["3", "3.00", "2.16", "1.00", "1.50", "2.00", "4.00", "6.00"]
-    assert lines["on rejected reward"] == ["3", "1.00", "2.94", "-2.00", "-1.00", "0.00", "2.50", "5.00"]
-    assert lines["all margin"] == ["3", "2.00", "1.41", "1.00", "1.00", "1.00", "2.50", "4.00"]
-    assert lines["on chosen characters"][1] == "4.00" and lines["on rejected characters"][1] == "2.33"
-    assert lines["on chosen is longer"] == ["66.7%"]
+# ----- --reward
+def judged(number, *scores, labeler="rm:A"):
+    """A row with on-policy responses a, b, c ... that the judge orders in another way than the reward."""
+    responses = [
+        response(
+            "abc"[k], float(-k), scores={"rm": float(-k)} | ({} if score == "none" else {"judge": score})
+        )
+        for k, score in enumerate(scores)
+    ]
+    return prompt_row(number, *responses, labeler=labeler)
 
 
-def test_the_same_command_again_writes_the_same_file_and_another_is_refused(tmp_path, capsys):
-    rows = plain_rows(6)
-    run(tmp_path, capsys, rows)
-    first = (tmp_path / "pairs.jsonl").read_bytes()
-    run(tmp_path, capsys, rows, "--stats")
-    assert (tmp_path / "pairs.jsonl").read_bytes() == first
-    with pytest.raises(SystemExit):
-        run(tmp_path, capsys, rows, "--seed", "1")
-    assert "seed was 0 and is 1" in capsys.readouterr().err and (tmp_path / "pairs.jsonl").read_bytes() == first
-    run(tmp_path, capsys, rows, "--seed", "1", "--overwrite")
-    assert (tmp_path / "pairs.jsonl").read_bytes() != first
+def test_another_scorers_reward(tmp_path, capsys):
+    rows = [judged(0, 0.25, 0.5, 0.75), judged(1, 0.5, None, 0.125), judged(2, "none", 0.5, 0.25)]
+    pairs, printed, record = run(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "judge")
+    sides = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs]
+    assert sides == [("c", "a"), ("a", "c"), ("b", "c")]
+    assert [(pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs] == [
+        (0.75, 0.25),
+        (0.5, 0.125),
+        (0.5, 0.25),
+    ]
+    assert {pair["labeler"] for pair in pairs} == {"judge"}
+    # the statistics are of that reward too: seven samples have one
+    assert record["stats"]["reward of all samples"]["n"] == 7
+    assert record["stats"]["reward of all samples"]["mean"] == pytest.approx(2.875 / 7)
+    assert printed["dropped"] == {}
+    pairs, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1", out="rm.jsonl")
+    assert {(pair["chosen"][0]["content"], pair["labeler"]) for pair in pairs} == {("a", "rm:A")}
+
+
+def test_the_last_scorers_reward_by_name_keeps_its_labeler(tmp_path, capsys):
+    rows = [judged(k, 0.25, 0.5) for k in range(2)]
+    plain, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1")
+    named, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "rm", out="named.jsonl")
+    assert named == plain and plain[0]["labeler"] == "rm:A"
+
+
+def test_a_reward_by_name_needs_no_other(tmp_path, capsys):
+    rows = [judged(k, 0.25, 0.5) for k in range(2)]
+    for row in rows:
+        del row["labeler"]
+        for one in row["responses"]:
+            del one["reward"]
+    pairs, _, _ = run(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "judge")
+    assert [(pair["chosen"][0]["content"], pair["labeler"]) for pair in pairs] == [("b", "judge")] * 2
+    (tmp_path / "pairs.jsonl").unlink()
+    err = refused(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "jugde")
+    assert "0 pairs are asked for and 0 can be had" in err and "'on: without reward': 2" in err
+
+
+# ----- statistics
+def table(text, n, mean, std, *rest):
+    columns = "mean", "std", "min", "25%", "median", "75%", "max"
+    return {
+        text: {
+            "n": n,
+            **{name: pytest.approx(x) for name, x in zip(columns, (mean, std, *rest), strict=True)},
+        }
+    }
+
+
+def test_statistics_by_hand(tmp_path, capsys):
+    rows = [
+        prompt_row(0, response("aaaa", 1.0, logp=-8.0), response("b", 0.0, logp=-30.0)),
+        prompt_row(1, response("aa", 2.0, logp=-20.0), response("bbbb", -2.0, logp=-6.0)),
+        prompt_row(2, response("aaaaaa", 6.0, logp=-1.0), response("x", 5.5), response("bb", 5.0, logp=None)),
+        prompt_row(3, response("c", 7.0), response("d", None)),
+    ]
+    _, _, record = run(tmp_path, capsys, rows, "--on-ratio", "1")
+    expected = (
+        # chosen rewards 1, 2, 6: population variance (4 + 1 + 9) / 3
+        table("chosen reward", 3, 3, (14 / 3) ** 0.5, 1, 1.5, 2, 4, 6)
+        # 0, -2, 5: (1 + 9 + 16) / 3
+        | table("rejected reward", 3, 1, (26 / 3) ** 0.5, -2, -1, 0, 2.5, 5)
+        | table("gap", 3, 2, 2**0.5, 1, 1, 1, 2.5, 4)
+        # S1 Table 3, of pair members: -2, 0, 1, 2, 5, 6
+        | table("reward of both sides", 6, 2, (46 / 6) ** 0.5, -2, 0.25, 1.5, 4.25, 6)
+        # and of all samples, those that no pair holds too: -2, 0, 1, 2, 5, 5.5, 6, 7
+        | table("reward of all samples", 8, 24.5 / 8, (74.21875 / 8) ** 0.5, -2, 0.75, 3.5, 5.625, 7)
+        # S2 eq. 12, log pi(chosen) - log pi(rejected), where both are known: 22 and -14
+        | table("intra-diversity", 2, 4, 18, -14, -5, 4, 13, 22)
+        | table("chosen characters", 3, 4, (8 / 3) ** 0.5, 2, 3, 4, 5, 6)
+        | table("rejected characters", 3, 7 / 3, (14 / 9) ** 0.5, 1, 1.5, 2, 3, 4)
+    )
+    assert record["stats"] == expected and list(record["stats"]) == list(expected)
+
+
+def test_statistics_of_what_no_pair_has_are_left_out(tmp_path, capsys):
+    rows = [prompt_row(0, response("aa", None, "off"), response("b", None, "off"))]
+    _, _, record = run(tmp_path, capsys, rows, "--on-ratio", "0", "--select", "given")
+    assert set(record["stats"]) == {"chosen characters", "rejected characters"}
+
+
+def test_the_intra_diversity_is_what_the_trainer_logs(tmp_path, capsys):
+    import train_dpo
+
+    rows = [
+        prompt_row(0, response("a", 2.0, logp=-8.0), response("b", 1.0, logp=-30.0)),
+        prompt_row(1, response("a", 7.0, logp=-20.0), response("b", 0.0, logp=-6.0)),
+    ]
+    pairs, _, record = run(tmp_path, capsys, rows, "--on-ratio", "1")
+    logged = train_dpo.means([{"diversity": pair["chosen_logp"] - pair["rejected_logp"]} for pair in pairs])
+    row = record["stats"]["intra-diversity"]
+    assert (row["mean"], row["std"]) == (logged["diversity"], logged["diversity_std"]) == (4.0, 18.0)
+
+
+def test_stats_are_printed_before_the_last_line(tmp_path, capsys):
+    path = write_rows(tmp_path / "scored.jsonl", [prompt_row(0, response("aaaa", 1.25), response("b", -0.5))])
+    flags = ["--scored", path, "--out", str(tmp_path / "pairs.jsonl"), "--on-ratio", "1"]
+    build_pairs.main(build_pairs.parse_args(flags))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    build_pairs.main(build_pairs.parse_args([*flags, "--stats"]))
+    *lines, last = capsys.readouterr().out.splitlines()
+    printed = {line[:22].strip(): line[22:].split() for line in lines}
+    assert printed["gap"] == "n 1 mean 1.75 std 0 min 1.75 25% 1.75 median 1.75 75% 1.75 max 1.75".split()
+    assert printed["chosen characters"][:4] == ["n", "1", "mean", "4"] and json.loads(last)["pairs"] == 1

@@ -1,5 +1,8 @@
-"""All six scripts in sequence, as a user runs them, on tiny random models: the files of one stage feed the next, and the numbers
-that can be known beforehand come out. Run: python -m pytest tests/test_pipeline.py
+"""
+All six scripts in sequence, as a user runs them, on tiny random models: the files of one stage feed the next,
+and the numbers that can be known beforehand come out.
+
+Run     python -m pytest tests/test_pipeline.py
 """
 
 import json
@@ -14,58 +17,80 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     make_policy(folder / "policy")
     make_reward(folder / "reward")
-    write_rows(folder / "prompts.jsonl", [{"id": f"p{i}", "prompt": f"Question {i}?", "category": "ab"[i % 2]} for i in range(12)])
-    write_rows(folder / "written.jsonl", [{"id": f"p{i}", "prompt": f"Question {i}?", "responses": [f"Good answer {i}.", f"Bad {i * i}"]}
-                                          for i in range(12)])
+    prompts, written = [], []
+    for i in range(12):
+        prompts.append({"id": f"p{i}", "prompt": f"Question {i}?", "category": "ab"[i % 2]})
+        responses = [f"Good answer {i}.", f"Bad {i * i}"]
+        written.append({"id": f"p{i}", "prompt": f"Question {i}?", "responses": responses})
+    write_rows(folder / "prompts.jsonl", prompts)
+    write_rows(folder / "written.jsonl", written)
     return folder
 
 
 def make_reward(folder):
     """A random reward model of the decoder kind, with a chat template."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
+
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                         max_position_embeddings=512, num_labels=1, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder)
 
 
 def test_the_whole_pipeline(folder):
-    said, _ = run_script("generate.py", "--model", "policy", "--prompts", "prompts.jsonl", "--out", "on.jsonl", "--max-tokens", 12,
-                         "--backend", "hf", cwd=folder)
+    def run(command):
+        return run_script(*command.split(), cwd=folder)[0]
+
+    sampling = "--max-tokens 12 --backend hf"
+    said = run(f"generate.py --model policy --prompts prompts.jsonl --out on.jsonl {sampling}")
     assert (said["rows"], said["responses"]) == (12, 48)
-    run_script("generate.py", "--import-format", "rows", "--import-data", "written.jsonl", "--out", "off.jsonl", cwd=folder)
-    said, _ = run_script("score.py", "--model", "reward", "--responses", "on.jsonl", "off.jsonl", "--out", "scored.jsonl", "--backend", "hf",
-                         cwd=folder)
+    run("generate.py --import-format rows --import-data written.jsonl --out off.jsonl")
+    said = run("score.py --model reward --responses on.jsonl off.jsonl --out scored.jsonl --backend hf")
     assert (said["rows"], said["responses"], said["without"]) == (12, 72, {})
-    run_script("score.py", "--scorer", "logp", "--model", "policy", "--responses", "scored.jsonl", "--out", "logp.jsonl", cwd=folder)
-    said, _ = run_script("boundary.py", "--scored", "logp.jsonl", "--out", "boundary.json", cwd=folder)
-    rows = read_rows(folder / "logp.jsonl")
-    on_wins = sum(mine["reward"] > other["reward"] for row in rows for mine in row["responses"][:4] for other in row["responses"][4:])
-    assert said["v_on"] == on_wins and said["v_on"] + said["v_off"] == 12 * 8 and said["distinct"]["n_prompts"] == 12
+    run("score.py --scorer logp --model policy --responses scored.jsonl --out logp.jsonl")
+    said = run("boundary.py --scored logp.jsonl --out policy.boundary.json")
+    on_wins = 0
+    for row in read_rows(folder / "logp.jsonl"):
+        on, off = row["responses"][:4], row["responses"][4:]
+        on_wins += sum(mine["reward"] > other["reward"] for mine in on for other in off)
+    assert said["v_on"] == on_wins and said["v_on"] + said["v_off"] == 12 * 8
+    assert said["distinct"]["n_prompts"] == 12
 
-    said, _ = run_script("build_pairs.py", "--scored", "logp.jsonl", "--out", "pairs.jsonl", "--on-ratio", 0.5, "--total", 10,
-                         "--truncated", "keep", cwd=folder)
+    flags = "--on-ratio 0.5 --total 10 --truncated keep"
+    said = run(f"build_pairs.py --scored logp.jsonl --out on50.pairs.jsonl {flags}")
     assert (said["pairs"], said["on"], said["off"]) == (10, 5, 5)
-    for pair in read_rows(folder / "pairs.jsonl"):
+    for pair in read_rows(folder / "on50.pairs.jsonl"):
         assert pair["chosen_reward"] > pair["rejected_reward"] and pair["category"] in "ab"
-    said, _ = run_script("train_dpo.py", "--model", "policy", "--pairs", "pairs.jsonl", "--out", "dpo", "--batch-size", 4, "--epochs", 2,
-                         "--lr", 1e-3, cwd=folder)
-    assert said["steps"] == 6 and said["first_loss"] == pytest.approx(0.693147, abs=1e-5) and said["last_loss"] < said["first_loss"]
+    said = run(
+        "train_dpo.py --model policy --pairs on50.pairs.jsonl --out on50 --batch-size 4 --epochs 2 --lr 1e-3"
+    )
+    assert said["steps"] == 6 and said["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert said["last_loss"] < said["first_loss"]
 
-    for model, out in (("policy", "base"), ("dpo", "trained")):
-        run_script("generate.py", "--greedy", "--model", model, "--prompts", "prompts.jsonl", "--out", f"{out}.jsonl", "--max-tokens", 12,
-                   "--backend", "hf", cwd=folder)
-    run_script("score.py", "--model", "reward", "--responses", "base.jsonl", "trained.jsonl", "--out", "eval.jsonl", "--backend", "hf",
-               cwd=folder)
-    said, _ = run_script("evaluate.py", "winrate", "--scored", "eval.jsonl", "--model", "dpo", "--baseline", "policy", "--out", "win.json",
-                         cwd=folder)
-    assert said["n_total"] == 12 and said["training"]["pairs"] == 10 and set(said["categories"]) == {"a", "b"}
+    for model, out in (("policy", "base"), ("on50", "trained")):
+        run(f"generate.py --greedy --model {model} --prompts prompts.jsonl --out {out}.jsonl {sampling}")
+    run("score.py --model reward --responses base.jsonl trained.jsonl --out eval.jsonl --backend hf")
+    said = run(
+        "evaluate.py winrate --scored eval.jsonl --model on50 --baseline policy --out on50.winrate.json"
+    )
+    assert said["n_total"] == 12 and set(said["categories"]) == {"a", "b"}
     assert said["n_wins"] + said["n_wins_base"] + said["n_draws"] == 12
-    run_script("evaluate.py", "report", "win.json", "--out", "report", cwd=folder)
-    assert (folder / "report" / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert f"{said['win_rate']:.2f}" in (folder / "report" / "report.md").read_text()
-    meta = json.loads((folder / "dpo" / "metrics.meta.json").read_text())
-    model = {f"policy/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-                                           "tokenizer_config.json", "chat_template.jinja")}
-    assert set(meta["inputs"]) == {"pairs.jsonl", "token ids"} | model
+    figure = "report/figure.py settings on50.winrate.json --out report/settings.png"
+    assert run(figure)["out"] == ["report/settings.png", "report/settings.pdf"]
+    assert (folder / "report" / "settings.png").read_bytes()[:4] == b"\x89PNG"
+    results = "on50.winrate.json on50.pairs.meta.json on50/metrics.jsonl policy.boundary.json"
+    assert run(f"report/table.py {results} --start policy --out report")["tables"]["settings"] == 2
+    report = (folder / "report" / "report.md").read_text()
+    assert f"{said['win_rate']:.2f}" in report and "![settings](settings.png)" in report
+    meta = json.loads((folder / "on50" / "metrics.meta.json").read_text())
+    assert {"on50.pairs.jsonl", "token ids", "policy/model.safetensors"} < set(meta["inputs"])

@@ -1,0 +1,362 @@
+"""
+Results -> one figure, PNG and PDF.
+
+Reads   FIGURE       which one, see below
+        RESULT ...   named as for report/table.py: NAME is the setting, NAME_seed0, ... are its runs
+Writes  --out FILE   FILE.png and FILE.pdf
+
+settings     NAME.winrate.json: rewards, win rates, length-controlled (LC) win rates (S1 Fig. 6)
+categories   NAME.winrate.json: rates by category, and differences of evaluate.py --minus (S1 Figs. 2, 8)
+lengths      NAME.winrate.json: rates by the length of the answer (S1 Fig. 3), a point mid-bin
+ratio        NAME.winrate.json and NAME.pairs.meta.json: rates over the on-policy share of the pairs (S1 Fig.
+             4); settings whose names differ in the last number (on0, on50) make a curve
+filters      the same over the share that a filter kept, a curve per filter (S1 Fig. 5)
+shares       rows with a "category": shares of the prompts (S1 Fig. 7)
+rewards      scored responses: histograms of rewards, a curve per file and source (S1 Figs. 10, 11)
+training     NAME.metrics.jsonl or NAME/metrics.jsonl: loss, margin and intra-diversity over steps (S2 Fig. 3)
+
+Bars and points have 95 % intervals over prompts; in ratio and filters a setting with several runs has the
+standard deviation over its seeds instead (S1 Fig. 4 does not say which). Rates are LC if all results have it.
+
+    python report/figure.py settings out/*.winrate.json --out out/settings.png
+    python report/figure.py ratio out/*.winrate.json out/*.pairs.meta.json --out out/ratio.png
+
+Prints one JSON object: the files and the number of series.
+"""
+
+# ruff: noqa: E402, I001
+import argparse
+import json
+import math
+import re
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Required, TypedDict
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import table
+from evaluate import fail, read_jsonl, read_responses
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+STYLES = ("-", "--", "-.", ":")
+
+
+class Labelled(TypedDict, total=False):
+    category: Required[str | None]
+
+
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("figure", choices=list(FIGURES), metavar="FIGURE", help=", ".join(FIGURES))
+    parser.add_argument("results", nargs="+", metavar="RESULT")
+    parser.add_argument("--out", required=True, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+# ----- three ways to draw: panels of series
+def style_of(k):
+    """Colour, line and marker of series k, the same in all panels."""
+    return {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k // len(COLOURS) % len(STYLES)]}
+
+
+def bars(panels, rows):
+    """Figure with panels (label, reference line, {series: [(middle, low, high) or None for each row]})."""
+    names = list(dict.fromkeys(name for _, _, series in panels for name in series))
+    rows = ["\n".join(textwrap.fill(line, 30) for line in row.split("\n")) for row in rows]
+    height = 1 + len(rows) * max(0.5, 0.2 * len(names))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2 + 2.8 * len(panels), height), layout="constrained", squeeze=False
+    )
+    for axis, (label, reference, series) in zip(axes[0], panels, strict=True):
+        step = 0.8 / len(names)
+        for name, points in series.items():
+            k = names.index(name)
+            places = [row + step * (k - (len(names) - 1) / 2) for row, point in enumerate(points) if point]
+            numbers = np.array([point for point in points if point]).reshape(-1, 3)
+            middle, low, high = numbers.T
+            style = {"color": style_of(k)["color"], "label": name}
+            errors = [middle - low, high - middle]
+            axis.errorbar(middle, places, xerr=errors, fmt="o", capsize=3, markersize=4, **style)
+            if reference is not None:
+                axis.barh(places, middle, 0.6 * step, color=style["color"], alpha=0.3)
+            for x, y, value in zip(high, places, middle, strict=True):
+                number = f"{value:.2f}" if reference is None else f"{value:.1f}"
+                axis.annotate(number, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
+        axis.margins(x=0.2)
+        if reference is not None and axis.get_xlim()[0] <= reference <= axis.get_xlim()[1]:
+            axis.axvline(reference, color="grey", linestyle="--", linewidth=1)
+        axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(rows)), rows if axis is axes[0][0] else [""] * len(rows))
+    return figure
+
+
+def curves(panels):
+    """Figure with panels (x label, y label, {series: [(x, middle, low, high)]}, shaded or not)."""
+    names = list(dict.fromkeys(name for _, _, series, _ in panels for name in series))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (x_label, y_label, series, shaded) in zip(axes[0], panels, strict=True):
+        for name, points in series.items():
+            x, middle, low, high = np.array(sorted(points), float).T
+            style = style_of(names.index(name))
+            if shaded:
+                axis.plot(x, middle, label=name, **style)
+                axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            else:
+                axis.errorbar(
+                    x, middle, yerr=[middle - low, high - middle], marker="o", capsize=3, label=name, **style
+                )
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def histograms(panels):
+    """Figure with panels (label, {series: values}), on common edges; a curve is the share of its values."""
+    values = np.concatenate([values for _, series in panels for values in series.values()])
+    edges = np.histogram_bin_edges(values, 40)
+    names = list(dict.fromkeys(name for _, series in panels for name in series))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, (label, series) in zip(axes[0], panels, strict=True):
+        for name, values in series.items():
+            shares = np.histogram(values, edges)[0] / len(values)
+            axis.stairs(shares, edges, label=name, linewidth=1.5, **style_of(names.index(name)))
+        axis.set(xlabel=label, ylabel="share of the responses")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+# ----- the figures
+def point(value):
+    """(mean, low, high) of table.over_runs; None without an interval."""
+    return (value["mean"], *value["ci"]) if value and value["ci"] else None
+
+
+def rate_key(settings):
+    """("length_controlled_winrate", "lc_ci", name) if all results have it, else those of the win rate."""
+    runs = [run for results in settings.values() for run in results.get("winrate", {}).values()]
+    if not runs:
+        fail("expected results of evaluate.py winrate, found none")
+    if all(run.get("length_controlled_winrate") is not None for run in runs):
+        return "length_controlled_winrate", "lc_ci", "LC win rate"
+    return "win_rate", "ci", "win rate"
+
+
+def settings_figure(settings):
+    rows, panels = [], []
+    runs = {
+        name: list(results["winrate"].values()) for name, results in settings.items() if "winrate" in results
+    }
+    for name in runs:
+        rows.append(f"{name}\nn = {runs[name][0]['n_total']}")
+    measures = (
+        ("reward", "reward_ci", "mean reward", None),
+        ("win_rate", "ci", "win rate (%)", 50),
+        ("length_controlled_winrate", "lc_ci", "LC win rate (%)", 50),
+    )
+    for key, interval, label, reference in measures:
+        points = [point(table.over_runs(runs[name], key, interval)) for name in runs]
+        if any(points):
+            panels.append((label, reference, {"": points}))
+    return bars(panels, rows)
+
+
+def categories_figure(settings):
+    key, interval, label = rate_key(settings)
+    own, minus, sizes = {}, {}, {}
+    for name, results in settings.items():
+        for run in results.get("winrate", {}).values():
+            own.setdefault(name, []).append(run)
+            if "minus" in run:
+                minus.setdefault(f"{name} minus {Path(run['minus']['model']).name}", []).append(run["minus"])
+            for category, group in run.get("categories", {}).items():
+                sizes[category] = group["n_total"]
+    if not sizes:
+        fail("expected results with categories (scorers/category.py), found none")
+    categories = sorted(sizes, key=lambda category: -sizes[category])
+    panels = []
+    for series, text, reference in (
+        (own, f"{label} (%)", 50),
+        (minus, f"difference of {label}s (points)", 0),
+    ):
+        points = {}
+        for name, runs in series.items():
+            cells = [[run.get("categories", {}).get(category, {}) for run in runs] for category in categories]
+            points[name] = [point(table.over_runs(cell, key, interval)) for cell in cells]
+        if points:
+            panels.append((text, reference, points))
+    return bars(panels, [f"{category}\nn = {sizes[category]}" for category in categories])
+
+
+def lengths_figure(settings):
+    key, interval, label = rate_key(settings)
+    own, minus = {}, {}
+    for name, results in settings.items():
+        for seed, run in results.get("winrate", {}).items():
+            run_name = name if seed is None else f"{name}_seed{seed}"
+            own[run_name] = bin_points(run, key, interval)
+            if "minus" in run:
+                other = Path(run["minus"]["model"]).name
+                minus[f"{run_name} minus {other}"] = bin_points(run["minus"], key, interval)
+    panels = [("characters of the answer", f"{label} (%)", own, False)]
+    if minus:
+        panels.append(("characters of the answer", f"difference of {label}s (points)", minus, False))
+    return curves(panels)
+
+
+def bin_points(run, key, interval):
+    """[(middle, rate, low, high)] of a run's length bins."""
+    points = []
+    for name, group in run.get("length_bins", {}).items():
+        low, high = map(float, name.split(" to "))
+        if group.get(interval):
+            points.append(((low + high) / 2, group[key], *group[interval]))
+    return points
+
+
+def sweep(settings, place):
+    """{series: [(x, rate, low, high)]}; place(name, meta) gives (series, x) of a setting or None."""
+    key, interval, _ = rate_key(settings)
+    series = {}
+    for name, results in settings.items():
+        metas = list(results.get("pairs", {}).values())
+        value = table.over_runs(list(results.get("winrate", {}).values()), key, interval)
+        where = place(name, metas[0]) if metas else None
+        if not value or not where:
+            continue
+        if value["sd"] is not None:
+            low, high = value["mean"] - value["sd"], value["mean"] + value["sd"]
+        else:
+            low, high = value["ci"] or (value["mean"], value["mean"])
+        series.setdefault(where[0], []).append((where[1], value["mean"], low, high))
+    if not series:
+        fail("expected winrate results and pairs' meta files of the same NAMEs, found no setting with both")
+    return series
+
+
+def ratio_figure(settings):
+    def place(name, meta):
+        counts = meta["counts"]
+        return re.sub(r"[\d.]+$", "", name), counts["on"] / (counts["on"] + counts["off"])
+
+    panel = ("on-policy share of the pairs", f"{rate_key(settings)[2]} (%)", sweep(settings, place), False)
+    return curves([panel])
+
+
+def filters_figure(settings):
+    def place(name, meta):
+        return meta["args"].get("filter")
+
+    panel = ("share of the pairs kept", f"{rate_key(settings)[2]} (%)", sweep(settings, place), False)
+    return curves([panel])
+
+
+def training_figure(settings):
+    panels = []
+    for key, label in (
+        ("loss", "loss"),
+        ("margin", "margin"),
+        ("diversity", "intra-diversity (eq. 12), nats"),
+    ):
+        series = {}
+        for name, results in settings.items():
+            for seed, steps in results.get("metrics", {}).items():
+                points = step_points(steps, key)
+                if points:
+                    series[name if seed is None else f"{name}_seed{seed}"] = points
+        if series:
+            panels.append(("step", label, series, True))
+    if not panels:
+        fail("expected metrics.jsonl with loss, margin or diversity, found none")
+    return curves(panels)
+
+
+def step_points(steps, key):
+    """[(step, mean, mean - std, mean + std)] over the pairs of a step; at most 60 points, means of steps."""
+    numbers = [
+        (step["step"], step[key], step.get(f"{key}_std") or 0) for step in steps if step.get(key) is not None
+    ]
+    width = math.ceil(len(numbers) / 60)
+    points = []
+    for first in range(0, len(numbers), width or 1):
+        step, middle, std = np.mean(numbers[first : first + width], axis=0)
+        points.append((step, middle, middle - std, middle + std))
+    return points
+
+
+def shares_figure(paths):
+    series, rows = {}, Counter()
+    for path in paths:
+        counts = Counter(str(row["category"]) for _, row in read_jsonl(path, Labelled))
+        series[f"{Path(path).name} (n = {counts.total()})"] = counts
+        rows += counts
+    categories = [category for category, _ in rows.most_common()]
+    points = {}
+    for name, counts in series.items():
+        shares = [100 * counts[category] / counts.total() for category in categories]
+        points[name] = [(share, share, share) for share in shares]
+    return bars([("share of the prompts (%)", 0, points)], categories)
+
+
+def rewards_figure(paths):
+    rewards = {}
+    for path in paths:
+        for row in read_responses([path]).values():
+            for response in row["responses"]:
+                if response["reward"] is not None:
+                    name = f"{Path(path).name}, {response['source']}-policy"
+                    rewards.setdefault(name, []).append(response["reward"])
+    if not rewards:
+        fail(f"{', '.join(paths)}: no response has a reward")
+    series = {f"{name} (mean {np.mean(values):.2f})": values for name, values in rewards.items()}
+    return histograms([("reward", series)])
+
+
+FIGURES = {
+    "settings": settings_figure,
+    "categories": categories_figure,
+    "lengths": lengths_figure,
+    "ratio": ratio_figure,
+    "filters": filters_figure,
+    "training": training_figure,
+    "shares": shares_figure,
+    "rewards": rewards_figure,
+}
+
+
+def main(args):
+    of_rows = args.figure in ("shares", "rewards")
+    figure = FIGURES[args.figure](args.results if of_rows else table.read_results(args.results))
+    handles = {}
+    for axis in figure.axes:
+        handles |= {
+            label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True) if label
+        }
+    if handles:
+        labels = [textwrap.fill(label, 50) for label in handles]
+        columns = min(2, len(figure.axes))
+        figure.legend(
+            handles.values(), labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
+    out = Path(args.out).with_suffix("")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for ending in (".png", ".pdf"):
+        figure.savefig(out.with_suffix(ending), dpi=150)
+    print(json.dumps({"out": [f"{out}.png", f"{out}.pdf"], "series": len(handles)}))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,427 @@
+"""
+Results -> tables: one line per setting, and the tables of the papers, in Markdown and as CSV.
+
+Reads   RESULT ...   NAME.winrate.json and NAME.benchmarks.json (evaluate.py), NAME.boundary.json
+                     (boundary.py), NAME.pairs.meta.json (build_pairs.py), NAME.metrics.jsonl or
+                     NAME/metrics.jsonl (train_dpo.py), other NAME.STAGE.meta.json for tokens and seconds
+        --paper CSV  lines of setting,column,value: the paper's numbers, in columns beside ours
+Writes  --out DIR    report.md, which also shows the figures (PNG) that lie in DIR, and a CSV file per table
+
+NAME is the setting. NAME_seed0, NAME_seed1, ... are its runs: a number is their mean, "sd" their standard
+deviation, and "95 %" the interval over prompts (the mean of its ends), which is another thing.
+
+    python report/table.py out/*.json out/*/metrics.jsonl --start policy --out out/report
+
+settings      a line each (S1 Tables 2, 3; S2 Table 1; S3 Tables 1 to 4): win rates, gain over --start, mean
+              of the benchmarks, rewards and gap of the pairs, compute. The baseline has 50 against itself
+groups        win rates by category and length, and differences of two models (S1 Figs. 2, 3, 8)
+benchmarks_*  a line per setting, by task (S1 Tables 4, 5)
+delta         --delta START OFF ON: the gain of OFF over START divided by that of ON, beside START's boundary
+              score (S2 Tables 1, 3, 4, 5); "+inf" if only OFF gains, "-" if neither does
+boundary      S2 Tables 3 and 8
+pair_sets     S3 Table 5
+Prints the report, then one JSON object.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, Required, TypedDict
+
+import msgspec
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluate import fail  # noqa: E402
+
+Interval = tuple[float, float] | None
+
+
+class Group(TypedDict, total=False):
+    n_total: Required[int]
+    win_rate: float | None
+    ci: Interval
+    length_controlled_winrate: float | None
+    lc_ci: Interval
+    standard_error: float | None
+    reward: float | None
+    reward_ci: Interval
+
+
+class Difference(Group, total=False):
+    model: Required[str]
+    categories: dict[str, Group]
+    length_bins: dict[str, Group]
+
+
+class Winrate(Difference, total=False):
+    kind: Required[Literal["winrate"]]
+    baseline: Required[str]
+    avg_length: float
+    avg_length_baseline: float
+    reward_baseline: float | None
+    labelers: list[str]
+    by: str
+    formula: str
+    minus: Difference
+
+
+class Benchmarks(TypedDict):
+    kind: Literal["benchmarks"]
+    suite: str
+    average: float | None
+    tasks: dict[str, TypedDict("Task", {"score": float, "stderr": float | None, "n": int})]
+
+
+class Boundary(TypedDict, total=False):
+    kind: Required[Literal["boundary"]]
+    v_on: Required[float]
+    v_off: Required[float]
+    ties: Required[int]
+    score: Required[float]
+    ci: Required[tuple[float, float]]
+    n_prompts: Required[int]
+    stage: Required[str]
+    use: Required[str]
+    length_matched: TypedDict("Score", {"score": float, "ci": tuple[float, float]}) | None
+    distinct: dict[str, float] | None
+
+
+class Meta(TypedDict, total=False):
+    args: Required[dict[str, Any]]
+    counts: dict[str, Any]
+    stats: dict[str, dict[str, float]]  # of build_pairs.py alone
+    seconds: float
+
+
+class Step(TypedDict):
+    step: int
+    tokens: int
+
+
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="results, meta files, metrics.jsonl")
+    parser.add_argument("--start", metavar="NAME", help="setting or baseline that gains are measured from")
+    parser.add_argument("--delta", nargs=3, action="append", default=[], metavar=("START", "OFF", "ON"))
+    parser.add_argument("--paper", metavar="CSV", help="the paper's numbers: setting,column,value")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    return parser.parse_args(argv)
+
+
+# ----- results by setting
+def name_and_seed(path):
+    """("on50", 1) of out/on50_seed1.winrate.json and of out/on50_seed1/metrics.jsonl; or no seed, None."""
+    path = Path(path)
+    if path.name in ("metrics.jsonl", "metrics.meta.json"):
+        name = path.parent.name
+    else:
+        name = re.sub(r"(\.[a-z]+)?(\.meta)?\.jsonl?$", "", path.name)
+    run = re.fullmatch(r"(.+)_seed(\d+)", name)
+    return (run[1], int(run[2])) if run else (name, None)
+
+
+def read_result(path):
+    """(kind, content) of a file."""
+    try:
+        if path.endswith("metrics.jsonl"):
+            steps = [msgspec.json.decode(line) for line in Path(path).read_bytes().splitlines()]
+            msgspec.convert(steps, list[Step])
+            return "metrics", steps
+        result = msgspec.json.decode(Path(path).read_bytes())
+        if path.endswith(".meta.json"):
+            meta = msgspec.convert(result, Meta)
+            return ("pairs" if "stats" in meta else "meta"), meta
+        kind = result.get("kind") if isinstance(result, dict) else None
+        if kind == "benchmarks":
+            return f"benchmarks_{result.get('suite')}", msgspec.convert(result, Benchmarks)
+        if kind == "boundary":
+            return kind, msgspec.convert(result, Boundary)
+        return "winrate", msgspec.convert(result, Winrate)
+    except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        fail(f"{path}: expected a result, a meta file or metrics.jsonl: {error}")
+
+
+def read_results(paths):
+    """{setting: {kind: {seed: content}}}, the settings in the order in which they come."""
+    settings = {}
+    for path in dict.fromkeys(paths):
+        kind, content = read_result(path)
+        name, seed = name_and_seed(path)
+        runs = settings.setdefault(name, {}).setdefault(kind, {})
+        key = path if kind == "meta" else seed
+        if key in runs:
+            fail(f"{path}: a second {kind} of {name}; runs of a setting are NAME_seed0, NAME_seed1, ...")
+        runs[key] = content
+    return settings
+
+
+def over_runs(runs, key, interval="ci"):
+    """{"mean", "ci", "sd"} of a number over runs; None if no run has it."""
+    runs = [run for run in runs if run.get(key) is not None]
+    if not runs:
+        return None
+    values = [run[key] for run in runs]
+    ends = [run[interval] for run in runs if run.get(interval)]
+    ci = np.mean(ends, axis=0).tolist() if ends else None
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "ci": ci, "sd": sd}
+
+
+def add_baselines(settings):
+    """Before the settings, the baselines of their win rates, each against itself: 50 by definition."""
+    first = {}
+    for results in settings.values():
+        for run in results.get("winrate", {}).values():
+            name = Path(run["baseline"]).name
+            line = {"win_rate": 50.0, "n_total": run["n_total"], "by": "", "labelers": []}
+            line |= {"avg_length": run.get("avg_length_baseline"), "reward": run.get("reward_baseline")}
+            if run.get("length_controlled_winrate") is not None:
+                line["length_controlled_winrate"] = 50.0
+            if name not in settings:
+                first[name] = {"winrate": {None: line}}
+    return first | settings
+
+
+def gain(settings, name, start):
+    """Points of LC, or of win rate if one has no LC, that a setting gained over another; None if unknown."""
+    runs, before = ([*settings.get(each, {}).get("winrate", {}).values()] for each in (name, start))
+    for key in ("length_controlled_winrate", "win_rate"):
+        after, base = over_runs(runs, key), over_runs(before, key)
+        if after and base:
+            return after["mean"] - base["mean"]
+    return None
+
+
+# ----- tables: lists of lines {column: text}
+def text(value, form=".2f"):
+    """A number or an interval as text; "" for None."""
+    if isinstance(value, (list, tuple)):
+        return f"{value[0]:{form}} to {value[1]:{form}}"
+    return "" if value is None else format(value, form)
+
+
+def spread(runs, key, interval, name):
+    """Columns of a number over runs: its mean, interval over prompts and standard deviation over seeds."""
+    value = over_runs(runs, key, interval) or {"mean": None, "ci": None, "sd": None}
+    return {
+        name: text(value["mean"]),
+        f"{name} 95 %": text(value["ci"], ".1f"),
+        f"{name} sd": text(value["sd"]),
+    }
+
+
+def compute(results):
+    """Columns of what a setting cost, from the meta files that are given: tokens by stage, and seconds."""
+    metas = [meta for kind in ("meta", "pairs") for meta in results.get(kind, {}).values()]
+    line = {}
+    for name in ("tokens_sampled", "tokens_scored", "tokens_trained"):
+        counts = [meta.get("counts", {}).get(name, 0) for meta in metas]
+        line[name.replace("_", " ")] = text(sum(counts) or None, ",")
+    if not line["tokens trained"]:
+        steps = [step for steps in results.get("metrics", {}).values() for step in steps]
+        line["tokens trained"] = text(sum(step["tokens"] for step in steps) or None, ",")
+    line["seconds"] = text(sum(meta.get("seconds", 0) for meta in metas) or None, ".0f")
+    return line
+
+
+def settings_table(settings, start):
+    lines = []
+    for name, results in settings.items():
+        runs = list(results.get("winrate", {}).values())
+        pairs = list(results.get("pairs", {}).values())
+        line = {"setting": name, "runs": text(max(len(runs), len(pairs)) or None, "d")}
+        line |= spread(runs, "length_controlled_winrate", "lc_ci", "LC")
+        line |= spread(runs, "win_rate", "ci", "win rate")
+        line["standard error"] = mean_of(runs, "standard_error")
+        if start and start != name:
+            line["gain"] = text(gain(settings, name, start), "+.2f")
+        for kind in sorted(kind for kind in results if kind.startswith("benchmarks_")):
+            line |= spread(results[kind].values(), "average", "", kind.replace("_", " "))
+        line["reward"] = mean_of(runs, "reward")
+        line["characters"] = mean_of(runs, "avg_length", ".0f")
+        line["prompts"] = mean_of(runs, "n_total", ".0f")
+        line["pairs"] = mean_of([meta["counts"] for meta in pairs], "pairs", ".0f")
+        for what, column in (("chosen reward", "mean chosen"), ("gap", "mean gap")):
+            line[column] = mean_of([meta["stats"].get(what, {}) for meta in pairs], "mean")
+        line |= compute(results)
+        if runs:
+            line["judge"] = ", ".join(runs[0].get("labelers") or [runs[0].get("by", "")])
+            line["formula of LC"] = runs[0].get("formula", "")
+        lines.append(line)
+    return lines
+
+
+def mean_of(runs, key, form=".2f"):
+    value = over_runs(runs, key)
+    return text(value["mean"], form) if value else ""
+
+
+def add_paper(lines, path):
+    """The paper's numbers as columns "COLUMN (paper)"; settings that are not among ours get a line."""
+    by_setting = {line["setting"]: line for line in lines}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                line = by_setting.setdefault(row["setting"], {"setting": row["setting"]})
+                line[f"{row['column']} (paper)"] = row["value"]
+    except (OSError, KeyError, UnicodeError, csv.Error) as error:
+        fail(f"--paper {path}: expected the columns setting, column and value: {error!r}")
+    return list(by_setting.values())
+
+
+def groups_table(settings):
+    lines = []
+    for name, results in settings.items():
+        for seed, run in results.get("winrate", {}).items():
+            run_name = name if seed is None else f"{name}_seed{seed}"
+            minus = run.get("minus")
+            lines += group_lines(run_name, run)
+            if minus:
+                other = Path(minus["model"]).name
+                whole = {"all": {"all": {"n_total": run["n_total"], **minus}}}
+                lines += group_lines(f"{run_name} minus {other}", {**minus, **whole})
+    return lines
+
+
+def group_lines(name, run):
+    lines = []
+    for of in ("all", "categories", "length_bins"):
+        for group, cell in run.get(of, {}).items():
+            line = {"setting": name, "of": of.replace("_", " "), "group": group, "n": str(cell["n_total"])}
+            line["LC"] = text(cell.get("length_controlled_winrate"))
+            line["LC 95 %"] = text(cell.get("lc_ci"), ".1f")
+            line["win rate"] = text(cell.get("win_rate"))
+            line["95 %"] = text(cell.get("ci"), ".1f")
+            lines.append(line)
+    return lines
+
+
+def benchmarks_table(settings, kind):
+    lines = []
+    for name, results in settings.items():
+        runs = list(results.get(kind, {}).values())
+        if not runs:
+            continue
+        line = {"setting": name, "runs": str(len(runs))}
+        for task, cell in runs[0]["tasks"].items():
+            cells = [run["tasks"][task] for run in runs if task in run["tasks"]]
+            score = over_runs(cells, "score")
+            line[f"{task} (n = {cell['n']})"] = text(score["mean"])
+            line[f"{task} se"] = mean_of(cells, "stderr")
+            line[f"{task} sd"] = text(score["sd"])
+        line["average"] = mean_of(runs, "average")
+        lines.append(line)
+    return lines
+
+
+def delta_table(settings, asked):
+    """S2's ratio of two gains from one start model."""
+    lines = []
+    for start, off, on in asked:
+        gains = [gain(settings, name, start) for name in (off, on)]
+        if None in gains:
+            fail(f"--delta {start} {off} {on}: expected win rates of all three, found {', '.join(settings)}")
+        line = {
+            "start": start,
+            "boundary score": mean_of(settings[start].get("boundary", {}).values(), "score"),
+        }
+        line |= {"off-trained": off, "gain off": text(gains[0], "+.2f")}
+        line |= {"on-trained": on, "gain on": text(gains[1], "+.2f"), "delta": delta(*gains)}
+        lines.append(line)
+    return lines
+
+
+def delta(off, on):
+    """gain off / gain on as text; S2 prints +inf where only one source gains."""
+    if on > 0:
+        return f"{off / on:.2f}"
+    return "+inf" if off > 0 else "-"
+
+
+def boundary_table(settings):
+    lines = []
+    for name, results in settings.items():
+        for run in results.get("boundary", {}).values():
+            line = {"setting": name, "prompts": str(run["n_prompts"])}
+            line |= {"V_on": f"{run['v_on']:g}", "V_off": f"{run['v_off']:g}", "ties": str(run["ties"])}
+            for column, score in (("score", run), ("length-matched", run.get("length_matched"))):
+                line[column] = text(score["score"], ".3f") if score else ""
+                line[f"{column} 95 %"] = text(score["ci"], ".3f") if score else ""
+            distinct = run.get("distinct")
+            line["distinct"] = text(distinct["sum"], ".3f") if distinct else ""
+            lines.append(line | {"stage": run["stage"], "use": run["use"]})
+    return lines
+
+
+def pair_sets_table(settings):
+    lines = []
+    for name, results in settings.items():
+        for meta in results.get("pairs", {}).values():
+            counts = {
+                column: str(meta["counts"].get(column, "")) for column in ("pairs", "on", "off", "cross")
+            }
+            for what, numbers in meta["stats"].items():
+                row = {
+                    column: text(value, "," if column == "n" else ".2f") for column, value in numbers.items()
+                }
+                lines.append({"setting": name, **counts, "of": what, **row})
+    return lines
+
+
+# ----- writing
+def write_table(lines, path):
+    """The columns that say something as CSV, and as lines of Markdown, the paper's beside ours."""
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    columns = [column for column in columns if any(line.get(column) for line in lines)]
+    ours = [column.removesuffix(" (paper)") for column in columns]
+    columns.sort(key=lambda column: ours.index(column.removesuffix(" (paper)")))
+    rows = [columns] + [[line.get(column, "") for column in columns] for line in lines]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    markdown = []
+    for row in rows:
+        cells = [cell.replace("|", "/").ljust(width) for cell, width in zip(row, widths, strict=True)]
+        markdown.append(f"| {' | '.join(cells)} |")
+    markdown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return markdown
+
+
+def main(args):
+    settings = add_baselines(read_results(args.results))
+    for name in [args.start] if args.start else []:
+        if name not in settings:
+            fail(f"--start {name}: no setting or baseline has this name; there are {', '.join(settings)}")
+    tables = {"settings": settings_table(settings, args.start)}
+    if args.paper:
+        tables["settings"] = add_paper(tables["settings"], args.paper)
+    tables["groups"] = groups_table(settings)
+    for kind in sorted({kind for results in settings.values() for kind in results}):
+        if kind.startswith("benchmarks_"):
+            tables[kind] = benchmarks_table(settings, kind)
+    tables["delta"] = delta_table(settings, args.delta)
+    tables["boundary"] = boundary_table(settings)
+    tables["pair_sets"] = pair_sets_table(settings)
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    report = ["# Report"]
+    for name, lines in tables.items():
+        if lines:
+            report += ["", f"## {name}", "", *write_table(lines, out / f"{name}.csv")]
+    for figure in sorted(out.glob("*.png")):
+        report += ["", f"![{figure.stem}]({figure.name})"]
+    (out / "report.md").write_text("\n".join(report) + "\n", encoding="utf-8")
+    print("\n".join(report))
+    print(
+        json.dumps({"out": args.out, "tables": {name: len(lines) for name, lines in tables.items() if lines}})
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,80 @@
+"""
+The form of the scripts: how long they are, what they import, how much a statement says at once.
+
+Covers  formatted size of the top-level scripts; no top-level script imports one of ours, a side
+        script at most one of the top level; no statement over 60 AST nodes; no `fmt: off`. Layout and line
+        length are `ruff format --check` and `ruff check` in tests/run.sh.
+Run     python -m pytest tests/test_style.py
+"""
+
+import ast
+
+import pytest
+from conftest import REPO
+
+# Formatted lines. evaluate.py is above its plan's 540: the trial had no row types, record and benchmarks.
+SIZES = {"build_pairs": 380, "boundary": 320, "evaluate": 640}
+REWRITTEN_LATER = ["generate", "score", "train_dpo"]  # by the next issues; left out in ruff.toml too
+TOP = [*SIZES, *REWRITTEN_LATER]
+FOLDERS = ("data", "scorers", "recipes", "report")
+SIDE = [str(path.relative_to(REPO)) for name in FOLDERS for path in sorted((REPO / name).glob("*.py"))]
+REWRITTEN = [f"{name}.py" for name in SIZES] + [path for path in SIDE if path != "data/get_models.py"]
+
+
+def parse(path):
+    return ast.parse((REPO / path).read_text())
+
+
+def imported(path):
+    names = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports from its own folder"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_the_top_level_has_these_scripts():
+    assert sorted(path.stem for path in REPO.glob("*.py")) == sorted(TOP)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size(name):
+    assert len((REPO / f"{name}.py").read_text().splitlines()) <= SIZES[name]
+
+
+@pytest.mark.parametrize("path", [f"{name}.py" for name in TOP] + SIDE)
+def test_imports(path):
+    ours = imported(path) & set(TOP)
+    assert len(ours) <= (1 if "/" in path else 0), ours
+    assert not imported(path) & {folder for folder in (*FOLDERS, "tests", "benchmarks")}
+
+
+def size_of(node):
+    """Nodes of a statement without the statements in it; entries of a plain dict or list are not added up."""
+    sizes = [size_of(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+    display = isinstance(node, (ast.Dict, ast.List, ast.Tuple, ast.Set))
+    return 1 + (max(sizes, default=0) if display else sum(sizes))
+
+
+def test_the_size_of_a_statement_by_hand():
+    assert size_of(ast.parse("a = 1").body[0]) == 4  # Assign, Name, Store, Constant
+    # Assign, Name, Store, Dict, and the 4 of the larger entry: BinOp, Constant, Add, Constant
+    assert size_of(ast.parse("a = {1: 2, 3: 4 + 5}").body[0]) == 8
+
+
+@pytest.mark.parametrize("path", REWRITTEN)
+def test_no_statement_says_too_much(path):
+    tree = parse(path)
+    flags = next((node for node in tree.body if getattr(node, "name", "") == "parse_args"), None)
+    allowed = set(ast.walk(flags)) if flags else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and node not in allowed:
+            assert size_of(node) <= 60, f"{path}:{node.lineno} has {size_of(node)} nodes"
+
+
+@pytest.mark.parametrize("path", REWRITTEN)
+def test_formatting_is_not_switched_off(path):
+    assert "fmt: off" not in (REPO / path).read_text() and "fmt: skip" not in (REPO / path).read_text()
