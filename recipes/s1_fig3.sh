@@ -10,7 +10,10 @@ OUT=${OUT:-out/s1_fig3}
 on=$RUN/eval/dpo_1_judged.jsonl off=$RUN/eval/dpo_0_judged.jsonl
 
 python evaluate.py winrate --scored "$on" "$off" --model "$RUN/dpo_1" --minus "$RUN/dpo_0" \
-  --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "mathematical reasoning or calculation" coding --out "$OUT/objective.json"
+  --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "mathematical reasoning or calculation" coding --out "$OUT/objective.winrate.json"
 python evaluate.py winrate --scored "$on" "$off" --model "$RUN/dpo_1" --minus "$RUN/dpo_0" \
-  --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "assisting or creative writing" recommendation --out "$OUT/open.json"
-python evaluate.py report "$OUT/objective.json" "$OUT/open.json" --out "$OUT/report"
+  --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "assisting or creative writing" recommendation \
+  --out "$OUT/open.winrate.json"
+python report/figure.py lengths "$OUT"/*.winrate.json --out "$OUT/fig3.png"
+python report/figure.py categories "$OUT/objective.winrate.json" --out "$OUT/fig2.png"
+python report/table.py "$OUT"/*.winrate.json --out "$OUT"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # S1 Fig. 4: the share of on-policy pairs, the total number fixed, with error bars, for one model.
 # Not as in the paper: it prints neither its shares (here those of its code) nor where its error bars come from (here three seeds, of the
-# mixture and of the training; the report draws their sd). One node of 8 x 80 GB, 27 trainings; not run here.
+# mixture and of the training; the figure draws their sd). One node of 8 x 80 GB, 27 trainings; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}  # and allenai/Llama-3.1-Tulu-3-8B-SFT
@@ -18,7 +18,7 @@ python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eva
 
 for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prompts, so the total is the same too
   for seed in 0 1 2; do
-    name=${share}_seed$seed model=$OUT/dpo_${share}_seed$seed
+    model=$OUT/dpo_${share}_seed$seed
     python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio "$share" --seed "$seed" --out "$model.pairs.jsonl"
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --seed "$seed" \
       --out "$model"
@@ -29,4 +29,5 @@ for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prom
       --out "$model.winrate.json"
   done
 done
-python evaluate.py report "$OUT"/*.winrate.json --out "$OUT/report"
+python report/figure.py ratio "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json --out "$OUT/fig4.png"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"

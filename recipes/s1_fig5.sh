@@ -19,12 +19,12 @@ python score.py --scorer embed --model "$MODEL" --responses "$OUT/logps.jsonl" -
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 
 for p in 0.1 0.2 0.3 0.4 0.5; do
-  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter quality:$p --out "$OUT/pairs_quality_$p.jsonl"
-  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter onpolicy:$p --out "$OUT/pairs_onpolicy_$p.jsonl"
-  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter contrast:$p --out "$OUT/pairs_contrast_$p.jsonl"
-  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter similarity:$p --out "$OUT/pairs_similarity_$p.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter quality:$p --out "$OUT/dpo_quality_$p.pairs.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter onpolicy:$p --out "$OUT/dpo_onpolicy_$p.pairs.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter contrast:$p --out "$OUT/dpo_contrast_$p.pairs.jsonl"
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter similarity:$p --out "$OUT/dpo_similarity_$p.pairs.jsonl"
   for filter in quality onpolicy contrast similarity; do
-    name=${filter}_$p model=$OUT/dpo_${filter}_$p
+    model=$OUT/dpo_${filter}_$p
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
     python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
@@ -33,4 +33,5 @@ for p in 0.1 0.2 0.3 0.4 0.5; do
       --out "$model.winrate.json"
   done
 done
-python evaluate.py report "$OUT"/*.winrate.json --out "$OUT/report"
+python report/figure.py filters "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json --out "$OUT/fig5.png"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"

@@ -14,12 +14,14 @@ GPUS=${GPUS:-8}
 python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/on.jsonl" "$OUT/off.jsonl" --out "$OUT/scored.jsonl"
-python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --out "$OUT/mix.jsonl"
-python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --filter quality:0.4 --out "$OUT/high.jsonl"
-total=$(wc -l < "$OUT/high.jsonl")
-python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --total "$total" --out "$OUT/same_size.jsonl"
+python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --out "$OUT/dpo_mix.pairs.jsonl"
+python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --filter quality:0.4 --out "$OUT/dpo_high.pairs.jsonl"
+total=$(wc -l < "$OUT/dpo_high.pairs.jsonl")
+python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --total "$total" \
+  --out "$OUT/dpo_same_size.pairs.jsonl"
 for name in mix high same_size; do
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/$name.jsonl" --out "$OUT/dpo_$name"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
+    --out "$OUT/dpo_$name"
 done
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
@@ -31,4 +33,5 @@ for model in "$MODEL" "$OUT/dpo_mix" "$OUT/dpo_high" "$OUT/dpo_same_size"; do
   python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$name.winrate.json"
 done
-python evaluate.py report "$OUT"/eval/*.winrate.json --out "$OUT/report"
+python report/figure.py settings "$OUT"/eval/*.winrate.json --out "$OUT/fig6.png"
+python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --start "${MODEL##*/}" --out "$OUT"

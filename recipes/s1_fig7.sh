@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# S1 Fig. 7: how AlpacaEval 2's 805 prompts fall into WildChat's 16 categories. The last line printed has the counts; no command draws them
-# as bars by themselves. Not as in the paper: its question to the model is unpublished (here a numbered list, answered by a number), and its
-# code splits labels at their commas, which makes 17 of them. No GPU; not run here.
+# S1 Fig. 7: how AlpacaEval 2's 805 prompts fall into WildChat's 16 categories. Not as in the paper: its question to the
+# model is unpublished (here a numbered list, answered by a number), and its code splits labels at their commas, which makes 17 of them.
+# No GPU; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LABELER=${LABELER:-gpt-4o-mini}  # the key from OPENAI_API_KEY
@@ -10,3 +10,4 @@ OUT=${OUT:-out/s1_fig7}
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
 python score.py --scorer category --model "$LABELER" --responses "$OUT/gpt4.jsonl" --out "$OUT/categories.jsonl"
+python report/figure.py shares "$OUT/categories.jsonl" --out "$OUT/fig7.png"

@@ -25,19 +25,20 @@ for k in 0 1; do  # two halves of the prompts, for DPO-Mix-P's rounds
   python score.py --model "$REWARD" --responses "$OUT/on.jsonl" "$OUT/off.jsonl" --shard "$k/2" --out "$OUT/scored_$k.jsonl"
 done
 for share in 0 0.5 1; do  # off-policy DPO, SimpleMix, on-policy DPO
-  python build_pairs.py --scored "$OUT/scored_0.jsonl" "$OUT/scored_1.jsonl" --on-ratio "$share" --total "$TOTAL" --stats \
-    --out "$OUT/on_$share.jsonl"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/on_$share.jsonl" --out "$OUT/dpo_$share"
+  python build_pairs.py --scored "$OUT/scored_0.jsonl" "$OUT/scored_1.jsonl" --on-ratio "$share" --total "$TOTAL" \
+    --out "$OUT/dpo_$share.pairs.jsonl"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/dpo_$share.pairs.jsonl" \
+    --out "$OUT/dpo_$share"
 done
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --loss hypo --model "$MODEL" --pairs "$OUT/on_0.jsonl" --out "$OUT/hypo"
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --loss hypo --model "$MODEL" --pairs "$OUT/dpo_0.pairs.jsonl" --out "$OUT/hypo"
 
-python build_pairs.py --scored "$OUT/scored_0.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_1.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/mixp_1.jsonl" --out "$OUT/mixp_1"
+python build_pairs.py --scored "$OUT/scored_0.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_1.pairs.jsonl"
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/mixp_1.pairs.jsonl" --out "$OUT/mixp_1"
 python generate.py --model "$OUT/mixp_1" --mix-ref "$MODEL" --mix-weights 1.5 -0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_a.jsonl"
 python generate.py --model "$OUT/mixp_1" --mix-ref "$MODEL" --mix-weights 0.5 0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_b.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/mixp_a.jsonl" "$OUT/mixp_b.jsonl" --out "$OUT/mixp_scored.jsonl"
-python build_pairs.py --scored "$OUT/mixp_scored.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_2.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.jsonl" \
+python build_pairs.py --scored "$OUT/mixp_scored.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_2.pairs.jsonl"
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.pairs.jsonl" \
   --out "$OUT/mixp_2"
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
@@ -51,4 +52,6 @@ for model in "$MODEL" "$OUT/dpo_0" "$OUT/dpo_0.5" "$OUT/dpo_1" "$OUT/hypo" "$OUT
     --out "$name.winrate.json"
   python evaluate.py benchmarks --model "$model" --suite simplemix --out "$name.benchmarks.json"
 done
-python evaluate.py report "$OUT"/eval/*.winrate.json "$OUT"/eval/*.benchmarks.json --out "$OUT/report"
+python report/figure.py categories "$OUT"/eval/*.winrate.json --out "$OUT/fig8.png"
+python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/eval/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl \
+  --start "${MODEL##*/}" --out "$OUT"

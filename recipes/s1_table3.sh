@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # S1 Table 3 and Figs. 10 and 11: four answers per prompt made more diverse by asking for it (Appendix H) or by a temperature of 1, 2 or 3.
-# SimpleMix's row is dpo_0.5 of s1_table2.sh. Not as in the paper: it does not say over what its "Avg. reward" goes (--stats prints all four
-# readings), and answers that were cut stay in (--truncated keep, without an end-of-turn token): at 2 and 3 hardly any ends by itself.
-# vLLM stops at temperature 2, so 3 runs in transformers, which is slow. One node of 8 x 80 GB; not run here.
+# SimpleMix's row is dpo_0.5 of s1_table2.sh. Not as in the paper: it does not say over what its "Avg. reward" goes (the table has the chosen
+# and the rejected ones, "stats" of the meta files all samples), and answers that were cut stay in (--truncated keep, without an end-of-turn
+# token): at 2 and 3 hardly any ends by itself. vLLM stops at temperature 2, so 3 runs in transformers, which is slow. One node of 8 x 80 GB;
+# not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
@@ -25,7 +26,7 @@ for name in prompting tau_0.7 tau_1 tau_2 tau_3; do
 done
 for name in prompting tau_1 tau_2 tau_3; do
   model=$OUT/dpo_$name
-  python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --stats --out "$model.pairs.jsonl"
+  python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --out "$model.pairs.jsonl"
   torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
   python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
@@ -34,5 +35,6 @@ for name in prompting tau_1 tau_2 tau_3; do
     --out "$model.winrate.json"
   python evaluate.py benchmarks --model "$model" --suite simplemix --out "$model.benchmarks.json"
 done
-python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/pairs_*.meta.json "$OUT/scored_prompting.jsonl" \
-  "$OUT/scored_tau_0.7.jsonl" "$OUT/scored_tau_2.jsonl" "$OUT/scored_tau_3.jsonl" --out "$OUT/report"  # the scored files: Figs. 10, 11
+python report/figure.py rewards "$OUT"/scored_prompting.jsonl "$OUT"/scored_tau_0.7.jsonl --out "$OUT/fig10.png"
+python report/figure.py rewards "$OUT"/scored_tau_{0.7,2,3}.jsonl --out "$OUT/fig11.png"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"

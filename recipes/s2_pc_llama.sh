@@ -18,14 +18,14 @@ python generate.py --preset s2 --model "$MODEL" --prompts "$OUT/off.jsonl" --out
 for name in off llama on; do
   python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "$OUT/$name.jsonl" --out "$OUT/wins_$name.jsonl"
 done
-python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio 0 --out "$OUT/pairs_off.jsonl"
-python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/pairs_llama.jsonl"
-python build_pairs.py --scored "$OUT/wins_on.jsonl" --on-ratio 1 --out "$OUT/pairs_on.jsonl"
+python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio 0 --out "$OUT/dpo_off.pairs.jsonl"
+python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/dpo_llama.pairs.jsonl"
+python build_pairs.py --scored "$OUT/wins_on.jsonl" --on-ratio 1 --out "$OUT/dpo_on.pairs.jsonl"
 for name in off llama on; do
   torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
     --out "$OUT/dpo_$name"
 done
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/pairs_llama.jsonl" \
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/dpo_llama.pairs.jsonl" \
   --out "$OUT/dpo_off-llama"
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
@@ -41,5 +41,7 @@ done
 python generate.py --preset s2 --n 1 --limit 805 --model "$LLAMA" --prompts "$OUT/off.jsonl" --out "$OUT/c5_llama.jsonl"
 python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --limit 805 \
   --responses "$OUT/c5_llama.jsonl" "$OUT/off.jsonl" --out "$OUT/c5_judged.jsonl"
-python boundary.py --scored "$OUT/c5_judged.jsonl" --out "$OUT/c5_boundary.json"
-python evaluate.py report "$OUT"/eval/*.winrate.json "$OUT/c5_boundary.json" "$OUT"/dpo_*/metrics.jsonl --out "$OUT/report"
+python boundary.py --scored "$OUT/c5_judged.jsonl" --out "$OUT/c5.boundary.json"
+python report/figure.py training "$OUT"/dpo_*/metrics.jsonl --out "$OUT/fig3.png"
+python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/dpo_*/metrics.jsonl "$OUT/c5.boundary.json" \
+  --start "${MODEL##*/}" --out "$OUT"

@@ -21,31 +21,31 @@ train() { # START PAIRS OUT
   esac
 }
 iteration() { # START: its boundary score, pairs of its own, and a model from either kind of pairs with START as the reference
-  local own=$OUT/${1##*/}
-  python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/test.jsonl" --out "${own}_test.jsonl"
-  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${own}_test.jsonl" "$OUT/test.jsonl" \
-    --out "${own}_test_wins.jsonl"
-  python score.py --scorer logp --model "$1" --responses "${own}_test_wins.jsonl" --out "${own}_test_logp.jsonl"
-  python boundary.py --scored "${own}_test_logp.jsonl" --out "$own.boundary.json"
-  python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/off.jsonl" --out "${own}_on.jsonl"
-  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${own}_on.jsonl" --out "${own}_wins.jsonl"
-  python build_pairs.py --scored "${own}_wins.jsonl" --on-ratio 1 --out "${own}_pairs.jsonl"
-  train "$1" "$OUT/off_pairs.jsonl" "$own-off"
-  train "$1" "${own}_pairs.jsonl" "$own-on"
+  local start=$OUT/${1##*/}
+  python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/test.jsonl" --out "${start}_test.jsonl"
+  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${start}_test.jsonl" "$OUT/test.jsonl" \
+    --out "${start}_test_wins.jsonl"
+  python score.py --scorer logp --model "$1" --responses "${start}_test_wins.jsonl" --out "${start}_test_logp.jsonl"
+  python boundary.py --scored "${start}_test_logp.jsonl" --out "$start.boundary.json"
+  python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/off.jsonl" --out "${start}_on.jsonl"
+  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${start}_on.jsonl" --out "${start}_wins.jsonl"
+  python build_pairs.py --scored "${start}_wins.jsonl" --on-ratio 1 --out "$start-on.pairs.jsonl"
+  train "$1" "$OUT/off.pairs.jsonl" "$start-off"
+  train "$1" "$start-on.pairs.jsonl" "$start-on"
 }
 
 python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --import-split test_prefs \
   --out "$OUT/test.jsonl"
 python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "$OUT/off.jsonl" --out "$OUT/off_wins.jsonl"
-python build_pairs.py --scored "$OUT/off_wins.jsonl" --select relabel --on-ratio 0 --out "$OUT/off_pairs.jsonl"
+python build_pairs.py --scored "$OUT/off_wins.jsonl" --select relabel --on-ratio 0 --out "$OUT/off.pairs.jsonl"
 
-own=$OUT/${MODEL##*/}
+base=$OUT/${MODEL##*/}
 iteration "$MODEL"
-iteration "$own-off"
-iteration "$own-on"
+iteration "$base-off"
+iteration "$base-on"
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
-for model in "$MODEL" "$own-off" "$own-on" "$own-off-off" "$own-off-on" "$own-on-off" "$own-on-on"; do
+for model in "$MODEL" "$base"-{off,on,off-off,off-on,on-off,on-on}; do
   name=$OUT/${model##*/}
   python generate.py --greedy --max-tokens "$MAX_TOKENS" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
   python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
@@ -53,4 +53,8 @@ for model in "$MODEL" "$own-off" "$own-on" "$own-off-off" "$own-off-on" "$own-on
   python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$name.winrate.json"
 done
-python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$own"-*/metrics.jsonl --out "$OUT/report"
+name=${base##*/}
+python report/figure.py training "$base"-*/metrics.jsonl --out "$OUT/fig3.png"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$OUT"/*.pairs.meta.json "$base"-*/metrics.jsonl --start "$name" \
+  --delta "$name" "$name-off" "$name-on" --delta "$name-off" "$name-off-off" "$name-off-on" \
+  --delta "$name-on" "$name-on-off" "$name-on-on" --out "$OUT"

@@ -16,14 +16,14 @@ python generate.py --import-format ultrafeedback_binarized --import-data allenai
   --import-split train --out "$OUT/off.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/rewards.jsonl"
 python score.py --scorer judge --model "$LABELER" --responses "$OUT/rewards.jsonl" --out "$OUT/both.jsonl"  # prints their agreement
-python build_pairs.py --scored "$OUT/both.jsonl" --on-ratio 0 --disagree judge --out "$OUT/pairs_reward.jsonl"
-python build_pairs.py --scored "$OUT/both.jsonl" --on-ratio 0 --reward judge --disagree rm --out "$OUT/pairs_judge.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --disagree judge --out "$OUT/reward.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for name in reward judge; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$model.pairs.jsonl" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
     python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
@@ -33,4 +33,4 @@ for name in reward judge; do
     python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/pairs_*.meta.json --out "$OUT/report"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"

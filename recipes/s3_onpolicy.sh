@@ -21,27 +21,27 @@ for mistral in mistralai/Mistral-7B-Instruct-v0.2 princeton-nlp/Mistral-7B-Instr
     --out "$OUT/off/${mistral##*/}.jsonl"
 done
 python generate.py --preset s3 --model "$MODEL" --prompts "$OUT/off/prompts.jsonl" --out "$OUT/samples.jsonl"
-off=$OUT/off.jsonl on=$OUT/on.jsonl sets=$OUT/pairs
-python score.py --model "$REWARD" --responses "$OUT"/off/*.jsonl --out "$off"
-python score.py --model "$REWARD" --responses "$OUT/samples.jsonl" --out "$on"
-python build_pairs.py --scored "$off" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/low --out "$sets/hq_0.jsonl"
-python build_pairs.py --scored "$off" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers medium/worst --out "$sets/lq_0.jsonl"
+python score.py --model "$REWARD" --responses "$OUT"/off/*.jsonl --out "$OUT/off_all.jsonl"
+python score.py --model "$REWARD" --responses "$OUT/samples.jsonl" --out "$OUT/on.jsonl"
+python data/decontaminate.py --prompts "$OUT/off_all.jsonl" --seen "$SFT" --out "$OUT/off.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/off.jsonl" --tiers best/low --out "$OUT/hq_0.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/off.jsonl" --tiers medium/worst --out "$OUT/lq_0.pairs.jsonl"
 for rho in 0.1 0.2; do
-  python build_pairs.py --scored "$off" "$on" --exclude-prompts "$SFT" --select tiers --tiers best/low --replace "$rho" \
-    --out "$sets/hq_$rho.jsonl"
-  python build_pairs.py --scored "$off" "$on" --exclude-prompts "$SFT" --select tiers --tiers best/low --replace "$rho" \
-    --replace-rule rejected --inverted keep --out "$sets/hq_${rho}_rejected.jsonl"
-  python build_pairs.py --scored "$off" "$on" --exclude-prompts "$SFT" --select tiers --tiers medium/worst --replace "$rho" \
-    --out "$sets/lq_$rho.jsonl"
-  python build_pairs.py --scored "$off" "$on" --exclude-prompts "$SFT" --select tiers --tiers medium/worst --replace "$rho" \
-    --replace-rule rejected --inverted keep --out "$sets/lq_${rho}_rejected.jsonl"
+  python recipes/s3_pairs.py --scored "$OUT/off.jsonl" "$OUT/on.jsonl" --tiers best/low --replace "$rho" \
+    --out "$OUT/hq_$rho.pairs.jsonl"
+  python recipes/s3_pairs.py --scored "$OUT/off.jsonl" "$OUT/on.jsonl" --tiers medium/worst --replace "$rho" \
+    --out "$OUT/lq_$rho.pairs.jsonl"
+  python recipes/s3_pairs.py --scored "$OUT/off.jsonl" "$OUT/on.jsonl" --tiers best/low --replace "$rho" \
+    --replace-rule rejected --inverted keep --out "$OUT/hq_${rho}_rejected.pairs.jsonl"
+  python recipes/s3_pairs.py --scored "$OUT/off.jsonl" "$OUT/on.jsonl" --tiers medium/worst --replace "$rho" \
+    --replace-rule rejected --inverted keep --out "$OUT/lq_${rho}_rejected.pairs.jsonl"
 done
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for name in hq_0 hq_0.1 hq_0.2 hq_0.1_rejected hq_0.2_rejected lq_0 lq_0.1 lq_0.2 lq_0.1_rejected lq_0.2_rejected; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$sets/$name.jsonl" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
     python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
@@ -51,4 +51,4 @@ for name in hq_0 hq_0.1 hq_0.2 hq_0.1_rejected hq_0.2_rejected lq_0 lq_0.1 lq_0.
     python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$sets"/*.meta.json --out "$OUT/report"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"

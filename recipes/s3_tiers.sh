@@ -25,28 +25,25 @@ for mistral in mistralai/Mistral-7B-Instruct-v0.2 princeton-nlp/Mistral-7B-Instr
     --out "$OUT/answers/${mistral##*/}.jsonl"
 done
 python score.py --model "$REWARD" --responses "$OUT"/answers/*.jsonl --out "$OUT/all.jsonl"
-all=$OUT/all.jsonl
-sets=$OUT/pairs
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/worst --out "$sets/best_worst.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/low --out "$sets/best_low.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/medium \
-  --out "$sets/best_medium.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers best/high --out "$sets/best_high.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers low/worst --out "$sets/low_worst.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers medium/worst \
-  --out "$sets/medium_worst.jsonl"
-python build_pairs.py --scored "$all" --exclude-prompts "$SFT" --on-ratio 0 --select tiers --tiers high/worst --out "$sets/high_worst.jsonl"
+python data/decontaminate.py --prompts "$OUT/all.jsonl" --seen "$SFT" --out "$OUT/scored.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers best/worst --out "$OUT/best_worst.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers best/low --out "$OUT/best_low.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers best/medium --out "$OUT/best_medium.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers best/high --out "$OUT/best_high.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers low/worst --out "$OUT/low_worst.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers medium/worst --out "$OUT/medium_worst.pairs.jsonl"
+python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers high/worst --out "$OUT/high_worst.pairs.jsonl"
 
 python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for seed in 0 1 2; do
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst; do
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$sets/$name.jsonl" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$OUT/${name}_seed$seed"
   done
   torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss sft --model "$MODEL" \
-    --pairs "$sets/best_worst.jsonl" --out "$OUT/sft_seed$seed"
+    --pairs "$OUT/best_worst.pairs.jsonl" --out "$OUT/sft_seed$seed"
   torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss online-dpo --online-max-new 1024 \
-    --model "$MODEL" --pairs "$sets/best_worst.jsonl" --out "$OUT/online_seed$seed"
+    --model "$MODEL" --pairs "$OUT/best_worst.pairs.jsonl" --out "$OUT/online_seed$seed"
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst sft online; do
     model=$OUT/${name}_seed$seed
     python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
@@ -57,4 +54,4 @@ for seed in 0 1 2; do
     python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python evaluate.py report "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$sets"/*.meta.json --out "$OUT/report"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"

@@ -1,184 +1,353 @@
 """
 Bad input gets one sentence with file and line and exit status 2, and nothing is written (DESIGN.md, rule 3).
 
-Covers  torn lines, missing keys, prompts that end with no user turn, empty and missing files, ids that stand twice,
-        rewards that are no numbers, folders that are no models, tokenizers without a chat template, an --out of another
-        run. What only one script can meet (a ratio, a total, a missing head ...) is tested beside that script.
+Covers  torn lines, missing keys, prompts that end with no user turn, empty and missing files, ids that are
+        twice in a file, rewards that are no numbers, folders that are no models, tokenizers without a chat
+        template; an --out that is an input, takes an input's record, is a folder or cannot be written, or is
+        of another run. What only one script can meet (a ratio, a total, a missing head ...) is tested beside
+        that script, and every key of every type in test_shapes.py.
 Run     python -m pytest tests/test_bad_input.py
 """
 
 import importlib
 import json
+import os
 import shutil
 
 import pytest
 from conftest import make_policy, run_script, write_rows
 
-# data-reading commands that need no training
-DATA = ["generate", "import", "score", "build_pairs", "boundary", "winrate"]
+QUICK = ["build_pairs", "boundary", "winrate"]  # they hold rows to their TypedDicts and replace their output
+DATA = ["generate", "import", "score", *QUICK]  # data-reading commands that need no training
+ALL = [*DATA, "train_dpo"]
 PROMPT = [{"role": "user", "content": "hi"}]
 
 
 def good_rows(command):
     if command == "train_dpo":
-        return [{"pair_id": f"p{k}", "prompt": PROMPT, "chosen": [{"role": "assistant", "content": f"good {k}"}],
-                 "rejected": [{"role": "assistant", "content": "bad"}]} for k in range(4)]
+        bad = [{"role": "assistant", "content": "bad"}]
+        good = [[{"role": "assistant", "content": f"good {k}"}] for k in range(4)]
+        return [{"pair_id": f"p{k}", "prompt": PROMPT, "chosen": good[k], "rejected": bad} for k in range(4)]
+    rows = [{"id": f"p{k}", "prompt": f"question {k}"} for k in range(4)]
     if command == "generate":
-        return [{"id": f"p{k}", "prompt": f"question {k}"} for k in range(4)]
+        return rows
     if command == "import":
-        return [{"id": f"p{k}", "prompt": f"question {k}", "response": "text"} for k in range(4)]
-    sides = [("good", "on", 2.0), ("bad", "on", 1.0), ("fine", "off", 1.5), ("poor", "off", 0.5)]
-    return [{"id": f"p{k}", "prompt": f"question {k}", "answer": "1", "responses": [
-        {"text": text, "source": source, "model": source, "finish": "stop"}
-        | ({} if command == "score" else {"reward": reward})
-        for text, source, reward in sides]} for k in range(4)]
+        return [{**row, "response": "text"} for row in rows]
+    responses = []
+    for text, source, reward in (
+        ("good", "on", 2.0),
+        ("bad", "on", 1.0),
+        ("fine", "off", 1.5),
+        ("poor", "off", 0.5),
+    ):
+        known = {"text": text, "source": source, "model": source, "finish": "stop"}
+        responses.append(known if command == "score" else {**known, "reward": reward})
+    return [{**row, "answer": "1", "responses": [dict(one) for one in responses]} for row in rows]
 
 
 def flags_of(command, data, out, model):
-    return {"generate": ["--model", model, "--prompts", data, "--out", out, "--backend", "hf", "--n", "1",
-                         "--max-tokens", "4"],
-            "import": ["--import-format", "rows", "--import-data", data, "--out", out],
-            "score": ["--scorer", "verify", "--responses", data, "--out", out],
-            "build_pairs": ["--scored", data, "--out", out], "boundary": ["--scored", data, "--out", out],
-            "winrate": ["winrate", "--scored", data, "--model", "on", "--baseline", "off", "--out", out],
-            "train_dpo": ["--model", model, "--pairs", data, "--out", out]}[command]
-
-
-def script_of(command):
-    return importlib.import_module({"import": "generate", "winrate": "evaluate"}.get(command, command))
+    sampling = ["--backend", "hf", "--n", "1", "--max-tokens", "4"]
+    return {
+        "generate": ["--model", model, "--prompts", data, "--out", out, *sampling],
+        "import": ["--import-format", "rows", "--import-data", data, "--out", out],
+        "score": ["--scorer", "verify", "--responses", data, "--out", out],
+        "build_pairs": ["--scored", data, "--out", out],
+        "boundary": ["--scored", data, "--out", out],
+        "winrate": ["winrate", "--scored", data, "--model", "on", "--baseline", "off", "--out", out],
+        "train_dpo": ["--model", model, "--pairs", data, "--out", out],
+    }[command]
 
 
 def start(command, data, out, model, *more):
-    script = script_of(command)
-    script.main(script.parse_args([*flags_of(command, str(data), str(out), str(model)), *more]))
+    script = importlib.import_module({"import": "generate", "winrate": "evaluate"}.get(command, command))
+    flags = flags_of(command, str(data), str(out), str(model))
+    script.main(script.parse_args([*flags, *map(str, more)]))
 
 
-def refused(tmp_path, capsys, command, data, model, *more):
-    """The sentence of a run that must be refused: one line on standard error, status 2, and no new file."""
-    before = sorted(tmp_path.rglob("*"))
+def contents(folder):
+    """{path: bytes} of all files below a folder; folders and links as what they are."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[path] = os.readlink(path)
+        else:
+            found[path] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def refused(tmp_path, capsys, command, data, model, *more, out=None):
+    """The sentence of a run that must be refused: one line on standard error, status 2, no file changed."""
+    before = contents(tmp_path)
     with pytest.raises(SystemExit) as exit_status:
-        start(command, data, tmp_path / "out" / "out.jsonl", model, *more)
+        start(command, data, tmp_path / "out" / "out.jsonl" if out is None else out, model, *more)
     printed = capsys.readouterr()
     assert exit_status.value.code == 2 and printed.out == ""
     assert printed.err.count("\n") == 1 and "Traceback" not in printed.err, printed.err
-    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != "out"] == []
+    after = contents(tmp_path)
+    if command not in QUICK:  # the old scripts may leave an empty folder
+        before[tmp_path / "out"] = after[tmp_path / "out"] = None
+    assert after == before
     return printed.err
 
 
 def test_the_good_rows_are_good(tmp_path, capsys, policy):
     for command in DATA:  # or else the refusals below could have another reason
-        start(command, write_rows(tmp_path / f"{command}.jsonl", good_rows(command)), tmp_path / f"{command}.out.jsonl",
-              policy)
+        data = write_rows(tmp_path / f"{command}.jsonl", good_rows(command))
+        start(command, data, tmp_path / f"{command}.out.jsonl", policy)
         assert json.loads(capsys.readouterr().out.splitlines()[-1]), command
 
 
-@pytest.mark.parametrize("command", [*DATA, "train_dpo"])
-@pytest.mark.parametrize("line", ['{"id": "p2", "prompt": "torn', "[1, 2]", "", "null"],
-                         ids=["torn", "list", "blank", "null"])
-def test_a_line_that_is_no_object(tmp_path, capsys, policy, command, line):
+# ----- lines and files
+@pytest.mark.parametrize("command", ALL)
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"id": "p2", "prompt": "torn"', "Input data was truncated"),
+        ('{"id": "p2", "prompt": "torn', "JSON is malformed: invalid character"),
+        ("[1, 2]", "Expected `object`, got `array`"),
+        ("", "Input data was truncated"),
+        ("null", "Expected `object`, got `null`"),
+    ],
+    ids=["torn", "torn in a text", "list", "blank", "null"],
+)
+def test_a_line_that_is_no_object(tmp_path, capsys, policy, command, line, sentence):
     lines = [json.dumps(row) for row in good_rows(command)]
     lines[2] = line
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     err = refused(tmp_path, capsys, command, tmp_path / "data.jsonl", policy)
-    assert f"{tmp_path}/data.jsonl:3: expected a JSON object, found" in err
+    expected = sentence if command in QUICK else "expected a JSON object, found"
+    assert f"{tmp_path}/data.jsonl:3: {expected}" in err
 
 
-@pytest.mark.parametrize("command", [*DATA, "train_dpo"])
+@pytest.mark.parametrize("command", ALL)
 def test_bytes_that_are_no_text(tmp_path, capsys, policy, command):
     write_rows(tmp_path / "data.jsonl", good_rows(command))
     with open(tmp_path / "data.jsonl", "ab") as file:
         file.write(b'{"id": "\xff\xfe"}\n')
-    assert "data.jsonl:5: expected a JSON object" in refused(tmp_path, capsys, command, tmp_path / "data.jsonl", policy)
+    err = refused(tmp_path, capsys, command, tmp_path / "data.jsonl", policy)
+    expected = "'utf-8' codec can't decode byte 0xff" if command in QUICK else "expected a JSON object"
+    assert f"data.jsonl:5: {expected}" in err
 
 
-@pytest.mark.parametrize("command, key", [
-    ("generate", "prompt"), ("import", "prompt"), ("score", "responses"), ("score", "prompt"), ("score", "id"),
-    ("build_pairs", "responses"), ("build_pairs", "id"), ("boundary", "prompt"), ("boundary", "responses"),
-    ("winrate", "responses"), ("winrate", "id"), ("train_dpo", "prompt"), ("train_dpo", "chosen"),
-    ("train_dpo", "rejected")])
-def test_a_missing_key(tmp_path, capsys, policy, command, key):
-    rows = good_rows(command)
-    del rows[1][key]
-    err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
-    assert f"data.jsonl:2: expected the key {key!r}, found " in err
-
-
-@pytest.mark.parametrize("command", [*DATA, "train_dpo"])
-@pytest.mark.parametrize("prompt, sentence", [
-    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-     "expected a prompt that ends with a user turn"),
-    ([], "expected the prompt to be text or messages"), (7, "expected the prompt to be text or messages"),
-    ([{"role": "user"}], "expected the prompt to be text or messages"),
-    (["a"], "expected the prompt to be text or messages")],
-    ids=["assistant last", "no turn", "a number", "no content", "no messages"])
-def test_a_prompt_that_is_none(tmp_path, capsys, policy, command, prompt, sentence):
-    rows = good_rows(command)
-    rows[3]["prompt"] = prompt
-    assert f"data.jsonl:4: {sentence}" in refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows),
-                                                  policy)
-
-
-@pytest.mark.parametrize("command", [*DATA, "train_dpo"])
+@pytest.mark.parametrize("command", ALL)
 def test_an_empty_file_and_none(tmp_path, capsys, policy, command):
     (tmp_path / "data.jsonl").touch()
-    assert f"{tmp_path}/data.jsonl: expected JSON lines, found an empty file" in refused(
-        tmp_path, capsys, command, tmp_path / "data.jsonl", policy)
-    assert "absent.jsonl: expected JSON lines, found no such file" in refused(tmp_path, capsys, command,
-                                                                              tmp_path / "absent.jsonl", policy)
+    (tmp_path / "folder").mkdir()
+    for name, sentence in (
+        ("data.jsonl", "an empty file"),
+        ("absent.jsonl", "no such file"),
+        ("folder", "no such file"),
+    ):
+        err = refused(tmp_path, capsys, command, tmp_path / name, policy)
+        expected = "no file or an empty one" if command in QUICK else sentence
+        assert f"{tmp_path}/{name}: expected JSON lines, found {expected}" in err
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "build_pairs", "boundary", "winrate", "train_dpo"])
-def test_an_id_that_stands_twice(tmp_path, capsys, policy, command):
+@pytest.mark.parametrize("command", ["generate", "score", *QUICK, "train_dpo"])
+def test_an_id_that_is_twice_in_a_file(tmp_path, capsys, policy, command):
     rows = good_rows(command)
     key = "pair_id" if command == "train_dpo" else "id"
     rows[2][key] = "p0"
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
-    assert f"data.jsonl:3: the {key} p0 stands twice in the file" in err
+    expected = (
+        "the id p0 is twice in the file" if command in QUICK else f"the {key} p0 stands twice in the file"
+    )
+    assert f"data.jsonl:3: {expected}" in err
 
 
-@pytest.mark.parametrize("command", ["score", "build_pairs", "boundary", "winrate"])
-@pytest.mark.parametrize("responses",
-                         ["text", [{"text": 1, "source": "on"}], [{"source": "on"}], [{"text": "a", "source": "own"}],
-                          ["a"]],
-                         ids=["text", "number", "no text", "source", "strings"])
-def test_responses_that_are_none(tmp_path, capsys, policy, command, responses):
+@pytest.mark.parametrize("command", ["score", *QUICK])
+def test_several_files(tmp_path, capsys, policy, command):
+    """A prompt may be in several files, once in each and with the same text."""
+    flag = "--responses" if command == "score" else "--scored"
+    first = write_rows(tmp_path / "first.jsonl", good_rows(command))
+    second = good_rows(command)
+    second[1]["prompt"] = "another question"
+    data = [flag, first, write_rows(tmp_path / "data.jsonl", second)]
+    err = refused(tmp_path, capsys, command, "", policy, *data)
+    assert "data.jsonl:2: " in err and "p1" in err and "another prompt" in err
+    # an id of an earlier file, and then the same file once more
+    twice = "is twice in the file" if command in QUICK else "stands twice in the file"
+    data = [flag, first, write_rows(tmp_path / "data.jsonl", [good_rows(command)[k] for k in (0, 1, 0)])]
+    assert f"data.jsonl:3: the id p0 {twice}" in refused(tmp_path, capsys, command, "", policy, *data)
+    assert "first.jsonl" in refused(tmp_path, capsys, command, "", policy, flag, first, first)
+
+
+# ----- rows
+@pytest.mark.parametrize(
+    "command, key",
+    [
+        ("generate", "prompt"),
+        ("import", "prompt"),
+        ("score", "responses"),
+        ("score", "prompt"),
+        ("score", "id"),
+        ("build_pairs", "responses"),
+        ("build_pairs", "prompt"),
+        ("build_pairs", "id"),
+        ("boundary", "prompt"),
+        ("boundary", "responses"),
+        ("boundary", "id"),
+        ("winrate", "prompt"),
+        ("winrate", "responses"),
+        ("winrate", "id"),
+        ("train_dpo", "prompt"),
+        ("train_dpo", "chosen"),
+        ("train_dpo", "rejected"),
+    ],
+)
+def test_a_missing_key(tmp_path, capsys, policy, command, key):
+    rows = good_rows(command)
+    del rows[1][key]
+    err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
+    expected = (
+        f"Object missing required field `{key}`\n"
+        if command in QUICK
+        else f"expected the key {key!r}, found "
+    )
+    assert f"data.jsonl:2: {expected}" in err
+
+
+@pytest.mark.parametrize("command", ALL)
+@pytest.mark.parametrize(
+    "prompt, old, new",
+    [
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "expected a prompt that ends with a user turn",
+            "expected a prompt that ends with a user turn",
+        ),
+        ([], "expected the prompt to be text or messages", "expected a prompt that ends with a user turn"),
+        (
+            7,
+            "expected the prompt to be text or messages",
+            "Expected `str | array`, got `int` - at `$.prompt`",
+        ),
+        (
+            [{"role": "user"}],
+            "expected the prompt to be text or messages",
+            "Object missing required field `content` - at `$.prompt[0]`",
+        ),
+        (
+            ["a"],
+            "expected the prompt to be text or messages",
+            "Expected `object`, got `str` - at `$.prompt[0]`",
+        ),
+    ],
+    ids=["assistant last", "no turn", "a number", "no content", "no messages"],
+)
+def test_a_prompt_that_is_none(tmp_path, capsys, policy, command, prompt, old, new):
+    rows = good_rows(command)
+    rows[3]["prompt"] = prompt
+    err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
+    assert f"data.jsonl:4: {new if command in QUICK else old}" in err
+
+
+@pytest.mark.parametrize("command", ["score", *QUICK])
+@pytest.mark.parametrize(
+    "responses, sentence",
+    [
+        ("text", "Expected `array`, got `str` - at `$.responses`"),
+        ([{"text": 1, "source": "on", "reward": 1}], "Expected `str`, got `int` - at `$.responses[0].text`"),
+        ([{"source": "on", "reward": 1}], "Object missing required field `text` - at `$.responses[0]`"),
+        (
+            [{"text": "a", "source": "own", "reward": 1}],
+            "Invalid enum value 'own' - at `$.responses[0].source`",
+        ),
+        (["a"], "Expected `object`, got `str` - at `$.responses[0]`"),
+    ],
+    ids=["text", "number", "no text", "source", "strings"],
+)
+def test_responses_that_are_none(tmp_path, capsys, policy, command, responses, sentence):
     rows = good_rows(command)
     rows[1]["responses"] = responses
-    assert 'data.jsonl:2: expected "responses" to be a list of' in refused(
-        tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
+    err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
+    expected = sentence if command in QUICK else 'expected "responses" to be a list of'
+    assert f"data.jsonl:2: {expected}" in err
 
 
-@pytest.mark.parametrize("command", ["build_pairs", "boundary", "winrate"])
-@pytest.mark.parametrize("reward", [float("nan"), float("-inf"), "1.5", True, "no key"], ids=str)
-def test_rewards_that_are_no_numbers(tmp_path, capsys, policy, command, reward):
+@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize(
+    "reward, sentence",
+    [
+        (float("nan"), "JSON is malformed: invalid character"),
+        (float("inf"), "JSON is malformed: invalid character"),
+        (float("-inf"), "JSON is malformed: invalid character"),
+        ("1.5", "Expected `float | null`, got `str` - at `$.responses[1].reward`"),
+        (True, "Expected `float | null`, got `bool` - at `$.responses[1].reward`"),
+        ("no key", 'expected every response to have a "reward" (score.py writes it)'),
+    ],
+    ids=str,
+)
+def test_rewards_that_are_no_numbers(tmp_path, capsys, policy, command, reward, sentence):
     rows = good_rows(command)
     rows[2]["responses"][1]["reward"] = reward
     if reward == "no key":
         del rows[2]["responses"][1]["reward"]
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
-    assert "data.jsonl:3: expected" in err and "reward" in err
+    assert f"data.jsonl:3: {sentence}" in err
 
 
-@pytest.mark.parametrize("command", ["build_pairs", "boundary", "winrate"])
-def test_files_without_any_reward(tmp_path, capsys, policy, command):
+@pytest.mark.parametrize(
+    "command, sentence",
+    [
+        ("build_pairs", "0 pairs are asked for and 0 can be had"),
+        ("boundary", "no prompt has an on-policy and an off-policy response that can be compared"),
+        (
+            "winrate",
+            "nothing to compare on with off by: of 4 prompts 0 have no answers of all models and 4 have no verdict",
+        ),
+    ],
+)
+def test_files_without_any_reward(tmp_path, capsys, policy, command, sentence):
     rows = good_rows(command)
     for row in rows:
         for response in row["responses"]:
             response["reward"] = None
-    assert "data.jsonl: no response has a reward" in refused(tmp_path, capsys, command,
-                                                             write_rows(tmp_path / "data.jsonl", rows), policy)
+    err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
+    assert f"{tmp_path}/data.jsonl: {sentence}" in err
 
 
-@pytest.mark.parametrize("command", ["boundary", "winrate"])
-def test_wins_of_another_shape(tmp_path, capsys, policy, command):
+@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize("wins", [[[None, 1], [0, None]], [[None] * 4] * 3, [[None] * 3] * 4, []], ids=len)
+def test_wins_of_another_shape(tmp_path, capsys, policy, command, wins):
     rows = good_rows(command)
     for row in rows:
         row["wins"] = [[None, 1, 1, 1], [0, None, 1, 1], [0, 0, None, 1], [0, 0, 0, None]]
-    rows[1]["wins"] = [[None, 1], [0, None]]
-    assert "data.jsonl:2: expected" in refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows),
-                                               policy)
+    rows[1]["wins"] = wins
+    err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
+    assert 'data.jsonl:2: expected "wins" to have a row and a column for every response' in err
 
 
+def test_an_empty_response_in_a_pair(tmp_path, capsys, policy):
+    rows = good_rows("train_dpo")
+    rows[1]["rejected"] = [{"role": "assistant", "content": " \n"}]
+    err = refused(tmp_path, capsys, "train_dpo", write_rows(tmp_path / "data.jsonl", rows), policy)
+    assert "data.jsonl:2: the rejected response is empty" in err
+
+
+@pytest.mark.parametrize(
+    "chosen, sentence",
+    [
+        ([], "expected chosen to be text or messages that end with the assistant's"),
+        (
+            [{"role": "user", "content": "a"}],
+            "expected chosen to be text or messages that end with the assistant's",
+        ),
+        (
+            [{"role": "user", "content": "another"}, {"role": "assistant", "content": "a"}],
+            "chosen and rejected answer different prompts",
+        ),
+    ],
+    ids=["nothing", "user", "another prompt"],
+)
+def test_a_pair_that_is_none(tmp_path, capsys, policy, chosen, sentence):
+    rows = good_rows("train_dpo")
+    rows[0]["chosen"] = chosen
+    err = refused(tmp_path, capsys, "train_dpo", write_rows(tmp_path / "data.jsonl", rows), policy)
+    assert f"data.jsonl:1: {sentence}" in err
+
+
+# ----- models
 @pytest.mark.parametrize("command", ["generate", "score", "train_dpo"])
 def test_a_folder_that_is_no_model(tmp_path, capsys, policy, command):
     data = write_rows(tmp_path / "data.jsonl", good_rows(command))
@@ -187,13 +356,14 @@ def test_a_folder_that_is_no_model(tmp_path, capsys, policy, command):
     (tmp_path / "pickled").mkdir()  # a model, but not in safetensors
     shutil.copy(f"{policy}/config.json", tmp_path / "pickled")
     (tmp_path / "pickled" / "pytorch_model.bin").touch()
-    for model, sentence in (("empty",
-                             "expected a Hugging Face model folder, found no config.json with *.safetensors in it"),
-                            ("pickled",
-                             "expected a Hugging Face model folder, found no config.json with *.safetensors in it"),
-                            ("data.jsonl", "expected a Hugging Face model folder or a hub id, found a file"),
-                            ("absent", "expected a Hugging Face model folder or a hub id, found nothing")):
-        err = refused(tmp_path, capsys, command, data, policy, *more, str(tmp_path / model))
+    no_model = "expected a Hugging Face model folder, found no config.json with *.safetensors in it"
+    for model, sentence in (
+        ("empty", no_model),
+        ("pickled", no_model),
+        ("data.jsonl", "expected a Hugging Face model folder or a hub id, found a file"),
+        ("absent", "expected a Hugging Face model folder or a hub id, found nothing"),
+    ):
+        err = refused(tmp_path, capsys, command, data, policy, *more, tmp_path / model)
         assert f"{tmp_path}/{model}: {sentence}" in err
 
 
@@ -206,57 +376,164 @@ def test_a_tokenizer_without_chat_template(tmp_path, capsys, policy, command):
     assert f"{model}: the tokenizer has no chat template" in err
     if command == "score":
         from transformers import AutoModelForSequenceClassification
+
         AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(model)
         err = refused(tmp_path, capsys, command, data, policy, "--scorer", "rm", "--model", model)
         assert "the tokenizer has neither a chat template nor a separator for pairs of texts" in err
 
 
-def test_an_empty_response_in_a_pair(tmp_path, capsys, policy):
-    rows = good_rows("train_dpo")
-    rows[1]["rejected"][0]["content"] = " \n"
-    assert "data.jsonl:2: the rejected response is empty" in refused(
-        tmp_path, capsys, "train_dpo", write_rows(tmp_path / "data.jsonl", rows), policy)
+# ----- outputs
+@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.jsonl",  # the input
+        "../{folder}/./data.jsonl",  # by another path
+        "data.json",  # data.meta.json would be the record of this output
+        "data.meta.json",  # the record of the input
+        "link.jsonl",  # a link to the input
+        "link of a link.jsonl",
+        "linked folder/data.jsonl",
+        "linked.jsonl",  # its record, linked.meta.json, is a link to the input
+        "to the record.jsonl",  # a link to the record of the input
+    ],
+)
+def test_an_output_that_would_replace_an_input(tmp_path, capsys, policy, command, name):
+    data = write_rows(tmp_path / "data.jsonl", good_rows(command))
+    (tmp_path / "data.meta.json").write_text('{"argv": ["score.py"]}')
+    (tmp_path / "link.jsonl").symlink_to(data)
+    (tmp_path / "link of a link.jsonl").symlink_to("link.jsonl")
+    (tmp_path / "linked folder").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "linked.meta.json").symlink_to("data.jsonl")
+    (tmp_path / "to the record.jsonl").symlink_to("data.meta.json")
+    out = f"{tmp_path}/{name.format(folder=tmp_path.name)}"
+    before = (tmp_path / "data.jsonl").read_bytes()
+    err = refused(tmp_path, capsys, command, data, policy, out=out)
+    assert f"--out {out}: it or " in err and "would replace an input or the record of one" in err
+    assert (tmp_path / "data.jsonl").read_bytes() == before != b""
+    if os.path.realpath(out) == os.path.realpath(data):
+        # and where the input is given as a link
+        err = refused(tmp_path, capsys, command, tmp_path / "link of a link.jsonl", policy, out=out)
+        assert "would replace an input or the record of one" in err
 
 
-def test_a_pair_that_is_none(tmp_path, capsys, policy):
-    for chosen, sentence in (([], "expected chosen to be text or messages that end with the assistant's"),
-                             ([{"role": "user", "content": "a"}],
-                              "expected chosen to be text or messages that end with the assistant's"),
-                             ([{"role": "user", "content": "another"}, {"role": "assistant", "content": "a"}],
-                              "chosen and rejected answer different prompts")):
-        rows = good_rows("train_dpo")
-        rows[0]["chosen"] = chosen
-        assert f"data.jsonl:1: {sentence}" in refused(tmp_path, capsys, "train_dpo",
-                                                      write_rows(tmp_path / "data.jsonl", rows), policy)
+@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize("name", ["out.json.tmp", "out.meta.json.tmp"])
+def test_an_input_with_the_name_of_a_part_of_the_output(tmp_path, capsys, policy, command, name):
+    """The outputs are written beside and renamed; what is written beside must be no input."""
+    data = write_rows(tmp_path / name, good_rows(command))
+    before = contents(tmp_path)
+    try:
+        start(command, data, tmp_path / "out.json", policy)
+        capsys.readouterr()
+    except SystemExit as end:
+        assert end.code == 2 and "out.json" in capsys.readouterr().err
+    assert {path: contents(tmp_path).get(path) for path in before} == before
 
 
-@pytest.mark.parametrize("command, difference", [
-    ("generate", ("--temperature", "0.9", "temperature was 0.7 and is 0.9")),
-    ("import", ("--source", "on", "source was 'off' and is 'on'")),
-    ("score", ("--name", "x", "name was 'verify' and is 'x'")),
-    ("build_pairs", ("--truncated", "keep", "truncated was 'drop' and is 'keep'")),
-    ("boundary", ("--tie", "half", "tie was 'off' and is 'half'")),
-    ("winrate", ("--model", "off", "model was 'on' and is 'off'"))])
-def test_an_output_of_another_run(tmp_path, capsys, policy, command, difference):
+@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize("name", ["folder", "folder/", "folder.jsonl", "file/below.json", "", "."])
+def test_an_output_that_cannot_be_written(tmp_path, capsys, policy, monkeypatch, command, name):
+    data = write_rows(tmp_path / "data.jsonl", good_rows(command))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "file").write_text("a file where a folder is needed")
+    monkeypatch.chdir(tmp_path)
+    err = refused(tmp_path, capsys, command, data, policy, out=name)
+    assert f"--out {name}" in err
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_a_record_that_cannot_be_written(tmp_path, capsys, policy, command):
+    data = write_rows(tmp_path / "data.jsonl", good_rows(command))
+    (tmp_path / "result.meta.json").mkdir()  # what stands in its way is no file
+    out = tmp_path / "result.jsonl"
+    out.write_text("the output of before")
+    err = refused(tmp_path, capsys, command, data, policy, out=out)
+    assert "result.meta.json" in err and out.read_text() == "the output of before"
+
+
+@pytest.mark.parametrize(
+    "command, flag, value",
+    [("build_pairs", "--truncated", "keep"), ("boundary", "--tie", "half"), ("winrate", "--model", "off")],
+)
+def test_an_output_of_another_run_is_replaced(tmp_path, capsys, policy, command, flag, value):
+    """A quick stage just writes: over another run's output, over what a killed run left, and through no link."""
+    rows = good_rows(command)
+    for row in rows:
+        cut = {
+            "text": "cut",
+            "source": "on",
+            "model": "on",
+            "finish": "length",
+            "reward": 1.5,
+        }  # ties with fine
+        row["responses"].append(cut)
+    data, out = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out" / "out.jsonl"
+    record, keep = tmp_path / "out" / "out.meta.json", tmp_path / "keep.jsonl"
+
+    def result():
+        """The output and what the record has of the arguments; whatever else is there must not be."""
+        capsys.readouterr()
+        assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.meta.json"]
+        meta = json.loads(record.read_text())
+        return out.read_text(), {key: meta[key] for key in ("args", "inputs", "counts")}
+
+    flags = ["--on-ratio", 1] if command == "build_pairs" else []
+    start(command, data, out, policy, *flags)
+    first = result()
+    start(command, data, out, policy, *flags, flag, value)
+    second = result()
+    assert second[1]["args"][flag[2:]] == value and second != first
+    # killed between the pairs and their record: the new output stands beside the old record, or beside none
+    out.write_text(first[0])
+    (tmp_path / "out" / "out.jsonl.tmp").write_text("half of an out")
+    (tmp_path / "out" / "out.meta.json.tmp").write_text('{"argv": [')
+    start(command, data, out, policy, *flags, flag, value)
+    assert result() == second
+    record.unlink()
+    start(command, data, out, policy, *flags, flag, value)
+    assert result() == second
+    record.write_text('{"torn')
+    start(command, data, out, policy, *flags, flag, value)
+    assert result() == second
+    # a link to a file that is no input is replaced, and the file it leads to is left
+    keep.write_text("keep me")
+    out.unlink()
+    out.symlink_to(keep)
+    start(command, data, out, policy, *flags, flag, value)
+    assert result() == second and not out.is_symlink() and keep.read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    "command, flag, value, difference",
+    [
+        ("generate", "--temperature", "0.9", "temperature was 0.7 and is 0.9"),
+        ("import", "--source", "on", "source was 'off' and is 'on'"),
+        ("score", "--name", "x", "name was 'verify' and is 'x'"),
+    ],
+)
+def test_an_output_of_another_run_is_refused(tmp_path, capsys, policy, command, flag, value, difference):
     data, out = write_rows(tmp_path / "data.jsonl", good_rows(command)), tmp_path / "out" / "out.jsonl"
     start(command, data, out, policy)
-    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    before = contents(out.parent)
     capsys.readouterr()
-    err = refused(tmp_path, capsys, command, data, policy, *difference[:2])
-    assert f"{out}: belongs to a run with other args: {difference[2]}; --overwrite starts anew" in err
+    err = refused(tmp_path, capsys, command, data, policy, flag, value)
+    assert f"{out}: belongs to a run with other args: {difference}; --overwrite starts anew" in err
     # another input under the same name, and then a file that no meta file explains
     rows = good_rows(command)
     write_rows(data, [*rows[:3], {**rows[3], "note": "changed"}])
-    assert "belongs to a run with other inputs" in refused(tmp_path, capsys, command, data, policy)
-    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+    err = refused(tmp_path, capsys, command, data, policy)
+    assert "belongs to a run with other inputs" in err and contents(out.parent) == before
     (tmp_path / "out" / "out.meta.json").unlink()
-    assert f"{out}: exists, and no out.meta.json says what made it; --overwrite starts anew" in refused(
-        tmp_path, capsys, command, data, policy)
+    err = refused(tmp_path, capsys, command, data, policy)
+    assert f"{out}: exists, and no out.meta.json says what made it; --overwrite starts anew" in err
 
 
 def test_as_a_user_sees_it(tmp_path):
     """Once in a process of its own: the script's name, the sentence, no traceback, status 2."""
     (tmp_path / "data.jsonl").write_text('{"id": "a", "prompt": "b", "responses": []}\n{"id"\n')
-    _, err = run_script("build_pairs.py", "--scored", "data.jsonl", "--out", "pairs.jsonl", cwd=tmp_path, expect=2)
-    assert err == "build_pairs.py: data.jsonl:2: expected a JSON object, found b'{\"id\"\\n'\n"
+    flags = "--scored", "data.jsonl", "--out", "pairs.jsonl"
+    _, err = run_script("build_pairs.py", *flags, cwd=tmp_path, expect=2)
+    assert err == "build_pairs.py: data.jsonl:2: Input data was truncated\n"
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]

@@ -197,8 +197,8 @@ def test_wins_of_two_files_are_compared_within_a_file_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize("with_wins", ["on", "off"])
 def test_wins_in_one_of_two_files(tmp_path, capsys, with_wins):
-    """A prompt's responses from a file with wins and from one without: nothing can be compared by wins, and the
-    rewards of the two are not compared instead, whichever file comes first."""
+    """Responses to a prompt from a file with wins and from one without, whichever comes first: there is no
+    verdict between them, and their rewards are not compared instead."""
     on, off = two_files(tmp_path, **{with_wins: {"wins": WINS}})
     for files in ((on, off), (off, on)):
         for script, flags in ((boundary, []), (evaluate, WINRATE)):
