@@ -80,9 +80,7 @@ class Annotation(TypedDict, total=False):
     output_2: Required[str]  # the model's
     generator_1: Required[str]
     generator_2: Required[str]
-    preference: Required[
-        Annotated[float, msgspec.Meta(ge=0, le=2)] | None
-    ]  # 2: the model wins, 1: the baseline
+    preference: Required[Annotated[float, msgspec.Meta(ge=0, le=2)] | None]  # 2: the model wins
     annotator: str | None
     category: str | None
 
@@ -214,13 +212,13 @@ def log_losses(theta, x, p, weight):
     return weight * (np.logaddexp(0, logits) - p * logits)
 
 
-def fit(x, p, weight, penalty):
+def fit(x, p, weight, penalty, start=None):
     """argmin over theta (k,) of |theta|_1 + C sum(log_losses), C the penalty: Newton with an L1 term."""
 
     def objective(theta):
         return np.abs(theta).sum() + penalty * log_losses(theta, x, p, weight).sum()
 
-    theta = np.zeros(x.shape[1])
+    theta = np.zeros(x.shape[1]) if start is None else start
     for _ in range(200):
         q = sigmoid(x @ theta)
         gradient = penalty * x.T @ (weight * (q - p))
@@ -260,10 +258,8 @@ def training_rows(prompts, gamed):
     if gamed is not None:
         columns.insert(1, prompts["gamma"])
     x, p, weight = np.stack(columns, axis=1), prompts["p"], np.ones(len(difference))
-    itself = (
-        not difference.any() and (p == 0.5).all()
-    )  # the baseline has 50 by construction, as in alpaca_eval
-    if gamed is not None and not itself:
+    is_baseline = not difference.any() and (p == 0.5).all()
+    if gamed is not None and not is_baseline:  # the baseline has 50 by construction, as in alpaca_eval
         x, p = np.concatenate([x, gamed["x"]]), np.concatenate([p, gamed["p"]])
         weight = np.concatenate([weight, np.full(len(gamed["p"]), GAMED_WEIGHT)])
     return x, np.nan_to_num(p), weight * ~np.isnan(p)
@@ -284,14 +280,14 @@ def choose_penalty(prompts, gamed):
     return PENALTIES[np.argmin(losses)]
 
 
-def rates(prompts, gamed, penalty):
+def rates(prompts, gamed, penalty, start=None):
     """(theta, MEASURES (3, g)) of groups; prompts: arrays (n,) and "members" (n, g), the first has all."""
     members, p = prompts["members"], prompts["p"]
     wins, theta = group_means(p, members), None
     lc = np.full(len(wins), math.nan)
     if (~np.isnan(p)).sum() >= 5:  # of fewer verdicts there is nothing to fit
         x, *rest = training_rows(prompts, gamed)
-        theta = fit(x, *rest, penalty)
+        theta = fit(x, *rest, penalty, start)
         logits, equal_length = x[: len(p)] @ theta, x[: len(p), 1:] @ theta[1:]
         judged = members[:, 1:] & ~np.isnan(p)[:, None]
         lc[0] = sigmoid(equal_length).mean()  # alpaca_eval's, of prompts without a verdict too
@@ -314,7 +310,7 @@ def adjusted_rates(wins, logits, equal_length, members):
     row, group = np.nonzero(members)
     size = members.sum(0)
     low, high = np.full(len(size), -40.0), np.full(len(size), 40.0)
-    for _ in range(40):  # halve the interval that holds b
+    for _ in range(32):  # halve the interval that holds b
         b = (low + high) / 2
         below = np.bincount(group, sigmoid(logits[row] + b[group]), len(size)) / size < wins
         low, high = np.where(below, b, low), np.where(below, high, b)
@@ -324,9 +320,11 @@ def adjusted_rates(wins, logits, equal_length, members):
 def bootstrap(prompts, gamed, penalty):
     """(1000, 3, g) rates of prompts drawn with replacement; the draws are the same for every model."""
     n, draws = len(prompts["p"]), []
+    theta, _ = rates(prompts, gamed, penalty)  # the fits of draws start here
     for counts in np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 1000):
         drawn = np.repeat(np.arange(n), counts)
-        draws.append(rates({name: column[drawn] for name, column in prompts.items()}, gamed, penalty)[1])
+        sample = {name: column[drawn] for name, column in prompts.items()}
+        draws.append(rates(sample, gamed, penalty, theta)[1])
     return np.array(draws)
 
 
@@ -426,9 +424,7 @@ def main_winrate(args):
         keys.sort(key=places.get)
     n_others = n_prompts - len(keys)
     n_without = sum(any(math.isnan(prompts[key]["p"]) for prompts in sets) for key in keys)
-    missing = (
-        f"of {n_prompts} prompts {n_others} have no answers of all models and {n_without} have no verdict"
-    )
+    missing = f"of {n_prompts} prompts {n_others} lack an answer of a model and {n_without} a verdict"
     if n_without == len(keys):
         fail(f"{where}: nothing to compare {' and '.join(models)} with {baseline} by: {missing}")
     if n_others + n_without > 0.01 * n_prompts and not args.allow_missing:
@@ -460,9 +456,7 @@ def main_winrate(args):
     labelers = sorted({row["labeler"] for row in rows.values() if row.get("labeler")})
     if args.lc_data and (baseline != "gpt4_1106_preview" or set(labelers) - OFFICIAL_JUDGES):
         result["formula"] = "length_controlled_v1, other judge"
-        print(
-            "evaluate.py: not the judge and baseline of --lc-data: not on the public scale", file=sys.stderr
-        )
+        print("not the judge and baseline of --lc-data: not on the public scale", file=sys.stderr)
     result |= {"kind": "winrate", "model": models[0], "baseline": baseline, "by": by, "labelers": labelers}
     result |= {"n_without_verdict": n_without, "n_other_prompts": n_others, "bins_of": args.bins_of}
     text = json.dumps(result, default=np.generic.item)
@@ -488,12 +482,9 @@ def task_scores(suite, results):
         parts = [name for name in results["n-samples"] if name == task or name.startswith(f"{task}_")]
         n = sum(results["n-samples"][name]["effective"] for name in parts)
         shots = results["n-shot"][parts[0]] + (6 if task == "truthfulqa_mc2" else 0)
-        scores[task] = {
-            "score": 100 * numbers[metric],
-            "stderr": None if error == "N/A" else 100 * error,
-            "n": n,
-        }
-        scores[task] |= {"metric": metric, "shots": shots, "version": results["versions"][parts[0]]}
+        error = None if error == "N/A" else 100 * error
+        scores[task] = {"score": 100 * numbers[metric], "stderr": error, "n": n, "metric": metric}
+        scores[task] |= {"shots": shots, "version": results["versions"][parts[0]]}
     return scores
 
 
@@ -516,12 +507,8 @@ def main_benchmarks(args):
             tasks.append({"group" if task == "mmlu" else "task": task, "num_fewshot": shots})
         suite = json.dumps({"group": args.suite, "task": tasks})  # JSON is YAML
         Path(folder, f"{args.suite}.yaml").write_text(suite)
-        command += [
-            "--include_path",
-            os.path.abspath(args.data or folder),
-            "--output_path",
-            f"{folder}/results",
-        ]
+        command += ["--include_path", os.path.abspath(args.data or folder)]
+        command += ["--output_path", f"{folder}/results"]
         # lm-eval imports another `evaluate` than this file, so it runs in another folder and does not see it
         env = {**os.environ, "PYTHONSAFEPATH": "1"}
         if args.data:

@@ -1,14 +1,17 @@
 """
-What the length-controlled win rate and the report cost, beside the libraries that alpaca_eval uses for the same fit, in one run.
+What the length-controlled win rate and the report cost, beside the library that alpaca_eval fits with.
 
-    pip install scikit-learn pytest
+    pip install scikit-learn
     python benchmarks/evaluation.py --annotations results/claude-2/annotations.json --lc-data alpaca_eval
 
-1) The rate with a given penalty, ours (all of length_controlled) against the fit alone of scikit-learn's LogisticRegression with alpaca_eval's settings (ALPACA_LC 3); both rates.
-2) The same with the penalty chosen by 5 folds, against LogisticRegressionCV on the same folds; both rates.
-3) The bootstrap of 1,000 draws with 20 groups of prompts (alpaca_eval has none).
-4) `evaluate.py report` of 20 models with categories, length bins, trainings and benchmarks (made by tests/test_report.py), seconds.
-Prints one JSON object.
+fit               evaluate.py's fit with a given penalty, beside scikit-learn's LogisticRegression with
+                  alpaca_eval's settings on the same rows; both rates
+cross-validation  the penalty by five folds, beside LogisticRegressionCV on the same folds; both rates
+bootstrap         1,000 draws of the prompts with 20 groups of them; alpaca_eval has none
+report            report/table.py and report/figure.py settings on made-up results of 20 models with
+                  categories, length bins and trainings
+
+Prints one JSON object; times are in seconds, the fastest of a few calls.
 """
 
 import argparse
@@ -18,17 +21,20 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+sys.path.insert(0, str(REPO))
 import evaluate  # noqa: E402
 
+SETTINGS = {"penalty": "l1", "solver": "liblinear", "tol": 1e-4, "max_iter": 100, "random_state": 123}
 
-def best_seconds(call, repeats: int) -> tuple[float, object]:
-    """(fastest of the repeats, the last result)."""
+
+def fastest(call, repeats):
+    """(seconds of the fastest call, the last result)."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -37,86 +43,105 @@ def best_seconds(call, repeats: int) -> tuple[float, object]:
     return min(times), result
 
 
-def fits(annotations: str, lc_data: str) -> dict:
+def read_prompts(annotations, lc_data):
+    """AlpacaEval's prompts as the arrays that evaluate.py fits, and the gamed rows."""
+    rows, [model], [baseline] = evaluate.read_annotations([annotations])
+    places, gamma, gamed = evaluate.read_reference(lc_data)
+    keys = sorted(rows, key=places.get)
+    verdicts = evaluate.verdicts(rows, model, baseline, by_wins=True)
+    prompts = {name: np.array([verdicts[key][name] for key in keys]) for name in verdicts[keys[0]]}
+    prompts["place"] = np.array([places[key] for key in keys])
+    prompts["gamma"] = gamma[prompts["place"]]
+    groups = np.random.default_rng(0).random((len(keys), 20)) < 0.1
+    prompts["members"] = np.column_stack([np.ones(len(keys), bool), groups])
+    return prompts, gamed
+
+
+def compare_fits(prompts, gamed):
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 
     warnings.simplefilter("ignore")  # scikit-learn's deprecations
-    prompts, model, _ = evaluate.read_annotations(annotations)
-    official, gamma, gamed, _ = evaluate.read_reference(Path(lc_data))
-    keys = sorted(prompts, key=official.get)
-    places = np.array([official[key] for key in keys])
-    p = np.array([prompts[key]["p"] for key in keys])
-    deltas = np.array([prompts[key]["len_baseline"] - prompts[key]["len"] for key in keys])
-    n = len(p)
+    x, p, weight = evaluate.training_rows(prompts, gamed)
+    n = len(prompts["p"])
+    features, labels = np.concatenate([x, x]), np.repeat([1, 0], len(p))  # a soft target is two rows
+    weights = np.concatenate([weight * p, weight * (1 - p)])
+    fold = np.tile(np.concatenate([prompts["place"], np.arange(len(p) - n)]) % 5, 2)
+    folds = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(5)]
 
-    features, targets, weights = evaluate.lc_problem(p, deltas, np.ones(n), gamma[places], gamed)
-    folds = np.concatenate([places, np.arange(len(targets) - n)]) % 5
-    twice, labels = (
-        np.concatenate([features] * 2),
-        np.repeat([1, 0], len(targets)),
-    )  # a soft target is two weighted rows
-    sample = np.concatenate([weights * targets, weights * (1 - targets)])
-    settings = {
-        "penalty": "l1",
-        "solver": "liblinear",
-        "tol": 1e-4,
-        "max_iter": 100,
-        "random_state": 123,
-        "fit_intercept": False,
-    }
+    def rate(theta):
+        return round(100 * evaluate.sigmoid(x[:n, 1:] @ theta[1:]).mean(), 4)
 
-    pairs = [
-        (np.flatnonzero(np.tile(folds, 2) != k), np.flatnonzero(np.tile(folds, 2) == k)) for k in range(5)
-    ]
-    measured = {"model": model, "prompts": n}
-    for name, penalty, theirs in (
-        ("fit", evaluate.MINIMAL_PENALTY, LogisticRegression(C=evaluate.MINIMAL_PENALTY, **settings)),
-        ("cross-validation", None, LogisticRegressionCV(Cs=10, cv=pairs, scoring="neg_log_loss", **settings)),
-    ):
-        own, ours = best_seconds(
-            lambda: evaluate.length_controlled(p, deltas, places, gamma[places], gamed, penalty), 20
-        )
-        other, fitted = best_seconds(lambda: theirs.fit(twice, labels, sample), 5)
-        equal, _ = evaluate.length_effect(features[:n], fitted.coef_[0])
-        measured[name] = {
-            "ours_ms": round(1000 * own, 2),
-            "scikit_learn_ms": round(1000 * other, 2),
-            "ratio": round(other / own, 1),
-            "ours": round(ours["length_controlled_winrate"], 4),
-            "scikit_learn": round(100 * equal.mean(), 4),
-        }
-    groups = np.random.default_rng(0).random((20, n)) < 0.1
-    seconds, _ = best_seconds(
-        lambda: evaluate.lc_bootstrap(
-            p, deltas, evaluate.draw_prompts(n), evaluate.MINIMAL_PENALTY, groups, gamma[places], gamed
-        ),
-        2,
-    )
-    return measured | {"bootstrap_s": round(seconds, 2)}
+    penalty = evaluate.MINIMAL_PENALTY
+    seconds, theta = fastest(lambda: evaluate.fit(x, p, weight, penalty), 20)
+    library = LogisticRegression(C=penalty, fit_intercept=False, **SETTINGS)
+    library_seconds, _ = fastest(lambda: library.fit(features, labels, weights), 5)
+    result = {"fit": [seconds, library_seconds, rate(theta), rate(library.coef_[0])]}
+
+    seconds, penalty = fastest(lambda: evaluate.choose_penalty(prompts, gamed), 5)
+    theta = evaluate.fit(x, p, weight, penalty)
+    library = LogisticRegressionCV(Cs=10, cv=folds, scoring="neg_log_loss", fit_intercept=False, **SETTINGS)
+    library_seconds, _ = fastest(lambda: library.fit(features, labels, weights), 5)
+    result["cross-validation"] = [seconds, library_seconds, rate(theta), rate(library.coef_[0])]
+    columns = ("seconds", "scikit-learn_seconds", "rate", "scikit-learn_rate")
+    return {name: dict(zip(columns, numbers, strict=True)) for name, numbers in result.items()}
 
 
-def report_of_20() -> dict:
-    from test_report import twenty
+def write_results(folder, models=20, categories=16, steps=2000):
+    """Results of made-up models under a folder; their files."""
+    draw = np.random.default_rng(0)
 
+    def group():
+        rate, lc = draw.uniform(10, 90, 2)
+        cell = {"n_total": 50, "win_rate": rate, "ci": [rate - 5, rate + 5], "standard_error": 2.0}
+        cell |= {"length_controlled_winrate": lc, "lc_ci": [lc - 5, lc + 5]}
+        return cell | {"reward": 1.0, "reward_ci": [0.5, 1.5]}
+
+    for k in range(models):
+        name = folder / f"model{k}"
+        name.mkdir()
+        result = group() | {"kind": "winrate", "model": str(name), "baseline": "gpt4_1106_preview"}
+        result |= {"n_total": 805, "avg_length": 2000, "avg_length_baseline": 2000, "by": "wins"}
+        result["categories"] = {f"category {c}": group() for c in range(categories)}
+        result["length_bins"] = {f"{500 * c} to {500 * c + 500}": group() for c in range(4)}
+        (folder / f"model{k}.winrate.json").write_text(json.dumps(result))
+        step = {"loss": 0.6, "margin": 0.1, "accuracy": 0.6, "diversity": 1.0, "pairs": 32, "tokens": 30_000}
+        lines = [json.dumps({"step": i, "epoch": 0, **step}) + "\n" for i in range(steps)]
+        (name / "metrics.jsonl").write_text("".join(lines))
+    return [*map(str, folder.glob("*.json")), *map(str, folder.glob("*/metrics.jsonl"))]
+
+
+def report_seconds():
     with tempfile.TemporaryDirectory() as folder:
-        files = list(map(str, twenty(Path(folder))))
-        argv = [sys.executable, REPO / "evaluate.py", "report", *files, "--out", f"{folder}/report"]
-        seconds, done = best_seconds(
-            lambda: subprocess.run(argv, capture_output=True, text=True, check=True), 1
-        )
-    return {
-        "report_s": round(seconds, 1),
-        "figures": len(json.loads(done.stdout.splitlines()[-1])["figures"]),
-    }
+        files = write_results(Path(folder))
+        winrates = [file for file in files if file.endswith(".winrate.json")]
+        tables = [sys.executable, REPO / "report/table.py", *files, "--out", f"{folder}/report"]
+        figure = [
+            sys.executable,
+            REPO / "report/figure.py",
+            "settings",
+            *winrates,
+            "--out",
+            f"{folder}/x.png",
+        ]
+        seconds = {
+            name: fastest(partial(subprocess.run, command, capture_output=True, check=True), 1)[0]
+            for name, command in (("table_seconds", tables), ("figure_seconds", figure))
+        }
+    return seconds
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--annotations", required=True, help="a model's verdicts on AlpacaEval's prompts")
+    parser.add_argument("--lc-data", required=True, help="as evaluate.py winrate takes it")
+    args = parser.parse_args()
+    prompts, gamed = read_prompts(args.annotations, args.lc_data)
+    result = compare_fits(prompts, gamed)
+    seconds, _ = fastest(lambda: evaluate.bootstrap(prompts, gamed, evaluate.MINIMAL_PENALTY), 1)
+    result["bootstrap"] = {"seconds": seconds}
+    print(json.dumps(result | {"report": report_seconds()}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--annotations", required=True, help="a model's verdicts on AlpacaEval's prompts")
-    parser.add_argument(
-        "--lc-data", required=True, help="folder with df_gamed.csv and alpaca_eval_gpt4_baseline.json"
-    )
-    args = parser.parse_args()
-    print(json.dumps(fits(args.annotations, args.lc_data) | report_of_20()))
+    main()

@@ -65,13 +65,13 @@ def start(command, data, out, model, *more):
 
 
 def contents(folder):
-    """{path: bytes} of all files below a folder; folders and links as what they are."""
+    """{path: bytes} of all files below a folder, where links lead to, and the kind of what is neither."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_symlink():
             found[path] = os.readlink(path)
         else:
-            found[path] = path.read_bytes() if path.is_file() else None
+            found[path] = path.read_bytes() if path.is_file() else path.stat().st_mode
     return found
 
 
@@ -85,7 +85,7 @@ def refused(tmp_path, capsys, command, data, model, *more, out=None):
     assert printed.err.count("\n") == 1 and "Traceback" not in printed.err, printed.err
     after = contents(tmp_path)
     if command not in QUICK:  # the old scripts may leave an empty folder
-        before[tmp_path / "out"] = after[tmp_path / "out"] = None
+        before[tmp_path / "out"] = after[tmp_path / "out"] = "a folder or nothing"
     assert after == before
     return printed.err
 
@@ -294,7 +294,7 @@ def test_rewards_that_are_no_numbers(tmp_path, capsys, policy, command, reward, 
         ("boundary", "no prompt has an on-policy and an off-policy response that can be compared"),
         (
             "winrate",
-            "nothing to compare on with off by: of 4 prompts 0 have no answers of all models and 4 have no verdict",
+            "nothing to compare on with off by: of 4 prompts 0 lack an answer of a model and 4 a verdict",
         ),
     ],
 )
@@ -432,12 +432,13 @@ def test_an_input_with_the_name_of_a_part_of_the_output(tmp_path, capsys, policy
 
 
 @pytest.mark.parametrize("command", QUICK)
-@pytest.mark.parametrize("name", ["folder", "folder/", "folder.jsonl", "file/below.json", "", "."])
+@pytest.mark.parametrize("name", ["folder", "folder/", "folder.jsonl", "file/below.json", "pipe", "", "."])
 def test_an_output_that_cannot_be_written(tmp_path, capsys, policy, monkeypatch, command, name):
     data = write_rows(tmp_path / "data.jsonl", good_rows(command))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "file").write_text("a file where a folder is needed")
+    os.mkfifo(tmp_path / "pipe")  # no file, like /dev/null, which a rename would replace
     monkeypatch.chdir(tmp_path)
     err = refused(tmp_path, capsys, command, data, policy, out=name)
     assert f"--out {name}" in err
@@ -458,7 +459,7 @@ def test_a_record_that_cannot_be_written(tmp_path, capsys, policy, command):
     [("build_pairs", "--truncated", "keep"), ("boundary", "--tie", "half"), ("winrate", "--model", "off")],
 )
 def test_an_output_of_another_run_is_replaced(tmp_path, capsys, policy, command, flag, value):
-    """A quick stage just writes: over another run's output, over what a killed run left, and through no link."""
+    """A quick stage just writes: over another run's output, over what a killed run left, through no link."""
     rows = good_rows(command)
     for row in rows:
         cut = {
