@@ -1,29 +1,31 @@
 """
-Which source helps this model now? S2's boundary between the stages of alignment (section 5.3, Algorithm 1).
+Does on-policy or off-policy data help this model more, now? S2's boundary between the stages of alignment.
 
 Reads   --scored FILE ...  a Row (below) per prompt, as score.py writes it: on-policy responses of the model
                            in question and off-policy ones; several files are merged by id
 Writes  --out FILE         JSON: {"v_on", "v_off", "ties", "score", "ci", "stage", "use": "on" | "off", ...};
-                           beside it the record x.meta.json
+                           beside it the record of the run, for x.json x.meta.json
 
-Every on-policy response meets every off-policy response of its prompt (S2: two with two) under a preference
-model: by "wins" if the rows have them, else by reward. V_on counts the comparisons that the on-policy
-response wins, V_off the others. The boundary score is V_on / (V_on + V_off); the caption of S2's Table 3 has
-V_off on top, against its numbers. If V_off > V_on, the model is in the preference injection stage and learns
-more from off-policy data; else it is in the fine-tuning stage and learns more from on-policy data.
+S2 is "Is On-Policy Data always the Best Choice [...]?"; this is its section 5.3, Algorithm 1. Each on-policy
+response meets each off-policy response of its prompt (in S2 two meet two) under a preference model: by "wins"
+if the rows have them, else by reward. V_on counts the comparisons that the on-policy response wins, V_off
+those it loses and, unless --tie says otherwise, ties; equal texts tie. The boundary score is V_on / (V_on +
+V_off); the caption of S2's Table 3 turns it round, its numbers do not. If V_off > V_on, the model is in the
+preference injection stage and learns more from off-policy data, else in the fine-tuning stage and learns more
+from on-policy data.
 
     python boundary.py --scored out/scored.jsonl --out out/policy.boundary.json
 
-Ours are "ci", a 95 % interval over prompts; "won_share", a histogram of prompts by the share of comparisons
-that the on-policy response won; and "length_matched", the score over texts whose lengths differ by at most a
-fifth: a preference model that likes long answers moves the boundary.
+Ours are "ci", a 95 % interval over prompts; "won_share", prompts by the share of comparisons that the
+on-policy response won; "length_matched", the same counts over texts whose numbers of characters differ by at
+most a fifth: a preference model that likes long answers moves the boundary.
 
-If responses have "logp" (score.py --scorer logp with the same model), the paper's two checks are computed:
-    distinct     F.1: how often the model finds the on-policy response likelier, in sum and per token (S2
-                 Table 8: 84 to 97 %). Below 80 % the algorithm stands on weak ground
-    consistency  eqs. 10 and 11, which Algorithm 1 simplifies: how often the preference model agrees with the
-                 model (on), and with a source that finds all its own responses likelier (off)
-Prints what to train on next as a sentence, then the result as one JSON object.
+If responses have "logp" (score.py --scorer logp with the model in question), two checks of S2 are computed:
+    distinct     F.1: how often the model gives its own response the higher probability, in sum and per token
+                 (S2 Table 8: 84 to 97 %). Algorithm 1 needs that; below 80 % of sums (ours) it is doubtful
+    consistency  eqs. 10 and 11, before Algorithm 1 simplifies them: how often the preference model agrees
+                 with the model in question ("on") and with the source of the off-policy data ("off")
+Both are means over prompts. Prints what to train on next as a sentence, then the result as one JSON object.
 """
 
 import argparse
@@ -68,41 +70,48 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--scored", required=True, nargs="+", metavar="FILE", help="scored responses, merged by id")
     flag("--out", required=True, metavar="FILE", help="the result, JSON")
-    flag("--tie", choices=["off", "half", "skip"], default="off", help="where ties count (Algorithm 1: off)")
+    flag(
+        "--tie",
+        choices=["off", "half", "skip"],
+        default="off",
+        help="ties count for V_off (Algorithm 1), half for each, or not at all",
+    )
     return parser.parse_args(argv)
 
 
 # ----- one prompt
 def compare(one, other, by_wins):
-    """(verdict, log-probability gap, gap per token, similar length) of two responses; nan is not known.
+    """(verdict, gap of log-probabilities, gap per token, similar length) of two responses; nan: not known.
 
-    A verdict is 1 if `one` is preferred, 0 if `other` is, 0.5 for a tie; a gap is log pi(one / other).
+    A verdict is 1 if `one` is preferred, 0 if `other` is, and 0.5 for a tie.
     """
-    left, right = (one["wins"].get(id(other)), 0.5) if by_wins else (one["reward"], other["reward"])
+    value, threshold = one["reward"], other["reward"]
+    if by_wins:
+        value, threshold = one.get("wins", {}).get(id(other)), 0.5
     if one["text"] == other["text"]:
         verdict = 0.5
-    elif left is None or right is None:
+    elif value is None or threshold is None:
         verdict = math.nan
     else:
-        verdict = 0.5 + 0.5 * (left > right) - 0.5 * (left < right)
+        verdict = 0.5 + 0.5 * (value > threshold) - 0.5 * (value < threshold)
     lengths = len(one["text"]), len(other["text"])
     similar = 5 * (max(lengths) - min(lengths)) <= max(lengths)
     return verdict, *logp_gaps(one, other), similar
 
 
 def logp_gaps(one, other):
-    """log pi(one) - log pi(other), in sum and per token; nan if it is not known."""
+    """log pi(one) - log pi(other), of sums and per token; nan if a "logp" or its number of tokens is missing."""
     if None in (one.get("logp"), other.get("logp"), one.get("logp_tokens"), other.get("logp_tokens")):
         return math.nan, math.nan
     per_token = one["logp"] / one["logp_tokens"] - other["logp"] / other["logp_tokens"]
     return one["logp"] - other["logp"], per_token
 
 
-# ----- all comparisons: arrays (C,) with an entry for each; `prompts` has the number of its prompt
+# ----- all comparisons: arrays (C,) with an entry for each; `prompts` has the numbers of their prompts
 def boundary(prompts, verdicts, tie):
     """Algorithm 1; None if no comparison counts."""
-    ids, prompt = np.unique(prompts, return_inverse=True)
-    won, lost, ties = (np.bincount(prompt[verdicts == value], minlength=len(ids)) for value in (1, 0, 0.5))
+    numbers, place = np.unique(prompts, return_inverse=True)
+    won, lost, ties = (np.bincount(place[verdicts == v], minlength=len(numbers)) for v in (1, 0, 0.5))
     if tie == "off":
         lost = lost + ties  # Algorithm 1's "otherwise"
     elif tie == "half":
@@ -117,7 +126,7 @@ def boundary(prompts, verdicts, tie):
 
 
 def bootstrap_interval(numerators, denominators):
-    """95 % interval of sum(numerators) / sum(denominators), an entry a prompt, over 1,000 draws of them."""
+    """95 % interval of sum(numerators) / sum(denominators), each (P,), over 1,000 draws of the prompts."""
     rng = np.random.default_rng(0)
     draws = [rng.integers(0, len(numerators), len(numerators)) for _ in range(1000)]
     ratios = [numerators[i].sum() / denominators[i].sum() for i in draws if denominators[i].sum()]
@@ -125,13 +134,13 @@ def bootstrap_interval(numerators, denominators):
 
 
 def shares(prompts, holds):
-    """(P,) the share of each prompt's comparisons for which something holds."""
-    prompt = np.unique(prompts, return_inverse=True)[1]
-    return np.bincount(prompt, holds) / np.bincount(prompt)
+    """(P,) the share of each prompt's comparisons for which `holds` (C,) is true."""
+    place = np.unique(prompts, return_inverse=True)[1]
+    return np.bincount(place, holds) / np.bincount(place)
 
 
 def distinctness(prompts, gaps, gaps_per_token):
-    """F.1: how often the model finds the on-policy response likelier (S2 Table 8: 84 to 97 %)."""
+    """F.1: how often the on-policy response has the higher probability, by sums and by means per token."""
     if len(gaps) == 0:
         return None
     summed, per_token = shares(prompts, gaps > 0), shares(prompts, gaps_per_token > 0)
@@ -139,10 +148,11 @@ def distinctness(prompts, gaps, gaps_per_token):
 
 
 def consistency(prompts, verdicts, gaps):
-    """Eqs. 10 and 11, which Algorithm 1 simplifies: how often P* agrees with P_theta (on) and P_off (off).
+    """Eqs. 10 and 11: how often P* (the preference model) and P_theta (on) or P_off (off) agree.
 
-    The indicator sends 1/2 to 0 (Definition 5.5): a tie is "not preferred". P_off is intractable; as in F.1,
-    I[P_off(y1 > y2)] = 0. Then eq. 11 counts ties (0 XNOR 0 = 1); its simplified I[P*(y2 > y1)] does not.
+    An indicator is 1 where a probability is above 1/2; a tie, 1/2, gives 0 (Definition 5.5). Eq. 10: P* and
+    P_theta prefer the on-policy y1, or neither does. Eq. 11: P_off, which cannot be computed, never prefers
+    y1 (F.1), so P* agrees wherever it does not prefer y1. S2's simplified form leaves ties out of that.
     """
     if len(gaps) == 0:
         return None
@@ -160,16 +170,16 @@ def advice(result):
     text += f"{result['score']:.3f}, 95 % interval {low:.3f} to {high:.3f}, {result['n_prompts']} prompts"
     text += ", undecided at 95 %)." if low <= 0.5 <= high else ")."
     doubts = []
-    matched, exact, distinct = result["length_matched"], result["consistency"], result["distinct"]
+    matched, agreement, distinct = result["length_matched"], result["consistency"], result["distinct"]
     if matched and matched["stage"] != result["stage"]:
         n = matched["n_comparisons"]
         doubt = f"the {n} comparisons of texts of similar length say {matched['stage']} "
         doubts.append(doubt + "(score {:.3f}, {:.3f} to {:.3f})".format(matched["score"], *matched["ci"]))
-    if exact and exact["stage"] != result["stage"]:
-        doubt = f"the exact consistencies say {exact['stage']} "
-        doubts.append(doubt + f"(eq. 10 {exact['on']:.3f}, eq. 11 {exact['off']:.3f})")
+    if agreement and agreement["stage"] != result["stage"]:
+        doubt = f"the exact consistencies say {agreement['stage']} "
+        doubts.append(doubt + f"(eq. 10 {agreement['on']:.3f}, eq. 11 {agreement['off']:.3f})")
     if distinct and distinct["sum"] < 0.8:
-        doubt = f"only {distinct['sum']:.0%} of on-policy responses are the more probable ones "
+        doubt = f"the model gives its own response the higher probability in only {distinct['sum']:.0%} "
         doubts.append(doubt + "(F.1: 84 to 97 %)")
     return text + f" Take it with care: {'; '.join(doubts)}." if doubts else text
 
@@ -182,7 +192,7 @@ def main(args):
     if by_wins and any(row.get("wins") is None for row in rows.values()):
         fail(f"{files}: some rows have wins and some have none: score all with one scorer")
     groups, comparisons = [], []  # groups: of each prompt, its responses by source
-    for number, prompt_id in enumerate(sorted(rows)):  # sorted, so that the order of rows changes no draw
+    for number, prompt_id in enumerate(sorted(rows)):  # in the order of the bootstrap, whatever the files'
         group = {"on": [], "off": []}
         for response in rows[prompt_id]["responses"]:
             group[response["source"]].append(response)

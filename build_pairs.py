@@ -3,29 +3,33 @@ Stage 3: scored responses -> preference pairs, on-policy and off-policy mixed.
 
 Reads   --scored FILE ...  a Row (below) per prompt, as score.py writes it; several files are merged by id
 Writes  --out FILE         a pair per line, as `datasets` and TRL's DPOTrainer read it, with the other keys of
-                           the row and chosen_ and rejected_ SIDE_KEYS; x.meta.json beside it has statistics
+                           the row; beside it x.meta.json, the record of the run, with statistics
 
-Selection, per prompt and source, among responses that have a reward and text and were not cut off:
+Selection, per prompt and source, among responses that are scored, not empty and were not cut off:
     best-worst  the highest against the lowest reward, the first of equals (S1 section 3.1, S2 section 4)
     relabel     off-policy: the data set's own pair, its first two responses, ordered by reward (S2's PC_off)
     given       off-policy: the same two as they are, with or without rewards
-On-policy samples have no given order and always take best-worst. Pairs of equal rewards or texts are dropped.
+On-policy samples then take best-worst. Equal texts, and but for `given` equal rewards, make no pair.
 
-Mixing is SimpleMix (S1 sections 4.1, 5.2): each prompt gives one pair. Of the first --total prompts, in an
-order that depends on --seed and ids alone, round(R * total) give their on-policy pair, the others their
-off-policy pair; R is --on-ratio. So counts are exact, no prompt comes twice, and the on-policy prompts of a
-smaller R are among those of a larger one. If the files hold both sources, every R uses the same prompts.
+Mixing is SimpleMix (S1 sections 4.1, 5.2): each prompt gives one pair. Prompts are ordered by a hash of
+--seed and id. Of the first --total the first round(R * total), halves up, give their on-policy pair and the
+others their off-policy pair; R is --on-ratio. So counts are exact, no prompt comes twice, and the on-policy
+prompts of a smaller R are among those of a larger one. If the files hold both sources, only prompts with a
+pair of each take part, so that every R uses the same prompts.
     --on-ratio-of CATEGORY=R  another R for the prompts of a category, exact within it (ours: in S1 Fig. 2
                               on-policy data help in math and coding, off-policy data in open-ended tasks)
-    --filter NAME:P           the share P of off-policy pairs with the highest values of FILTERS (S1 section
-                              5.3); for R = 1 of on-policy pairs. For 0 < R < 1 on-policy pairs then come from
-                              the prompts whose off-policy pair was not kept (S1 Fig. 6)
+    --filter NAME:P           keeps the share P of off-policy pairs (of on-policy pairs if R = 1) with the
+                              highest values of one of FILTERS (S1 section 5.3). With 0 < R < 1 (S1 Fig. 6)
+                              on-policy pairs of the other prompts are added until their share is R
+
+S1's code, unlike its text, repeats pairs to keep the ratio and mixes GPT-4's labels with rewards; here
+rewards of two labelers are refused.
 
     python build_pairs.py --scored out/scored.jsonl --out out/on50.pairs.jsonl --on-ratio 0.5
     python build_pairs.py --scored out/scored.jsonl --out out/tasks.pairs.jsonl --on-ratio-of math=1 poems=0
 
-S1's code, unlike its text, repeats pairs to keep the ratio and lets GPT-4's labels meet rewards; here rewards
-of two labelers are refused. Prints what was counted and dropped as one JSON object.
+Prints one JSON object last: what was made and dropped. S1 is the paper SimpleMix, S2 "Is On-Policy Data
+always the Best Choice [...]?", S3 "What Matters in Data for DPO?".
 """
 
 import argparse
@@ -45,20 +49,22 @@ from typing import Annotated, Literal, Required, TypedDict
 import msgspec
 import numpy as np
 
-TABLE_5 = ("mean", "std", "min", "25%", "median", "75%", "max")
-SIDE_KEYS = ("reward", "model", "finish", "token_ids", "tokenizer", "logp")
+STATISTICS = ("mean", "std", "min", "25%", "median", "75%", "max")  # of S3 Table 5
+SIDES = ("chosen", "rejected")
+SIDE_KEYS = ("reward", "model", "finish", "token_ids", "tokenizer", "logp")  # chosen_reward, ...
 Message = TypedDict("Message", {"role": str, "content": str})
 
 
 class Response(TypedDict, total=False):
     text: Required[str]
-    source: Required[Literal["on", "off"]]  # sampled from the model that is studied, or taken from elsewhere
+    source: Required[Literal["on", "off"]]  # sampled from the model to be trained, or taken from elsewhere
     model: str | None
     finish: Literal["stop", "length"] | None  # "length": cut off at the longest response allowed
     token_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]] | None  # without the end-of-turn token
+    tokenizer: str | None  # hash of the tokenizer that made them
     reward: float | None  # the last scorer's; null where it could not score
     scores: dict[str, float | None] | None  # every scorer's, by name
-    logp: float | None  # log-probability under the model to be trained
+    logp: float | None  # sum of log-probabilities under the model to be trained
 
 
 class Row(TypedDict, total=False):
@@ -78,19 +84,24 @@ def parse_args(argv=None):
     flag("--scored", required=True, nargs="+", metavar="FILE", help="scored responses, merged by id")
     flag("--out", required=True, metavar="FILE", help="the pairs, JSONL")
     flag("--select", choices=list(RULES), default="best-worst", help="the rule (default %(default)s)")
-    flag("--reward", metavar="NAME", help='take "scores"[NAME] as the reward')
-    flag("--truncated", choices=["drop", "keep"], default="drop", help="responses that were cut off")
+    flag("--reward", metavar="NAME", help="a scorer's name: take its score as the reward")
+    flag(
+        "--truncated",
+        choices=["drop", "keep"],
+        default="drop",
+        help="what to do with responses that were cut off",
+    )
     flag("--on-ratio", type=float, default=0.5, metavar="R", help="on-policy share (default %(default)s)")
     flag("--on-ratio-of", type=named_share, nargs="+", default=[], metavar="CATEGORY=R", help="see above")
-    flag("--total", type=int, metavar="N", help="number of pairs (default: as many as there are)")
-    flag("--filter", type=named_share, metavar="NAME:P", help="see above; NAME is one of FILTERS")
-    flag("--seed", type=int, default=0, help="of every random choice (default %(default)s)")
+    flag("--total", type=int, metavar="N", help="number of pairs (default: all)")
+    flag("--filter", type=named_share, metavar="NAME:P", help="see above")
+    flag("--seed", type=int, default=0, help="seed of every random choice (default %(default)s)")
     flag("--stats", action="store_true", help="print S3's Table 5 of the pairs")
     args = parser.parse_args(argv)
     args.on_ratio_of = dict(args.on_ratio_of)
     if not 0 <= args.on_ratio <= 1 or args.total is not None and args.total < 1:
         parser.error("--on-ratio must lie in [0, 1], and --total must be at least 1")
-    if args.select != "best-worst" and min([args.on_ratio, *args.on_ratio_of.values()]) == 1:
+    if args.select in DATA_SET_PAIR and min([args.on_ratio, *args.on_ratio_of.values()]) == 1:
         parser.error(f"--select {args.select} is about off-policy pairs, and --on-ratio 1 takes none")
     if args.filter and (args.filter[0] not in FILTERS or args.on_ratio_of):
         parser.error(f"--filter takes one of {', '.join(FILTERS)}, and does not go with --on-ratio-of")
@@ -113,6 +124,7 @@ def best_worst(responses):
 
 
 RULES = {"best-worst": best_worst, "relabel": best_worst, "given": tuple}  # responses -> (chosen, rejected)
+DATA_SET_PAIR = ("relabel", "given")  # rules for the first two off-policy responses
 
 
 def why_unusable(response, rule, truncated):
@@ -126,10 +138,10 @@ def why_unusable(response, rule, truncated):
 
 def select(row, source, args, dropped):
     """The pair of one prompt's responses of one source; None if there is none, and `dropped` counts why."""
-    rule = args.select if source == "off" else "best-worst"
+    rule = "best-worst" if source == "on" and args.select in DATA_SET_PAIR else args.select
     responses = [response for response in row["responses"] if response["source"] == source]
-    if rule != "best-worst":
-        responses = responses[:2]  # the data set's own pair
+    if rule in DATA_SET_PAIR:
+        responses = responses[:2]
     reasons = [why_unusable(response, rule, args.truncated) for response in responses]
     usable = [response for response, reason in zip(responses, reasons, strict=True) if not reason]
     if len(usable) < 2:
@@ -161,8 +173,8 @@ def make_pair(row, source, chosen, rejected):
 FILTERS = {
     "quality": lambda pair, seed: pair["chosen_reward"] + pair["rejected_reward"],
     "contrast": lambda pair, seed: pair["chosen_reward"] - pair["rejected_reward"],
-    "onpolicy": lambda pair, seed: pair["chosen_logp"] + pair["rejected_logp"],  # score.py --scorer logp
-    "similarity": lambda pair, seed: -pair["cosine"],  # scorers/embed.py; the least similar are kept
+    "onpolicy": lambda pair, seed: pair["chosen_logp"] + pair["rejected_logp"],  # likely under the policy
+    "similarity": lambda pair, seed: -pair["cosine"],  # the least similar are kept
     "random": lambda pair, seed: stable_hash(seed, "filter", pair["id"], ""),  # the control
 }
 
@@ -173,8 +185,8 @@ def keep_best(pairs, name, share, seed):
     for pair in pairs:
         with suppress(TypeError):  # null: not scored, or too long for its scorer
             values[pair["id"]] = FILTERS[name](pair, seed)
-    best = sorted(values, key=lambda prompt_id: (-values[prompt_id], prompt_id))
-    return set(best[: math.floor(share * len(best) + 1e-9)]), len(best)  # 0.29 * 100 is 28.999999999999996
+    ranked = sorted(values, key=lambda prompt_id: (-values[prompt_id], prompt_id))
+    return set(ranked[: math.floor(share * len(ranked) + 1e-9)]), len(ranked)  # 0.29 * 100 < 29
 
 
 # ----- mixing
@@ -183,22 +195,20 @@ def round_half_up(number):
 
 
 def mix(candidates, ratio, ratio_of, total, seed):
-    """{id: pair} of `total` prompts, or of fewer if there are not enough; candidates: {id: {source: pair}}.
-    Of n prompts of a group (a category of `ratio_of`, or all others) the first round(R n) go on-policy.
-    """
+    """{id: pair} of `total` prompts, or of fewer if there are not enough; candidates: {id: {source: pair}}."""
     order = sorted(candidates, key=lambda prompt_id: (stable_hash(seed, "mix", prompt_id), prompt_id))
-    groups = {}
+    group_of = {}
     for prompt_id in order:
-        category = next(iter(candidates[prompt_id].values())).get("category")
-        groups[prompt_id] = category if category in ratio_of else None
-    wanted = Counter()
-    for group, n in Counter(groups[prompt_id] for prompt_id in order[:total]).items():
+        [category, *_] = [pair.get("category") for pair in candidates[prompt_id].values()]
+        group_of[prompt_id] = category if category in ratio_of else None
+    wanted = Counter()  # pairs by group, which is a category of ratio_of or None, and source
+    for group, n in Counter(group_of[prompt_id] for prompt_id in order[:total]).items():
         wanted[group, "on"] = round_half_up(ratio_of.get(group, ratio) * n)
         wanted[group, "off"] = n - wanted[group, "on"]
     mixed = {}
     for prompt_id in order:
         for source in ("on", "off"):
-            place = groups[prompt_id], source
+            place = group_of[prompt_id], source
             if prompt_id not in mixed and wanted[place] and source in candidates[prompt_id]:
                 mixed[prompt_id] = candidates[prompt_id][source]
                 wanted[place] -= 1
@@ -206,62 +216,61 @@ def mix(candidates, ratio, ratio_of, total, seed):
 
 
 def statistics(pairs, samples):
-    """{what: a row of S3's Table 5}; S1 Table 3's mean reward is that of all samples, or of both sides."""
-
-    def column(key):
-        return np.array([pair[key] for pair in pairs], float)  # null becomes nan
-
-    columns = {"chosen reward": column("chosen_reward"), "rejected reward": column("rejected_reward")}
-    columns["gap"] = columns["chosen reward"] - columns["rejected reward"]
-    columns["reward of both sides"] = np.concatenate([column("chosen_reward"), column("rejected_reward")])
+    """{what: a row of S3 Table 5}. S1 Table 3's "Avg. reward" may be that of both sides or of all samples."""
+    chosen, rejected = (np.array([pair[f"{side}_reward"] for pair in pairs], float) for side in SIDES)
+    chosen_logp, rejected_logp = (np.array([pair[f"{side}_logp"] for pair in pairs], float) for side in SIDES)
+    columns = {"chosen reward": chosen, "rejected reward": rejected, "gap": chosen - rejected}
+    columns["reward of both sides"] = np.concatenate([chosen, rejected])
     columns["reward of all samples"] = np.array([response["reward"] for response in samples], float)
-    columns["intra-diversity"] = column("chosen_logp") - column("rejected_logp")  # S2 eq. 12
-    for side in ("chosen", "rejected"):
+    columns["intra-diversity"] = chosen_logp - rejected_logp  # S2 eq. 12
+    for side in SIDES:
         columns[f"{side} characters"] = np.array([len(pair[side][0]["content"]) for pair in pairs], float)
     table = {}
     for name, values in columns.items():
-        values = values[~np.isnan(values)]
+        values = values[~np.isnan(values)]  # null became nan
         if len(values):
             numbers = [values.mean(), values.std(), *np.percentile(values, [0, 25, 50, 75, 100])]
-            table[name] = {"n": len(values), **dict(zip(TABLE_5, map(float, numbers), strict=True))}
+            table[name] = {"n": len(values), **dict(zip(STATISTICS, map(float, numbers), strict=True))}
     return table
 
 
 # ----- main
 def main(args):
     started = time.time()
+    files = ", ".join(args.scored)
     rows = read_responses(args.scored, needs_reward=args.select != "given" and not args.reward)
     samples = [response for row in rows.values() for response in row["responses"]]
     sources = sorted({response["source"] for response in samples})
     if 0 < args.on_ratio < 1 and len(sources) < 2:
-        fail(f"{', '.join(args.scored)}: --on-ratio {args.on_ratio} needs both sources, found {sources}")
+        fail(f"{files}: --on-ratio {args.on_ratio} needs both sources, found {sources}")
     for category in args.on_ratio_of.keys() - {row.get("category") for row in rows.values()}:
-        fail(f"{', '.join(args.scored)}: no prompt is of the category {category!r}")
+        fail(f"{files}: no prompt is of the category {category!r}")
     candidates, dropped = {}, Counter()
     for prompt_id, row in rows.items():
-        take_rewards(row, args.reward)
-        pairs = {source: select(row, source, args, dropped) for source in sources}
-        if pairs and all(pairs.values()):
-            candidates[prompt_id] = pairs
-    most = len(candidates)
-    counts = {"rows": len(rows), "responses": len(samples), "prompts_with_pairs": most, "dropped": dropped}
+        set_rewards(row, args.reward)
+        by_source = {source: select(row, source, args, dropped) for source in sources}
+        if by_source and all(by_source.values()):
+            candidates[prompt_id] = by_source
+    total = len(candidates)
+    counts = {"rows": len(rows), "responses": len(samples), "prompts_with_pairs": total, "dropped": dropped}
     if args.filter:
         source = "on" if args.on_ratio == 1 else "off"
-        pairs = [pairs[source] for pairs in candidates.values() if source in pairs]
-        kept, n_with_value = keep_best(pairs, *args.filter, args.seed)
-        counts["filter"] = {"kept": len(kept), "of": n_with_value, "without_value": len(pairs) - n_with_value}
-        most = len(kept)
+        filtered = [by_source[source] for by_source in candidates.values() if source in by_source]
+        kept, n_valued = keep_best(filtered, *args.filter, args.seed)
+        counts["filter"] = {"kept": len(kept), "of": n_valued, "without_value": len(filtered) - n_valued}
+        total = len(kept)
         if args.on_ratio in (0, 1):
             candidates = {prompt_id: candidates[prompt_id] for prompt_id in kept}
-        else:  # S1 Fig. 6: on-policy pairs of the other prompts, as many as go with all that was kept
-            for prompt_id, pairs in candidates.items():
-                del pairs["on" if prompt_id in kept else "off"]
-            while most - round_half_up(args.on_ratio * most) < len(kept):
-                most += 1
-    total = args.total or most
+        else:
+            for prompt_id, by_source in candidates.items():
+                del by_source["on" if prompt_id in kept else "off"]
+            total = max(0, int((len(kept) - 0.5) / (1 - args.on_ratio)))  # or a bit more
+            while total - round_half_up(args.on_ratio * total) < len(kept):
+                total += 1
+    total = args.total or total
     mixed = mix(candidates, args.on_ratio, args.on_ratio_of, total, args.seed)
     if len(mixed) < total or not mixed:
-        fail(f"{', '.join(args.scored)}: {total} pairs are asked for and {len(mixed)} can be had; {counts}")
+        fail(f"{files}: expected {max(total, 1)} pairs, found {len(mixed)}: {json.dumps(counts)}")
 
     pairs = [mixed[prompt_id] for prompt_id in rows if prompt_id in mixed]  # in the order of the input
     n_on = sum(pair["source"] == "on" for pair in pairs)
@@ -275,8 +284,8 @@ def main(args):
     print(json.dumps({"out": args.out, **counts}))
 
 
-def take_rewards(row, name):
-    """Make scores[NAME] the rewards; where they differ they are of another labeler than the row's."""
+def set_rewards(row, name):
+    """Make the scores of this scorer the rewards, and it the labeler of rows whose rewards change."""
     for response in row["responses"]:
         reward = response.setdefault("reward", None)
         if name:

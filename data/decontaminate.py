@@ -4,7 +4,7 @@ Leaves out prompts that another file holds: questions of benchmarks, or what a m
 Reads   --prompts FILE   one row per line with a "prompt": prompts, responses, scored responses or pairs
         --seen FILE ...  rows whose user turns must not be trained on, under "prompt", "messages", "question"
                          or "instruction": text, or messages {"role", "content"}
-Writes  --out FILE       the rows of --prompts whose user turns none of these files holds, unchanged, in order
+Writes  --out FILE       the rows of --prompts whose user turns none of these files holds, in the same order
 
 Two turns are equal if their letters and digits are, whatever their case, spaces and punctuation.
 
@@ -32,10 +32,10 @@ class PromptRow(TypedDict, total=False):
 
 
 class SeenRow(TypedDict, total=False):
-    prompt: str | list[build_pairs.Message]
-    messages: str | list[build_pairs.Message]
-    question: str | list[build_pairs.Message]
-    instruction: str | list[build_pairs.Message]
+    prompt: str | list[build_pairs.Message] | None
+    messages: str | list[build_pairs.Message] | None
+    question: str | list[build_pairs.Message] | None
+    instruction: str | list[build_pairs.Message] | None
 
 
 def parse_args(argv=None):
@@ -50,7 +50,7 @@ def parse_args(argv=None):
 
 
 def user_turns(row):
-    """The user turns of a row, each as its letters and digits with one space between words."""
+    """The user turns of a row, each as its letters and digits with one space between words, or as ""."""
     turns = set()
     for key in TURNS:
         value = row.get(key)
@@ -59,7 +59,7 @@ def user_turns(row):
         for message in value if isinstance(value, list) else []:
             if message["role"] == "user":
                 turns.add(" ".join(re.findall(r"[^\W_]+", message["content"].casefold())))
-    return turns - {""}
+    return turns
 
 
 def main(args):
@@ -69,10 +69,8 @@ def main(args):
         for where, row in build_pairs.read_jsonl(path, SeenRow):
             turns = user_turns(row)
             if not turns:
-                build_pairs.fail(
-                    f"{where}: expected a user turn under {', '.join(TURNS)}, found {', '.join(row)}"
-                )
-            seen |= turns
+                build_pairs.fail(f"{where}: expected a user turn under one of {', '.join(TURNS)}")
+            seen |= turns - {""}
     lines, n_rows = [], 0
     for _, row in build_pairs.read_jsonl(args.prompts, PromptRow):
         n_rows += 1

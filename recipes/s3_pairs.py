@@ -35,7 +35,9 @@ import time
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, Required, TypedDict
+
+import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import build_pairs  # noqa: E402
@@ -44,14 +46,20 @@ from build_pairs import fail, stable_hash  # noqa: E402
 TIERS = ("best", "high", "medium", "low", "worst")
 
 
-class SwapPair(TypedDict):
-    """What --swap-rejected reads of a pair; the other keys of its rejected side are optional."""
+class SwapPair(TypedDict, total=False):
+    """What --swap-rejected reads of a pair: one of build_pairs.py or of this script, not of two sources."""
 
-    id: str
-    prompt: list[build_pairs.Message]
-    source: Literal["on", "off"]
-    rejected: list[build_pairs.Message]
-    rejected_reward: float
+    id: Required[str]
+    prompt: Required[list[build_pairs.Message]]
+    source: Required[Literal["on", "off"]]
+    rejected: Required[Annotated[list[build_pairs.Message], msgspec.Meta(min_length=1)]]
+    rejected_reward: Required[float]
+    rejected_model: str | None
+    rejected_finish: Literal["stop", "length"] | None
+    rejected_token_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]] | None
+    rejected_tokenizer: str | None
+    rejected_logp: float | None
+    labeler: str | None
 
 
 def parse_args(argv=None):
@@ -166,7 +174,7 @@ def replace_share(pairs, rows, args, counts):
             chosen, best = pairs[prompt_id][0], max(usable, key=itemgetter("reward"))  # line 11
             if "wins" in chosen and id(best) not in chosen["wins"]:
                 fail(
-                    f"{prompt_id}: rewards by wins are means over one file's responses: score all in one run"
+                    f"{prompt_id}: wins of several files give rewards that differ in scale: score all at once"
                 )
             new[prompt_id] = replace(chosen, best, args.replace_rule)
     if len(new) < wanted:
@@ -194,11 +202,12 @@ def read_swap(path, rows):
     return responses
 
 
-def why_not_after(chosen, rejected, inverted):
+def why_not_after(chosen, rejected, args):
     """Why a pair with a new side is dropped; None where it stays. Algorithm 1 keeps ties (line 15)."""
     if chosen["text"].strip() == rejected["text"].strip():
         return "identical"
-    if chosen["reward"] < rejected["reward"] and inverted != "keep":
+    gap = chosen["reward"] - rejected["reward"]
+    if args.inverted != "keep" and (gap < 0 or gap == 0 and args.swap_rejected):
         return "inverted"
     return None
 
@@ -209,7 +218,7 @@ def main(args):
     rows = build_pairs.read_responses(args.scored, needs_reward=not args.reward)
     pairs, dropped, counts = {}, Counter(), {"rows": len(rows)}
     for prompt_id, row in rows.items():
-        build_pairs.take_rewards(row, args.reward)
+        build_pairs.set_rewards(row, args.reward)
         pair, reason = choose(row, args)
         if pair:
             pairs[prompt_id] = pair
@@ -235,7 +244,7 @@ def main(args):
     for prompt_id in [prompt_id for prompt_id in rows if prompt_id in pairs]:  # in the order of the input
         chosen, rejected = changed.get(prompt_id, pairs[prompt_id])
         if prompt_id in changed:
-            reason = why_not_after(chosen, rejected, args.inverted)
+            reason = why_not_after(chosen, rejected, args)
             if reason:
                 dropped[f"changed: {reason}"] += 1
                 continue

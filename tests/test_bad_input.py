@@ -155,20 +155,35 @@ def test_an_id_that_is_twice_in_a_file(tmp_path, capsys, policy, command):
     assert f"data.jsonl:3: {expected}" in err
 
 
-@pytest.mark.parametrize("command", ["score", *QUICK])
-def test_several_files(tmp_path, capsys, policy, command):
-    """A prompt may be in several files, once in each and with the same text."""
+def second_file(tmp_path, command, rows):
+    """The flag and paths of the good rows and of a second file."""
     flag = "--responses" if command == "score" else "--scored"
     first = write_rows(tmp_path / "first.jsonl", good_rows(command))
-    second = good_rows(command)
-    second[1]["prompt"] = "another question"
-    data = [flag, first, write_rows(tmp_path / "data.jsonl", second)]
-    err = refused(tmp_path, capsys, command, "", policy, *data)
-    assert "data.jsonl:2: " in err and "p1" in err and "another prompt" in err
-    # an id of an earlier file, and then the same file once more
+    return flag, first, write_rows(tmp_path / "second.jsonl", rows)
+
+
+@pytest.mark.parametrize("command", ["score", *QUICK])
+def test_another_prompt_in_a_second_file(tmp_path, capsys, policy, command):
+    rows = good_rows(command)
+    rows[1]["prompt"] = "another question"
+    more = second_file(tmp_path, command, rows[:2])
+    err = refused(tmp_path, capsys, command, "", policy, *more)
+    assert "second.jsonl:2: " in err and "p1" in err and "another prompt" in err
+
+
+@pytest.mark.parametrize("command", ["score", *QUICK])
+def test_an_id_that_is_twice_in_a_second_file(tmp_path, capsys, policy, command):
+    """A prompt may be in several files, but once in each."""
+    rows = good_rows(command)
+    more = second_file(tmp_path, command, [rows[0], rows[1], rows[0]])
     twice = "is twice in the file" if command in QUICK else "stands twice in the file"
-    data = [flag, first, write_rows(tmp_path / "data.jsonl", [good_rows(command)[k] for k in (0, 1, 0)])]
-    assert f"data.jsonl:3: the id p0 {twice}" in refused(tmp_path, capsys, command, "", policy, *data)
+    err = refused(tmp_path, capsys, command, "", policy, *more)
+    assert f"second.jsonl:3: the id p0 {twice}" in err
+
+
+@pytest.mark.parametrize("command", ["score", *QUICK])
+def test_a_file_that_is_given_twice(tmp_path, capsys, policy, command):
+    flag, first, _ = second_file(tmp_path, command, good_rows(command))
     assert "first.jsonl" in refused(tmp_path, capsys, command, "", policy, flag, first, first)
 
 
@@ -290,7 +305,7 @@ def test_rewards_that_are_no_numbers(tmp_path, capsys, policy, command, reward, 
 @pytest.mark.parametrize(
     "command, sentence",
     [
-        ("build_pairs", "0 pairs are asked for and 0 can be had"),
+        ("build_pairs", "expected 1 pairs, found 0: "),
         ("boundary", "no prompt has an on-policy and an off-policy response that can be compared"),
         (
             "winrate",

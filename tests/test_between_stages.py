@@ -188,18 +188,26 @@ def test_wins_of_two_files_are_compared_within_a_file_alone(tmp_path, capsys):
     run(boundary, "--scored", on, off, "--out", tmp_path / "out.json", expect=2)
     assert "'prompts_with_one_source': 0, 'prompts_without_verdict': 1" in capsys.readouterr().err
     run(evaluate, *WINRATE, "--scored", on, off, "--out", tmp_path / "out.json", expect=2)
-    assert "nothing to compare m-on with m-off by: of 1 prompts 0 have no answers" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert (
+        "nothing to compare m-on with m-off by: of 1 prompts 0 lack an answer of a model and 1 a verdict"
+        in err
+    )
     assert not (tmp_path / "out.json").exists()
     # within a source they are compared rightly
     run(build_pairs, "--scored", on, off, "--on-ratio", 1, "--out", tmp_path / "out.jsonl")
     assert texts(read_rows(tmp_path / "out.jsonl")[0]) == ("a", "b")
 
 
+@pytest.mark.parametrize("unknown", [{}, {"wins": None, "cosine": None}, {"wins": 5, "cosine": "x"}])
 @pytest.mark.parametrize("with_wins", ["on", "off"])
-def test_wins_in_one_of_two_files(tmp_path, capsys, with_wins):
+def test_wins_in_one_of_two_files(tmp_path, capsys, with_wins, unknown):
     """Responses to a prompt from a file with wins and from one without, whichever comes first: there is no
-    verdict between them, and their rewards are not compared instead."""
+    verdict between them, and their rewards are not compared instead. A "wins" of a response is unknown."""
     on, off = two_files(tmp_path, **{with_wins: {"wins": WINS}})
+    for path in (on, off):
+        (line,) = read_rows(path)
+        write_rows(path, [{**line, "responses": [{**one, **unknown} for one in line["responses"]]}])
     for files in ((on, off), (off, on)):
         for script, flags in ((boundary, []), (evaluate, WINRATE)):
             run(script, *flags, "--scored", *files, "--out", tmp_path / "out.json", expect=2)
@@ -207,6 +215,9 @@ def test_wins_in_one_of_two_files(tmp_path, capsys, with_wins):
             assert ", ".join(files) in err and err.count("\n") == 1
             assert "some rows have wins and some have none" in err or "verdict" in err
             assert not (tmp_path / "out.json").exists()
+        run(build_pairs, "--scored", *files, "--on-ratio", 1, "--out", tmp_path / "p.jsonl")
+        (pair,) = read_rows(tmp_path / "p.jsonl")
+        assert texts(pair) == ("a", "b") and pair["cosine"] is None
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_distinctness_by_hand(tmp_path, capsys):
     second = with_logps(prompt_row(1, [1.0], [0.0]), -9.0, -8.0, tokens=(9, 2))
     result = run(tmp_path, capsys, [first, second, prompt_row(2, [1.0], [0.0])])
     assert result["distinct"] == {"sum": (3 / 4 + 0) / 2, "mean": (3 / 4 + 1) / 2, "n_prompts": 2}
-    assert "only 38% of on-policy responses are the more probable ones" in result["advice"]
+    assert "the model gives its own response the higher probability in only 38%" in result["advice"]
     assert run(tmp_path, capsys, [prompt_row(2, [1.0], [0.0])])["distinct"] is None
 
 
@@ -433,7 +433,7 @@ def test_advice_where_the_exact_consistency_disagrees(tmp_path, capsys):
     assert (result["consistency"]["on"], result["consistency"]["off"]) == (1.0, 0.75)
     assert result["advice"].endswith(
         "Take it with care: the exact consistencies say fine-tuning (eq. 10 1.000, eq. 11 0.750); "
-        "only 25% of on-policy responses are the more probable ones (F.1: 84 to 97 %)."
+        "the model gives its own response the higher probability in only 25% (F.1: 84 to 97 %)."
     )
 
 

@@ -1,0 +1,626 @@
+"""
+report/figure.py: results -> figures. What is drawn is read back from matplotlib's own objects.
+
+Covers  for each figure the points, intervals, names of series and rows, axes and legend; seeds, LC only if
+        all results have it; PNG and PDF; wrong kinds of files; files that evaluate.py and build_pairs.py
+        write.
+Run     python -m pytest tests/test_figure.py
+"""
+
+import json
+import statistics
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO, write_rows
+from matplotlib.container import ErrorbarContainer
+from matplotlib.image import imread
+from test_table import benchmarks, boundary_of, bug, group, pairs_meta, put, real_files, winrate
+
+sys.path.insert(0, str(REPO / "report"))
+import figure  # noqa: E402
+
+
+# ----- drawing, and reading what was drawn
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    figure.plt.close("all")
+
+
+def draw(folder, capsys, name, *files, out="figure.png"):
+    """The figure of a run, which wrote a PNG that is not blank, a PDF, and said so."""
+    figure.plt.close("all")
+    figure.main(figure.parse_args([name, *map(str, files), "--out", str(folder / "out" / out)]))
+    said = json.loads(capsys.readouterr().out)
+    drawn = figure.plt.gcf()
+    png, pdf = folder / "out" / "figure.png", folder / "out" / "figure.pdf"
+    pixels = imread(png)
+    assert min(pixels.shape[:2]) > 150
+    assert len(np.unique(pixels[::3, ::3].reshape(-1, pixels.shape[-1]), axis=0)) > 10
+    assert pdf.read_bytes()[:5] == b"%PDF-" and set(png.parent.iterdir()) == {png, pdf}
+    assert said == {"out": [str(png), str(pdf)], "series": len(legend(drawn))}
+    return drawn
+
+
+def refused(folder, capsys, name, *files):
+    """The one sentence of a run that ends with status 2 and writes nothing."""
+    with pytest.raises(SystemExit) as end:
+        figure.main(figure.parse_args([name, *map(str, files), "--out", str(folder / "out" / "figure.png")]))
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1, said
+    assert not (folder / "out").exists()
+    return said.err
+
+
+def legend(drawn):
+    """The names in the figure's legend, wrapped lines put together."""
+    assert len(drawn.legends) <= 1
+    return [text.get_text().replace("\n", " ") for box in drawn.legends for text in box.get_texts()]
+
+
+def labels(drawn):
+    return [(axis.get_xlabel(), axis.get_ylabel()) for axis in drawn.axes]
+
+
+def approx(points):
+    return [pytest.approx(numbers, abs=1e-9) for numbers in points]
+
+
+def error_bars(axis):
+    """{series: [(x, y, the two ends of the bar)]}."""
+    series = {}
+    for container in axis.containers:
+        if isinstance(container, ErrorbarContainer):
+            line, _, (bars,) = container
+            ends = [segment.tolist() for segment in bars.get_segments()]
+            name = container.get_label()
+            name = "" if name.startswith("_") else name  # matplotlib's for a series without a name
+            series[name] = list(zip(*line.get_data(), ends, strict=True))
+    return series
+
+
+def points(axis):
+    """{series: [(x, middle, low, high)]} of curves with error bars."""
+    curves = {}
+    for name, numbers in error_bars(axis).items():
+        assert all(low[0] == x == high[0] for x, _, (low, high) in numbers)
+        curves[name] = [(x, y, low[1], high[1]) for x, y, (low, high) in numbers]
+    return curves
+
+
+def row_names(drawn):
+    """The names of the rows, wrapped lines put together; they stand at the first panel alone."""
+    names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    for axis in drawn.axes[1:]:
+        assert [label.get_text() for label in axis.get_yticklabels()] == [""] * len(names)
+    for axis in drawn.axes:
+        bottom, top = axis.get_ylim()
+        assert top < 0 and bottom > len(names) - 1 and list(axis.get_yticks()) == list(range(len(names)))
+    return [name.replace("\n", " ") for name in names]
+
+
+def rows_of(axis, names):
+    """{series: {row: (middle, low, high)}} of a panel; no two series of a row are at one height."""
+    series, heights = {}, []
+    for name, numbers in error_bars(axis).items():
+        assert all(low[1] == y == high[1] for _, y, (low, high) in numbers)
+        series[name] = {names[round(y)]: (x, low[0], high[0]) for x, y, (low, high) in numbers}
+        heights += [y for _, y, _ in numbers]
+    assert len(set(heights)) == len(heights) and all(abs(y - round(y)) < 0.5 for y in heights)
+    return series
+
+
+def reference(axis):
+    """Where a panel's dashed line is; None without one."""
+    lines = [line for line in axis.lines if line.get_linestyle() == "--" and line.get_color() == "grey"]
+    return lines[0].get_xdata()[0] if lines else None
+
+
+def widths(axis):
+    return sorted(patch.get_width() for patch in axis.patches)
+
+
+def written(axis):
+    """The numbers beside the points."""
+    return [text.get_text() for text in axis.texts]
+
+
+# ----- settings
+def test_settings(tmp_path, capsys):
+    rates = {"a": (20.0, 30.0, -4.0), "b": (None, 40.0, 5.25), "c": (60.0, 55.0, None)}
+    files = []
+    for name, (lc, win, reward) in rates.items():
+        interval = None if reward is None else [reward - 1, reward + 2]
+        result = winrate(lc, win, reward=reward, reward_ci=interval, n_total=800 + len(files))
+        files.append(put(tmp_path / f"{name}.winrate.json", result))
+    drawn = draw(tmp_path, capsys, "settings", *files)
+    assert labels(drawn) == [("mean reward", ""), ("win rate (%)", ""), ("LC win rate (%)", "")]
+    names = row_names(drawn)
+    assert names == ["a n = 800", "b n = 801", "c n = 802"] and legend(drawn) == []
+    reward, win, lc = (rows_of(axis, ["a", "b", "c"])[""] for axis in drawn.axes)
+    assert reward == {"a": (-4.0, -5.0, -2.0), "b": (5.25, 4.25, 7.25)}
+    assert win == {"a": (30.0, 27.0, 34.0), "b": (40.0, 37.0, 44.0), "c": (55.0, 52.0, 59.0)}
+    assert lc == {"a": (20.0, 19.0, 22.0), "c": (60.0, 59.0, 62.0)}
+    assert [reference(axis) for axis in drawn.axes] == [None, 50, 50]
+    assert [widths(axis) for axis in drawn.axes] == [[], [30.0, 40.0, 55.0], [20.0, 60.0]]
+    texts = [["-4.00", "5.25"], ["30.0", "40.0", "55.0"], ["20.0", "60.0"]]
+    assert [written(axis) for axis in drawn.axes] == texts
+
+
+def test_settings_over_seeds_have_the_interval_over_prompts(tmp_path, capsys):
+    runs = [winrate(20.0, 18.0, ci=[15.0, 22.0]), winrate(26.0, 31.0, ci=[27.0, 33.0])]
+    files = [put(tmp_path / f"on_seed{k}.winrate.json", run) for k, run in enumerate(runs)]
+    drawn = draw(tmp_path, capsys, "settings", *files)
+    win, lc = (rows_of(axis, row_names(drawn))[""] for axis in drawn.axes)
+    assert win == {"on n = 805": (24.5, 21.0, 27.5)}  # the means of the ends
+    assert lc == {"on n = 805": (23.0, 22.0, 25.0)}
+    assert all(reference(axis) is None for axis in drawn.axes)  # 50 is outside
+
+
+# ----- categories
+CATEGORIES = {
+    "math": group(30.0, [21.0, 37.0], 31.0, [22.0, 39.0], 30),
+    "tips, opinions or advice": group(20.0, [16.0, 27.0], 25.0, [21.0, 28.0], 700),
+    "tiny": group(None, None, 50.0, None, 1),
+}
+MINUS = {
+    **group(4.0, [2.0, 6.5], 3.0, [1.0, 5.0], 805),
+    "model": "out/off",
+    "categories": {"math": group(5.5, [1.0, 9.0], -2.0, [-6.0, 2.0], 30)},
+}
+
+
+def test_categories_and_differences(tmp_path, capsys):
+    files = [put(tmp_path / "on.winrate.json", winrate(22.0, categories=CATEGORIES, minus=MINUS))]
+    other = {"math": group(24.0, [20.0, 28.0], 23.0, [19.0, 27.0], 30)}
+    files.append(put(tmp_path / "off.winrate.json", winrate(21.0, categories=other)))
+    drawn = draw(tmp_path, capsys, "categories", *files)
+    assert labels(drawn) == [("LC win rate (%)", ""), ("difference of LC win rates (points)", "")]
+    assert row_names(drawn) == ["tips, opinions or advice n = 700", "math n = 30", "tiny n = 1"]
+    rates, differences = (rows_of(axis, ["tips", "math", "tiny"]) for axis in drawn.axes)
+    assert rates == {
+        "on": {"tips": (20.0, 16.0, 27.0), "math": (30.0, 21.0, 37.0)},
+        "off": {"math": (24.0, 20.0, 28.0)},
+    }
+    assert differences == {"on minus off": {"math": (5.5, 1.0, 9.0)}}
+    assert legend(drawn) == ["on", "off", "on minus off"]
+    assert [reference(axis) for axis in drawn.axes] == [None, 0]
+    colours = [container[0].get_color() for axis in drawn.axes for container in axis.containers[::2]]
+    assert len(colours) == len(set(colours)) == 3
+
+
+def test_categories_of_seeds_without_length_control(tmp_path, capsys):
+    files = []
+    for seed, low in enumerate((10.0, 16.0)):
+        categories = {"math": group(None, None, low + 5, [low, low + 8], 30)}
+        run = winrate(None, categories=categories, minus=MINUS | {"win_rate": low})
+        files.append(put(tmp_path / f"on_seed{seed}.winrate.json", run))
+    drawn = draw(tmp_path, capsys, "categories", *files)
+    assert labels(drawn) == [("win rate (%)", ""), ("difference of win rates (points)", "")]
+    rates, differences = (rows_of(axis, ["math"]) for axis in drawn.axes)
+    assert rates == {"on": {"math": (18.0, 13.0, 21.0)}}
+    assert differences == {"on minus off": {"math": (-2.0, -6.0, 2.0)}}
+
+
+# ----- lengths
+BINS = {
+    "300 to 500.5": group(30.0, [25.0, 34.0], 1.0, [0.0, 2.0], 100),
+    "10 to 110": group(20.0, [15.0, 24.0], 3.0, [2.0, 5.0], 200),
+    "110 to 300": group(None, None, None, None, 0),
+}
+
+
+def test_lengths(tmp_path, capsys):
+    minus = {**MINUS, "length_bins": {"10 to 110": group(-3.0, [-8.0, 1.0], 7.0, [6.0, 8.0], 200)}}
+    files = [put(tmp_path / "on_seed1.winrate.json", winrate(22.0, length_bins=BINS, minus=minus))]
+    files.append(put(tmp_path / "off.winrate.json", winrate(21.0, length_bins=BINS)))
+    drawn = draw(tmp_path, capsys, "lengths", *files)
+    text = "characters of the answer"
+    assert labels(drawn) == [(text, "LC win rate (%)"), (text, "difference of LC win rates (points)")]
+    rates, differences = map(points, drawn.axes)
+    curve = [(60.0, 20.0, 15.0, 24.0), (400.25, 30.0, 25.0, 34.0)]  # from left to right, mid-bin
+    assert rates == {"on_seed1": curve, "off": curve}
+    assert differences == {"on_seed1 minus off": [(60.0, -3.0, -8.0, 1.0)]}
+    assert legend(drawn) == ["on_seed1", "off", "on_seed1 minus off"]
+    files.append(put(tmp_path / "x.winrate.json", winrate(None, length_bins=BINS)))
+    drawn = draw(tmp_path, capsys, "lengths", *files)
+    assert points(drawn.axes[0])["off"] == [(60.0, 3.0, 2.0, 5.0), (400.25, 1.0, 0.0, 2.0)]
+
+
+# ----- ratio and filters
+def swept(folder, name, rates, n_on=0, kept=None, **more):
+    """Results and pairs of a setting, a rate for each seed; of 200 pairs n_on are on-policy."""
+    files = []
+    for seed, rate in enumerate(rates):
+        run = name if len(rates) == 1 else f"{name}_seed{seed}"
+        meta = pairs_meta({"pairs": 200, "on": n_on, "off": 200 - n_on}, args={"filter": kept})
+        files.append(put(folder / f"{run}.pairs.meta.json", meta))
+        files.append(put(folder / f"{run}.winrate.json", winrate(rate, 1.5 * rate, **more)))
+    return files
+
+
+def test_ratio(tmp_path, capsys):
+    files = [*swept(tmp_path, "dpo_100", [26.0], 200), *swept(tmp_path, "dpo_0", [20.0, 25.0, 24.0], 0)]
+    files += [*swept(tmp_path, "dpo_0.25", [30.0], 50), *swept(tmp_path, "hypo_1", [31.0], 200)]
+    files += [put(tmp_path / "sft.winrate.json", winrate(10.0)), swept(tmp_path, "dpo_50", [9.0], 100)[0]]
+    drawn = draw(tmp_path, capsys, "ratio", *files)
+    assert labels(drawn) == [("on-policy share of the pairs", "LC win rate (%)")]
+    curves = points(drawn.axes[0])
+    sd = statistics.stdev([20.0, 25.0, 24.0])  # over seeds; the others have their interval over prompts
+    first = pytest.approx((0.0, 23.0, 23.0 - sd, 23.0 + sd))
+    assert curves.pop("dpo_") == [first, (0.25, 30.0, 29.0, 32.0), (1.0, 26.0, 25.0, 28.0)]
+    assert curves == {"hypo_": [(1.0, 31.0, 30.0, 33.0)]} and legend(drawn) == ["dpo_", "hypo_"]
+
+
+def test_ratio_by_win_rate_and_without_an_interval(tmp_path, capsys):
+    files = [*swept(tmp_path, "on0", [20.0], 0, ci=None), *swept(tmp_path, "on100", [26.0], 200)]
+    files += [
+        put(tmp_path / "sft.winrate.json", winrate(None, 10.0))
+    ]  # one result without LC: all by win rate
+    drawn = draw(tmp_path, capsys, "ratio", *files)
+    assert labels(drawn) == [("on-policy share of the pairs", "win rate (%)")]
+    assert points(drawn.axes[0]) == {"on": [(0.0, 30.0, 30.0, 30.0), (1.0, 39.0, 36.0, 43.0)]}
+
+
+def test_filters(tmp_path, capsys):
+    files = []
+    for name, share, rate in (("quality", 0.4, 25.0), ("quality", 0.1, 21.0), ("random", 0.1, 19.0)):
+        files += swept(tmp_path, f"{name}{share}", [rate], kept=[name, share])
+    files += [*swept(tmp_path, "all", [30.0]), *swept(tmp_path, "s", [20.0, 22.0], kept=["random", 0.7])]
+    drawn = draw(tmp_path, capsys, "filters", *files)
+    assert labels(drawn) == [("share of the pairs kept", "LC win rate (%)")]
+    curves = points(drawn.axes[0])
+    assert curves["quality"] == [(0.1, 21.0, 20.0, 23.0), (0.4, 25.0, 24.0, 27.0)]
+    seeds = pytest.approx((0.7, 21.0, 21.0 - 2**0.5, 21.0 + 2**0.5))
+    assert curves["random"] == [(0.1, 19.0, 18.0, 21.0), seeds]
+    assert legend(drawn) == ["quality", "random"] == list(curves)
+
+
+# ----- training
+def shaded(axis):
+    """{series: [(x, middle, low, high)]} of lines with a band."""
+    curves = {}
+    for line, band in zip(axis.lines, axis.collections, strict=True):
+        x, middle = line.get_data()
+        corners = band.get_paths()[0].vertices
+        ends = [sorted(corners[corners[:, 0] == place, 1]) for place in x]
+        low, high = [end[0] for end in ends], [end[-1] for end in ends]
+        curves[line.get_label()] = list(zip(x, middle, low, high, strict=True))
+    return curves
+
+
+def test_training(tmp_path, capsys):
+    dpo = {"margin": 0.5, "margin_std": 0.25, "diversity": -3.0, "diversity_std": 2.0}
+    files = []
+    for name, more in (("dpo_seed0/metrics", dpo), ("sft.metrics", {"margin": None})):
+        steps = [{"step": k, "tokens": 8, "loss": 0.75 - k, **more} for k in range(2)]
+        put(tmp_path / f"{name}.jsonl", "")
+        files.append(write_rows(tmp_path / f"{name}.jsonl", steps))
+    drawn = draw(tmp_path, capsys, "training", *files)
+    names = ["loss", "margin", "intra-diversity (eq. 12), nats"]
+    assert labels(drawn) == [("step", name) for name in names] and legend(drawn) == ["dpo_seed0", "sft"]
+    loss, margin, diversity = map(shaded, drawn.axes)
+    curve = [(0, 0.75, 0.75, 0.75), (1, -0.25, -0.25, -0.25)]
+    assert loss == {"dpo_seed0": curve, "sft": curve}
+    assert margin == {"dpo_seed0": [(k, 0.5, 0.25, 0.75) for k in range(2)]}
+    assert diversity == {"dpo_seed0": [(k, -3.0, -5.0, -1.0) for k in range(2)]}
+
+
+def test_training_of_many_steps_is_drawn_by_means(tmp_path, capsys):
+    """Of 130 steps a point is the mean of three, the last of one."""
+    steps = [{"step": k, "tokens": 8, "margin": k**2 / 100, "margin_std": float(k % 3)} for k in range(130)]
+    del steps[1]["margin_std"]  # none known counts as 0
+    drawn = draw(tmp_path, capsys, "training", write_rows(tmp_path / "a.metrics.jsonl", steps))
+    (curve,) = shaded(drawn.axes[0]).values()
+    expected = []
+    for first in range(0, 130, 3):
+        x = range(first, min(first + 3, 130))
+        middle = statistics.mean([k**2 / 100 for k in x])
+        std = statistics.mean([k % 3 for k in x]) if first else 2 / 3
+        expected.append((statistics.mean(x), middle, middle - std, middle + std))
+    assert len(curve) == 44 and curve == approx(expected)
+    assert len(figure.step_points(steps[:60], "margin")) == 60
+    assert len(figure.step_points(steps[:61], "margin")) == 31
+
+
+# ----- shares and rewards
+def test_shares(tmp_path, capsys):
+    files = []
+    for name, categories in (("alpaca", ["math"] * 5 + ["poems"] * 2 + [None]), ("uf", ["poems"] * 4)):
+        rows = [{"id": str(k), "category": category} for k, category in enumerate(categories)]
+        files.append(write_rows(tmp_path / f"{name}.jsonl", rows))
+    drawn = draw(tmp_path, capsys, "shares", *files)
+    assert labels(drawn) == [("share of the prompts (%)", "")]
+    names = ["poems", "math", "None"]  # 6, 5 and 1 of all rows
+    assert row_names(drawn) == names and legend(drawn) == ["alpaca.jsonl (n = 8)", "uf.jsonl (n = 4)"]
+    shares = {"poems": 25.0, "math": 62.5, "None": 12.5}, {"poems": 100.0, "math": 0.0, "None": 0.0}
+    expected = {
+        name: {row: (share,) * 3 for row, share in series.items()}
+        for name, series in zip(legend(drawn), shares)
+    }
+    assert rows_of(drawn.axes[0], names) == expected
+    assert widths(drawn.axes[0]) == [0.0, 0.0, 12.5, 25.0, 62.5, 100.0]
+
+
+def scored(path, on, off=(), labeler="rm:r"):
+    responses = [
+        {"text": f"{source} {k}", "source": source, "model": "m", "reward": reward}
+        for source, rewards in (("on", on), ("off", off))
+        for k, reward in enumerate(rewards)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    return write_rows(path, [{"id": "p", "prompt": "p", "responses": responses, "labeler": labeler}])
+
+
+def test_rewards(tmp_path, capsys):
+    """S1 Figs. 10, 11: on common edges the share of a curve's rewards between two edges."""
+    files = [
+        scored(tmp_path / "t07.jsonl", [0.0, 4.0, 4.0, None]),
+        scored(tmp_path / "t3.jsonl", [-8.0], [-16.0]),
+    ]
+    drawn = draw(tmp_path, capsys, "rewards", *files)
+    assert labels(drawn) == [("reward", "share of the responses")]
+    names = [
+        "t07.jsonl, on-policy (mean 2.67)",
+        "t3.jsonl, on-policy (mean -8.00)",
+        "t3.jsonl, off-policy (mean -16.00)",
+    ]
+    assert legend(drawn) == names
+    curves = {patch.get_label(): patch.get_data() for patch in drawn.axes[0].patches}
+    for name, (shares, edges, _) in curves.items():
+        assert edges == pytest.approx([-16 + k / 2 for k in range(41)]), name
+        assert sum(shares) == pytest.approx(1)
+    cold, hot, off = (curves[name].values for name in names)
+    assert {k: cold[k] for k in np.flatnonzero(cold)} == pytest.approx({32: 1 / 3, 39: 2 / 3})
+    assert (list(np.flatnonzero(hot)), list(np.flatnonzero(off))) == ([16], [0])
+
+
+@bug("files of one name in two folders become one curve")
+@pytest.mark.parametrize("name", ["rewards", "shares"])
+def test_files_of_one_name_are_two_series(tmp_path, capsys, name):
+    files = [scored(tmp_path / folder / "s.jsonl", [1.0, 2.0]) for folder in "ab"]
+    if name == "shares":
+        for path, category in zip(files, ("math", "poems")):
+            write_rows(path, [{"category": category}])
+    assert len(legend(draw(tmp_path, capsys, name, *files))) == 2
+
+
+@bug("rewards of different labelers are drawn on one axis")
+def test_rewards_of_different_labelers(tmp_path, capsys):
+    files = [scored(tmp_path / f"{name}.jsonl", [1.0, 2.0], labeler=name) for name in "ab"]
+    assert "different labelers" in refused(tmp_path, capsys, "rewards", *files)
+
+
+# ----- series, names and files
+def test_series_are_told_apart():
+    styles = [tuple(figure.style_of(k).values()) for k in range(28)]
+    assert len(set(styles)) == 28 and len({colour for colour, _ in styles}) == 7
+
+
+def test_a_series_looks_the_same_in_all_panels(tmp_path, capsys):
+    files = []
+    for k in range(9):
+        more = {"margin": 1.0} if k % 2 else {}
+        steps = [{"step": step, "tokens": 1, "loss": float(k), **more} for step in range(2)]
+        files.append(write_rows(tmp_path / f"m{k}.metrics.jsonl", steps))
+    loss, margin = draw(tmp_path, capsys, "training", *files).axes
+    styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in loss.lines}
+    assert len(set(styles.values())) == 9
+    assert {line.get_label(): (line.get_color(), line.get_linestyle()) for line in margin.lines} == {
+        f"m{k}": styles[f"m{k}"] for k in range(1, 9, 2)
+    }
+
+
+# ----- the layout
+LONG = "Llama-3.1-8B-Instruct-off-on_rejected"
+FLAT = bug("curves and histograms are 3.6 inches high, whatever the legend needs")
+
+
+def crowded(drawn):
+    """What is cut off, flat, or over something else."""
+    drawn.canvas.draw()
+    frame, faults = drawn.bbox, []
+    rows = [label for label in drawn.axes[0].get_yticklabels() if "\n" in label.get_text()]
+    texts = rows + [text for box in drawn.legends for text in box.get_texts()]
+    for axis in drawn.axes:
+        texts += [axis.xaxis.label, axis.yaxis.label, *axis.texts]
+        panel = axis.get_tightbbox()
+        if axis.get_window_extent().height < drawn.dpi:
+            faults.append(f"{axis.get_ylabel()}: lower than an inch")
+        faults += [
+            "the legend covers a panel" for box in drawn.legends if box.get_window_extent().overlaps(panel)
+        ]
+    for text in texts:
+        box = text.get_window_extent()
+        if text.get_text() and not (frame.x0 <= box.x0 and box.x1 <= frame.x1):
+            faults.append(f"cut off at a side: {text.get_text()!r}")
+        if text.get_text() and not (frame.y0 <= box.y0 and box.y1 <= frame.y1):
+            faults.append(f"cut off above or below: {text.get_text()!r}")
+    for upper, lower in zip(rows, rows[1:]):
+        if upper.get_window_extent().y0 < lower.get_window_extent().y1:
+            faults.append(f"{lower.get_text()!r} begins before {upper.get_text()!r} ends")
+    return faults
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("settings", 2),
+        ("settings", 20),
+        ("categories", 2),
+        ("categories", 6),
+        ("lengths", 2),
+        pytest.param("lengths", 6, marks=FLAT),
+        pytest.param("lengths", 20, marks=FLAT),
+        ("training", 6),
+        pytest.param("training", 20, marks=FLAT),
+        ("rewards", 2),
+        pytest.param("rewards", 6, marks=FLAT),
+        ("shares", 6),
+    ],
+)
+def test_long_names_have_room(tmp_path, capsys, name, count):
+    files = []
+    for k in range(count):
+        minus = {**MINUS, "model": LONG, "length_bins": BINS}
+        result = winrate(
+            22.0, categories=CATEGORIES, length_bins=BINS, minus=minus, reward=1.0, reward_ci=[0, 2]
+        )
+        steps = [{"step": step, "tokens": 1, "loss": 0.6, "margin": k, "diversity": k} for step in range(2)]
+        if name == "training":
+            files.append(write_rows(tmp_path / f"{LONG}_{k}.metrics.jsonl", steps))
+        elif name == "shares":
+            rows = [{"category": category} for category in CATEGORIES]
+            files.append(write_rows(tmp_path / f"{LONG}_{k}.jsonl", rows))
+        elif name == "rewards":
+            files.append(scored(tmp_path / f"{LONG}_{k}.jsonl", [k, 2.0], [1.0 + k]))
+        else:
+            files.append(put(tmp_path / f"{LONG}_{k}.winrate.json", result))
+    drawn = draw(tmp_path, capsys, name, *files)
+    assert crowded(drawn) == []
+    names = row_names(drawn) if name == "settings" else legend(drawn)
+    assert all(text.replace(" ", "").startswith(f"{LONG}_{k}") for k, text in zip(range(count), names[:1]))
+
+
+@bug("a row is half an inch high, and this label of four lines is more")
+def test_the_longest_category_of_s1_has_room(tmp_path, capsys):
+    longest = "factual information (general or professional), history or common practices"
+    groups = {name: group(30.0, [21.0, 37.0], 31.0, [22.0, 39.0], 9) for name in ("math", longest, "coding")}
+    drawn = draw(
+        tmp_path, capsys, "categories", put(tmp_path / "a.winrate.json", winrate(22.0, categories=groups))
+    )
+    assert crowded(drawn) == []
+
+
+@bug("bars have seven colours and no line styles")
+def test_bars_of_more_than_seven_series_are_told_apart(tmp_path, capsys):
+    files = [put(tmp_path / f"m{k}.winrate.json", winrate(9.0, categories=CATEGORIES)) for k in range(8)]
+    (axis,) = draw(tmp_path, capsys, "categories", *files).axes
+    lines = [container[0] for container in axis.containers if isinstance(container, ErrorbarContainer)]
+    assert len({(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in lines}) == 8
+
+
+@pytest.mark.parametrize("out", ["figure.png", "figure.pdf", "figure"])
+def test_two_files_whatever_the_ending(tmp_path, capsys, out):
+    draw(tmp_path, capsys, "settings", put(tmp_path / "a.winrate.json", winrate(20.0)), out=out)
+
+
+@bug("with_suffix takes what follows a dot in the name for an ending: llama-3.png is written")
+@pytest.mark.parametrize("out", ["llama-3.1-8B.png", "llama-3.1-8B"])
+def test_a_dot_in_the_name_of_a_figure(tmp_path, capsys, out):
+    file = put(tmp_path / "a.winrate.json", winrate(20.0))
+    figure.main(figure.parse_args(["settings", str(file), "--out", str(tmp_path / "out" / out)]))
+    names = [str(tmp_path / "out" / f"llama-3.1-8B.{ending}") for ending in ("pdf", "png")]
+    assert sorted(map(str, (tmp_path / "out").iterdir())) == names
+    assert sorted(json.loads(capsys.readouterr().out)["out"]) == names
+
+
+# ----- files of another kind
+WRONG = {
+    "a.winrate.json": winrate(20.0),
+    "bare.winrate.json": winrate(None, ci=None),
+    "a.pairs.meta.json": pairs_meta({"on": 1, "off": 1}),
+    "b.pairs.meta.json": pairs_meta({"on": 1, "off": 1}),
+    "a.benchmarks.json": benchmarks(65.0, arc=(50.0, 1.25)),
+    "a.boundary.json": boundary_of(0.4),
+    "a.metrics.jsonl": json.dumps({"step": 0, "tokens": 5}) + "\n",
+    "empty.jsonl": "",
+    "rows.jsonl": json.dumps({"id": "1", "prompt": "p", "responses": []}) + "\n",
+    "unscored.jsonl": json.dumps({"id": "1", "prompt": "p", "responses": [{"text": "a", "source": "on"}]}),
+    "null.jsonl": json.dumps(
+        {"id": "1", "prompt": "p", "responses": [{"text": "a", "source": "on", "reward": None}]}
+    ),
+}
+NO_RATES = "expected results of evaluate.py winrate, found none"
+NO_SWEEP = "expected winrate results and pairs' meta files of the same NAMEs, found no setting with both"
+NO_STEPS = "expected metrics.jsonl with loss, margin or diversity, found none"
+TRACEBACK = bug("no interval or no result to draw ends in a traceback of matplotlib or numpy")
+
+
+@pytest.mark.parametrize(
+    "name, files, sentence",
+    [
+        pytest.param("settings", ["a.pairs.meta.json", "a.boundary.json"], "", marks=TRACEBACK),
+        pytest.param("settings", ["bare.winrate.json"], "", marks=TRACEBACK),
+        ("settings", ["rows.jsonl"], "{rows.jsonl}: expected a result, a meta file or metrics.jsonl: "),
+        ("categories", ["a.benchmarks.json", "a.metrics.jsonl"], NO_RATES),
+        (
+            "categories",
+            ["a.winrate.json"],
+            "expected results with categories (scorers/category.py), found none",
+        ),
+        ("lengths", ["a.boundary.json"], NO_RATES),
+        pytest.param("lengths", ["a.winrate.json"], "", marks=TRACEBACK),
+        ("ratio", ["a.pairs.meta.json"], NO_RATES),
+        ("ratio", ["a.winrate.json", "b.pairs.meta.json"], NO_SWEEP),
+        ("filters", ["a.winrate.json", "a.pairs.meta.json"], NO_SWEEP),
+        ("training", ["a.winrate.json"], NO_STEPS),
+        ("training", ["a.metrics.jsonl"], NO_STEPS),
+        ("training", ["rows.jsonl"], "{rows.jsonl}: expected a result, a meta file or metrics.jsonl: "),
+        ("shares", ["a.winrate.json"], "{a.winrate.json}:1: Object missing required field `category`"),
+        ("shares", ["rows.jsonl"], "{rows.jsonl}:1: Object missing required field `category`"),
+        ("shares", ["empty.jsonl"], "{empty.jsonl}: expected JSON lines, found no file or an empty one"),
+        ("rewards", ["a.winrate.json"], "{a.winrate.json}:1: Object missing required field"),
+        ("rewards", ["unscored.jsonl"], '{unscored.jsonl}:1: expected every response to have a "reward"'),
+        ("rewards", ["null.jsonl", "rows.jsonl"], "{null.jsonl}, {rows.jsonl}: no response has a reward"),
+        ("rewards", ["nobody.jsonl"], "{nobody.jsonl}: expected JSON lines, found no file or an empty one"),
+    ],
+)
+def test_files_of_another_kind(tmp_path, capsys, name, files, sentence):
+    for file, content in WRONG.items():
+        put(tmp_path / file, content)
+        sentence = sentence.replace("{" + file + "}", str(tmp_path / file))
+    sentence = sentence.replace("{nobody.jsonl}", str(tmp_path / "nobody.jsonl"))
+    assert sentence in refused(tmp_path, capsys, name, *(tmp_path / file for file in files))
+
+
+def test_a_figure_that_there_is_not(capsys):
+    with pytest.raises(SystemExit) as end:
+        figure.parse_args(["pies", "a.json", "--out", "a.png"])
+    assert end.value.code == 2 and "invalid choice: 'pies'" in capsys.readouterr().err
+
+
+BAD = [
+    ("lengths", {"a.winrate.json": winrate(20.0, length_bins={"short": BINS["10 to 110"]})}),
+    ("ratio", {"a.winrate.json": winrate(20.0), "a.pairs.meta.json": pairs_meta({"on": 0, "off": 0})}),
+    ("ratio", {"a.winrate.json": winrate(20.0), "a.pairs.meta.json": pairs_meta({"pairs": 9})}),
+    (
+        "filters",
+        {
+            "a.winrate.json": winrate(20.0),
+            "a.pairs.meta.json": pairs_meta({}, args={"filter": "quality:0.4"}),
+        },
+    ),
+    ("training", {"a.metrics.jsonl": json.dumps({"step": 0, "tokens": 5, "loss": "x"}) + "\n"}),
+]
+
+
+@bug("what the shapes of report/table.py admit and a figure cannot draw ends in a traceback")
+@pytest.mark.parametrize("name, files", BAD)
+def test_numbers_that_cannot_be_drawn(tmp_path, capsys, name, files):
+    paths = [put(tmp_path / file, content) for file, content in files.items()]
+    assert str(paths[-1]) in refused(tmp_path, capsys, name, *paths)
+
+
+# ----- files that the scripts write
+def test_files_that_the_scripts_write(tmp_path, capsys, tmp_path_factory):
+    files, rows = real_files(tmp_path_factory.getbasetemp())
+    capsys.readouterr()
+    result = json.loads(files[0].read_text())
+    drawn = draw(tmp_path, capsys, "settings", *files)
+    assert rows_of(drawn.axes[1], ["on50"])[""]["on50"] == approx([(result["win_rate"], *result["ci"])])[0]
+    drawn = draw(tmp_path, capsys, "categories", *files)
+    assert row_names(drawn) == ["math n = 12", "poems n = 4"]
+    for axis, content in zip(drawn.axes, (result, result["minus"]), strict=True):
+        (series,) = rows_of(axis, ["math", "poems"]).values()
+        for name, cell in content["categories"].items():
+            key = "length_controlled_winrate"
+            assert series[name] == pytest.approx((cell[key], *cell["lc_ci"]))
+    drawn = draw(tmp_path, capsys, "lengths", *files)
+    assert [len(points(axis)[name]) for axis, name in zip(drawn.axes, ("on50", "on50 minus other"))] == [4, 4]
+    ((numbers,),) = points(draw(tmp_path, capsys, "ratio", *files).axes[0]).values()
+    assert numbers[:2] == pytest.approx((0.5, result["length_controlled_winrate"]))
+    assert legend(draw(tmp_path, capsys, "shares", rows)) == ["scored.jsonl (n = 16)"]
+    assert len(legend(draw(tmp_path, capsys, "rewards", rows))) == 2
