@@ -543,13 +543,13 @@ def main(args):
 
 # ----- reading and writing: the same text in every script that has it (tests/test_copies.py)
 def fail(message):
-    """End a run over a user's mistake: one sentence, exit status 2."""
+    """End the run because of a mistake of the user: one sentence, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def read_jsonl(path, shape):
-    """("file:line", row) of each line; one without the shape of this TypedDict ends the run."""
+    """Yield ("file:line", row) for each line; a row that does not fit the TypedDict `shape` ends the run."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
         fail(f"{path}: expected JSON lines, found no file or an empty one")
     with open(path, "rb") as file:
@@ -564,18 +564,19 @@ def read_jsonl(path, shape):
 
 def read_responses(paths, needs_reward=True):
     """{id: row} of scored files, rows of one id merged. All rewards must be of one labeler."""
-    rows, labelers = {}, set()
+    rows, labelers, places = {}, set(), set()
     for path in paths:
-        earlier = set(rows)
+        file = os.path.realpath(path)
         for where, row in read_jsonl(path, Row):
             normalise(row, where, needs_reward)
+            if (file, row["id"]) in places:
+                fail(f"{where}: the id {row['id']} is twice in this file")
+            places.add((file, row["id"]))
             if any(response.get("reward") is not None for response in row["responses"]):
                 labelers.add(str(row.get("labeler")))
             first = rows.setdefault(row["id"], row)
             if first is row:
                 continue
-            if row["id"] not in earlier:
-                fail(f"{where}: the id {row['id']} is twice in the file")
             if first["prompt"] != row["prompt"]:
                 fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
             known = {key: value for key, value in first.items() if value is not None}
@@ -586,20 +587,18 @@ def read_responses(paths, needs_reward=True):
 
 
 def normalise(row, where, needs_reward):
-    """Text prompts become messages, matrices response["wins"][id(other)], which need not be in one file."""
+    """A text prompt becomes messages, and a matrix a dict of each response: response["wins"][id(other)]."""
     if isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     if not row["prompt"] or row["prompt"][-1]["role"] != "user":
         fail(f"{where}: expected a prompt that ends with a user turn")
-    responses = row["responses"]
+    responses, n = row["responses"], len(row["responses"])
     for name in ("wins", "cosine"):
         matrix = row.get(name)
-        if matrix is None:
-            continue
-        if [len(line) for line in matrix] != [len(responses)] * len(responses):
+        if matrix is not None and [len(line) for line in matrix] != [n] * n:
             fail(f'{where}: expected "{name}" to have a row and a column for every response')
-        for response, line in zip(responses, matrix, strict=True):
-            response[name] = dict(zip(map(id, responses), line, strict=True))
+        for response, line in zip(responses, matrix or [[]] * n, strict=True):
+            response[name] = dict(zip(map(id, responses), line, strict=False))  # {} without a matrix
     for response in responses:
         if needs_reward and "reward" not in response:
             fail(f'{where}: expected every response to have a "reward" (score.py writes it)')
@@ -608,11 +607,14 @@ def normalise(row, where, needs_reward):
 
 
 def write_output(args, inputs, lines, started, **facts):
-    """Lines to --out, and beside it to x.meta.json how they were made; each file whole or not at all."""
-    record = str(Path(args.out).with_suffix(".meta.json"))
-    taken = [*inputs, *(Path(path).with_suffix(".meta.json") for path in inputs)]
-    if {os.path.realpath(args.out), os.path.realpath(record)} & set(map(os.path.realpath, taken)):
-        fail(f"--out {args.out}: it or {record} would replace an input or the record of one")
+    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+    outputs = [args.out, os.path.splitext(args.out)[0] + ".meta.json"]
+    taken = [*inputs, *(os.path.splitext(path)[0] + ".meta.json" for path in inputs)]
+    for path in outputs:
+        if {os.path.realpath(path), os.path.realpath(f"{path}.tmp")} & set(map(os.path.realpath, taken)):
+            fail(f"--out {args.out}: {path} would replace an input or the record of one")
+        if Path(path).exists() and not Path(path).is_file():
+            fail(f"--out {args.out}: {path} is there and is not a file")
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     meta = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
     for path in inputs:
@@ -620,11 +622,14 @@ def write_output(args, inputs, lines, started, **facts):
             meta["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
     meta["versions"] = {"numpy": np.__version__, "msgspec": msgspec.__version__}
     meta |= {**facts, "seconds": round(time.time() - started, 2)}
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    for path, text in ((args.out, lines), (record, [json.dumps(meta, indent=1, ensure_ascii=False)])):
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in text)
-        os.replace(f"{path}.tmp", path)
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        for path, text in zip(outputs, (lines, [json.dumps(meta, indent=1)]), strict=True):
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in text)
+            os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        fail(f"--out {args.out}: {error}")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def replace_share(pairs, rows, args, counts):
                 usable.append(response)
         if usable and len(new) < wanted:
             chosen, best = pairs[prompt_id][0], max(usable, key=itemgetter("reward"))  # line 11
-            if "wins" in chosen and id(best) not in chosen["wins"]:
+            if chosen["wins"] and id(best) not in chosen["wins"]:
                 fail(
                     f"{prompt_id}: wins of several files give rewards that differ in scale: score all at once"
                 )

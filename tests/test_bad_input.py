@@ -150,7 +150,7 @@ def test_an_id_that_is_twice_in_a_file(tmp_path, capsys, policy, command):
     rows[2][key] = "p0"
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
     expected = (
-        "the id p0 is twice in the file" if command in QUICK else f"the {key} p0 stands twice in the file"
+        "the id p0 is twice in this file" if command in QUICK else f"the {key} p0 stands twice in the file"
     )
     assert f"data.jsonl:3: {expected}" in err
 
@@ -176,7 +176,7 @@ def test_an_id_that_is_twice_in_a_second_file(tmp_path, capsys, policy, command)
     """A prompt may be in several files, but once in each."""
     rows = good_rows(command)
     more = second_file(tmp_path, command, [rows[0], rows[1], rows[0]])
-    twice = "is twice in the file" if command in QUICK else "stands twice in the file"
+    twice = "is twice in this file" if command in QUICK else "stands twice in the file"
     err = refused(tmp_path, capsys, command, "", policy, *more)
     assert f"second.jsonl:3: the id p0 {twice}" in err
 
@@ -306,7 +306,7 @@ def test_rewards_that_are_no_numbers(tmp_path, capsys, policy, command, reward, 
     "command, sentence",
     [
         ("build_pairs", "expected 1 pairs, found 0: "),
-        ("boundary", "no prompt has an on-policy and an off-policy response that can be compared"),
+        ("boundary", "no on-policy and off-policy response can be compared"),
         (
             "winrate",
             "nothing to compare on with off by: of 4 prompts 0 lack an answer of a model and 4 a verdict",
@@ -424,7 +424,7 @@ def test_an_output_that_would_replace_an_input(tmp_path, capsys, policy, command
     out = f"{tmp_path}/{name.format(folder=tmp_path.name)}"
     before = (tmp_path / "data.jsonl").read_bytes()
     err = refused(tmp_path, capsys, command, data, policy, out=out)
-    assert f"--out {out}: it or " in err and "would replace an input or the record of one" in err
+    assert f"--out {out}: " in err and "would replace an input or the record of one" in err
     assert (tmp_path / "data.jsonl").read_bytes() == before != b""
     if os.path.realpath(out) == os.path.realpath(data):
         # and where the input is given as a link

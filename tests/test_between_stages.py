@@ -186,7 +186,7 @@ def test_wins_of_two_files_are_compared_within_a_file_alone(tmp_path, capsys):
     on, off = two_files(tmp_path, labeler="pairrm:x", wins=WINS)
     # between the sources nobody was asked, and the means over one file's responses are no verdict
     run(boundary, "--scored", on, off, "--out", tmp_path / "out.json", expect=2)
-    assert "'prompts_with_one_source': 0, 'prompts_without_verdict': 1" in capsys.readouterr().err
+    assert '"prompts_with_one_source": 0, "prompts_without_verdict": 1' in capsys.readouterr().err
     run(evaluate, *WINRATE, "--scored", on, off, "--out", tmp_path / "out.json", expect=2)
     err = capsys.readouterr().err
     assert (

@@ -375,7 +375,7 @@ def test_total(tmp_path, capsys):
     err = capsys.readouterr().err
     assert exit_status.value.code == 2 and err.count("\n") == 1
     assert {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*")} == before and len(before) == 2
-    assert "scored.jsonl: expected 4 pairs, found 3: " in err and "'prompts_with_pairs': 3" in err
+    assert "scored.jsonl: expected 4 pairs, found 3: " in err and '"prompts_with_pairs": 3' in err
     (tmp_path / "pairs.jsonl").unlink()
     assert "--total must be at least 1" in refused(tmp_path, capsys, plain_rows(3), "--total", "0")
 
@@ -398,7 +398,7 @@ def test_rows_without_rewards(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").unlink()
     rows = [prompt_row(0, response("a", None), response("b", None))]
     err = refused(tmp_path, capsys, rows, "--on-ratio", "1")
-    assert "expected 1 pairs, found 0: " in err and "'on: without reward': 1" in err
+    assert "expected 1 pairs, found 0: " in err and '"on: without reward": 1' in err
 
 
 def test_files_of_one_source(tmp_path, capsys):
@@ -478,7 +478,7 @@ def test_a_reward_by_name_needs_no_other(tmp_path, capsys):
     assert [(pair["chosen"][0]["content"], pair["labeler"]) for pair in pairs] == [("b", "judge")] * 2
     (tmp_path / "pairs.jsonl").unlink()
     err = refused(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "jugde")
-    assert "expected 1 pairs, found 0: " in err and "'on: without reward': 2" in err
+    assert "expected 1 pairs, found 0: " in err and '"on: without reward": 2' in err
 
 
 # ----- statistics

@@ -212,12 +212,18 @@ def test_two_files_are_merged(tmp_path, capsys):
 
 
 def test_wins_that_one_of_two_files_has(tmp_path, capsys):
-    """The judge of one file did not see the answers of the other."""
+    """The judge of one file did not see the answers of the other: there is no verdict between them."""
     wins = [[None, 0.8], [0.2, None]]
     judged = [prompt_row(k, response("new", 1.0), response("old", 2.0), wins=wins) for k in range(3)]
     more = [prompt_row(k, response("old", 5.0, "another answer")) for k in range(3)]
     for sets in ((judged, more), (more, judged)):
-        assert "some rows have wins and some have none" in refused(tmp_path, capsys, *sets)
+        result = winrate(tmp_path, capsys, *sets)
+        assert (result["win_rate"], result["n_total"], result["by"]) == (pytest.approx(80), 3, "wins")
+    unseen = [prompt_row(k, response("third", 5.0)) for k in range(3)]
+    for sets in ((judged, unseen), (unseen, judged)):
+        assert "of 3 prompts 0 lack an answer of a model and 3 a verdict" in refused(
+            tmp_path, capsys, *sets, model="third"
+        )
 
 
 def test_a_result_beside_its_input_with_the_same_stem(tmp_path, capsys):
@@ -226,16 +232,12 @@ def test_a_result_beside_its_input_with_the_same_stem(tmp_path, capsys):
     (tmp_path / "x.meta.json").write_text("as score.py wrote it")
     (tmp_path / "link.json").symlink_to(scored)
     command = ["winrate", "--scored", scored, "--model", "new", "--baseline", "old", "--out"]
-    for out, taken in (
-        ("x.json", "x.meta.json"),
-        ("x.jsonl", "x.meta.json"),
-        ("link.json", "link.meta.json"),
-    ):
+    for out, taken in (("x.json", "x.meta.json"), ("x.jsonl", "x.jsonl"), ("link.json", "link.json")):
         with pytest.raises(SystemExit) as status:
             evaluate.main(evaluate.parse_args([*command, str(tmp_path / out)]))
         assert status.value.code == 2
         err = capsys.readouterr().err
-        assert f"--out {tmp_path / out}: it or {tmp_path / taken} would replace an input" in err
+        assert f"--out {tmp_path / out}: {tmp_path / taken} would replace an input" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "x.jsonl", "x.meta.json"]
     assert (tmp_path / "x.meta.json").read_text() == "as score.py wrote it"
     assert (tmp_path / "x.jsonl").read_text().count("\n") == len(ROWS)

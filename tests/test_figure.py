@@ -264,6 +264,15 @@ def test_ratio_by_win_rate_and_without_an_interval(tmp_path, capsys):
     assert points(drawn.axes[0]) == {"on": [(0.0, 30.0, 30.0, 30.0), (1.0, 39.0, 36.0, 43.0)]}
 
 
+@bug("recipes/s3_pairs.py counts only the sources that there are, and ratio needs both")
+@pytest.mark.parametrize("source, share", [("off", 0.0), ("on", 1.0)])
+def test_ratio_of_pairs_of_one_source(tmp_path, capsys, source, share):
+    result = put(tmp_path / "a.winrate.json", winrate(20.0))
+    meta = put(tmp_path / "a.pairs.meta.json", pairs_meta({"pairs": 9, source: 9}))
+    drawn = draw(tmp_path, capsys, "ratio", result, meta)
+    assert points(drawn.axes[0]) == {"a": [(share, 20.0, 19.0, 22.0)]}
+
+
 def test_filters(tmp_path, capsys):
     files = []
     for name, share, rate in (("quality", 0.4, 25.0), ("quality", 0.1, 21.0), ("random", 0.1, 19.0)):
@@ -447,14 +456,10 @@ def crowded(drawn):
 @pytest.mark.parametrize(
     "name, count",
     [
-        ("settings", 2),
         ("settings", 20),
-        ("categories", 2),
         ("categories", 6),
-        ("lengths", 2),
-        pytest.param("lengths", 6, marks=FLAT),
-        pytest.param("lengths", 20, marks=FLAT),
-        ("training", 6),
+        ("lengths", 1),
+        pytest.param("lengths", 2, marks=FLAT),
         pytest.param("training", 20, marks=FLAT),
         ("rewards", 2),
         pytest.param("rewards", 6, marks=FLAT),
@@ -487,7 +492,10 @@ def test_long_names_have_room(tmp_path, capsys, name, count):
 @bug("a row is half an inch high, and this label of four lines is more")
 def test_the_longest_category_of_s1_has_room(tmp_path, capsys):
     longest = "factual information (general or professional), history or common practices"
-    groups = {name: group(30.0, [21.0, 37.0], 31.0, [22.0, 39.0], 9) for name in ("math", longest, "coding")}
+    groups = {
+        name: group(30.0, [21.0, 37.0], 31.0, [22.0, 39.0], 9)
+        for name in (longest, "analysis or decision explanation")
+    }
     drawn = draw(
         tmp_path, capsys, "categories", put(tmp_path / "a.winrate.json", winrate(22.0, categories=groups))
     )

@@ -1,9 +1,10 @@
 """
-evaluate.py: length-controlled win rates (docs/ALPACA_LC.md 2, 3, 5, 6) and the flags of `winrate` that belong to them.
+evaluate.py: length-controlled win rates, and the flags of `winrate` that belong to them.
 
-Covers  the penalised fit against its optimality conditions and closed forms; its cross-validation and bootstrap against slow ones written
-        here; the public leaderboard, where ../shared/data has it; annotations and reference files as AlpacaEval publishes them;
-        --by-position, --lc-c, --minus, --bins-of, --allow-missing; categories and length bins; what is refused.
+Covers  the penalised fit against its optimality conditions and closed forms; its cross-validation, bootstrap
+        and groups against slow ones written here; the public leaderboard, where ../shared/data has it;
+        annotations and reference files as AlpacaEval publishes them; --lc-c, --minus, --bins-of,
+        --allow-missing; categories and length bins; what is refused.
 Run     python -m pytest tests/test_lc.py
 """
 
@@ -11,19 +12,31 @@ import gzip
 import json
 import math
 
-import evaluate
 import numpy as np
 import pytest
 from conftest import REPO, write_rows
 
+import evaluate
+
 SHARED = REPO.parent / "shared" / "data" / "alpaca_lc"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data")
-# leaderboard row (win rate, standard error, LC, lc standard error, length), index of the C that it was fitted with
-PUBLISHED = {"claude-2": (17.188240356708075, 1.17482825615589, 28.155196141629148, None, 1069, 5),
-             "vicuna-7b-v1.5": (4.797493939167703, 0.6655960676971918, 7.616892731870527, None, 1083, 6),
-             "FuseChat-Llama-3.2-3B-Instruct": (51.29667710101864, 1.482579367297701, 53.99883748344241, 0.6945055858828797, 1976, 6)}
+JUDGE = "weighted_alpaca_eval_gpt4_turbo"
+# leaderboard row (win rate, standard error, LC, length), index of its C, LC with our cross-validation
+PUBLISHED = {
+    "claude-2": (17.188240356708075, 1.17482825615589, 28.155196141629148, 1069, 5, 28.156),
+    "vicuna-7b-v1.5": (4.797493939167703, 0.6655960676971918, 7.616892731870527, 1083, 6, 7.616),
+    "FuseChat-Llama-3.2-3B-Instruct": (
+        51.29667710101864,
+        1.482579367297701,
+        53.99883748344241,
+        1976,
+        6,
+        54.000,
+    ),
+}
 
 
+# ----- slow computations
 def logistic(logits):
     return np.exp(-np.logaddexp(0, -logits))
 
@@ -34,59 +47,119 @@ def off_optimum(features, targets, weights, penalty, theta):
     return np.where(theta == 0, np.maximum(np.abs(gradient) - 1, 0), np.abs(gradient + np.sign(theta))).max()
 
 
+def slow_fits(features, targets, weights, penalty, steps=400):
+    """theta (B, k) by proximal gradient steps: features (B, n, k), targets and weights (B, n)."""
+    curvature = np.swapaxes(features * weights[..., None], 1, 2) @ features
+    size = 4 / (penalty * np.linalg.eigvalsh(curvature)[:, -1:])
+    theta = np.zeros((len(features), features.shape[2]))
+    for _ in range(steps):
+        errors = weights * (logistic((features @ theta[..., None])[..., 0]) - targets)
+        moved = theta - size * penalty * (errors[:, None] @ features)[:, 0]
+        moved = np.sign(moved) * np.maximum(np.abs(moved) - size, 0)
+        change = np.abs(moved - theta).max()
+        theta = moved
+        if change < 1e-9:
+            break
+    return theta
+
+
+def problem(p, deltas, gamma=None, gamed=None):
+    """(features, targets, weights) of one fit, the gamed rows last; the columns are tanh, gamma and 1."""
+    columns = [np.tanh(deltas / deltas.std(ddof=1)), np.ones(len(p))]
+    if gamed is None:
+        return np.stack(columns, 1), np.nan_to_num(p), 1.0 * ~np.isnan(p)
+    targets = np.concatenate([p, gamed["p"]])
+    weights = np.repeat([1, 0.1], [len(p), len(gamed["p"])]) * ~np.isnan(targets)
+    features = np.concatenate([np.stack([columns[0], gamma, columns[1]], 1), gamed["x"]])
+    return features, np.nan_to_num(targets), weights
+
+
+def group_by_hand(p, features, theta, inside):
+    """A group's rate: where its mean chance is its win rate, its mean chance at equal lengths, times 100."""
+    inside = inside & ~np.isnan(p)
+    if not inside.any():
+        return math.nan
+    logits = (features[: len(p)] @ theta)[inside]
+    equal = (features[: len(p), 1:] @ theta[1:])[inside]
+    low, high = -60.0, 60.0
+    while high - low > 1e-10:
+        b = (low + high) / 2
+        below = logistic(logits + b).mean() < p[inside].mean()
+        low, high = (b, high) if below else (low, b)
+    return 100 * logistic(equal + low).mean()
+
+
+def rates_by_hand(p, deltas, groups, penalty, gamma=None, gamed=None, n_draws=1000):
+    """{"win_rate", "length_controlled_winrate", and each group's by its name}: an array over draws each."""
+    n = len(p)
+    draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, 1000)[:n_draws]
+    places = [np.repeat(np.arange(n), counts) for counts in draws]
+    problems = []
+    for drawn in places:
+        problems.append(problem(p[drawn], deltas[drawn], None if gamma is None else gamma[drawn], gamed))
+    thetas = slow_fits(*(np.stack(part) for part in zip(*problems)), penalty)
+    result = {name: [] for name in ("win_rate", "length_controlled_winrate", *groups)}
+    for drawn, (features, _, _), theta in zip(places, problems, thetas):
+        result["win_rate"].append(100 * np.nanmean(p[drawn]))
+        result["length_controlled_winrate"].append(100 * logistic(features[:n, 1:] @ theta[1:]).mean())
+        for name, inside in groups.items():
+            result[name].append(group_by_hand(p[drawn], features, theta, inside[drawn]))
+    return {name: np.array(values) for name, values in result.items()}
+
+
+def percentiles(draws, tolerance=1e-4):
+    return pytest.approx(np.percentile(draws[~np.isnan(draws)], [2.5, 97.5]), abs=tolerance)
+
+
+# ----- the fit
 def random_problem(seed, n=300, k=3):
     rng = np.random.default_rng(seed)
     features = np.concatenate([rng.normal(size=(n, k - 1)), np.ones((n, 1))], 1)
     return features, rng.random(n), rng.random(n)
 
 
-def load(name):
-    """(p, deltas, gamma, gamed, rows) of a shared model, in the official order."""
-    with gzip.open(SHARED / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    _, gamma, gamed, _ = evaluate.read_reference(SHARED)
-    return (np.array([row["preference"] - 1 for row in rows]), np.array([row["len_1"] - row["len_2"] for row in rows]), gamma, gamed, rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ the fit
-
 @pytest.mark.parametrize("penalty", [1e-4, 1e-2, 0.3, 3, 1e2, 1e4])
 def test_fit_meets_the_conditions_of_the_minimum(penalty):
     for seed in range(10):
-        problem = random_problem(seed)
-        assert off_optimum(*problem, penalty, evaluate.fit_l1(*problem, penalty)) < 1e-8
+        features, targets, weights = random_problem(seed)
+        theta = evaluate.fit(features, targets, weights, penalty)
+        assert off_optimum(features, targets, weights, penalty, theta) < 1e-8
+        again = evaluate.fit(features, targets, weights, penalty, start=theta + 0.3)
+        assert again == pytest.approx(theta, abs=1e-9)
 
 
 def test_fit_of_an_intercept_is_the_mean_moved_by_the_penalty():
     """C W (sigmoid(theta) - mean) = -sign(theta), and exactly 0 once C W |1/2 - mean| <= 1."""
-    targets, weights = np.array([0.9, 0.8, 0.4, 0.9]), np.array([1, 2, 1, 1.0])
+    ones, targets, weights = np.ones((4, 1)), np.array([0.9, 0.8, 0.4, 0.9]), np.array([1, 2, 1, 1.0])
     mean, total = (targets * weights).sum() / 5, 5
     assert mean == pytest.approx(0.76)
     for penalty in (1, 7.3, 1e4):
-        theta = evaluate.fit_l1(np.ones((4, 1)), targets, weights, penalty)
+        theta = evaluate.fit(ones, targets, weights, penalty)
         assert logistic(theta[0]) == pytest.approx(mean - 1 / (penalty * total), abs=1e-14)
-    assert evaluate.fit_l1(np.ones((4, 1)), targets, weights, 1 / (5 * 0.26) - 1e-6)[0] == 0
-    assert evaluate.fit_l1(np.ones((4, 1)), targets, weights, 1 / (5 * 0.26) + 1e-6)[0] > 0
+    assert evaluate.fit(ones, targets, weights, 1 / (5 * 0.26) - 1e-6)[0] == 0
+    assert evaluate.fit(ones, targets, weights, 1 / (5 * 0.26) + 1e-6)[0] > 0
 
 
 def test_fit_finds_the_theta_that_made_the_chances():
     features, _, weights = random_problem(3)
     theta = np.array([-1.9, 0.7, -3.1])
-    assert evaluate.fit_l1(features, logistic(features @ theta), weights, 1e4) == pytest.approx(theta, abs=1e-4)
-    assert evaluate.fit_l1(features, logistic(features @ theta), weights, 1e9) == pytest.approx(theta, abs=1e-9)
+    targets = logistic(features @ theta)
+    assert evaluate.fit(features, targets, weights, 1e4) == pytest.approx(theta, abs=1e-4)
+    assert evaluate.fit(features, targets, weights, 1e9) == pytest.approx(theta, abs=1e-9)
 
 
-def test_fit_of_many_problems_is_that_of_each():
+def test_fit_does_not_depend_on_the_order_and_counts_by_weight():
     features, targets, weights = random_problem(4)
-    many = np.random.default_rng(5).integers(0, 3, (2, 1, 300)) * weights
-    together = evaluate.fit_l1(features, targets, many, np.array([1e-4, 0.2, 50]))
-    assert together.shape == (2, 3, 3)
-    for i in range(2):
-        for j, penalty in enumerate([1e-4, 0.2, 50]):
-            assert together[i, j] == pytest.approx(evaluate.fit_l1(features, targets, many[i, 0], penalty), abs=1e-10)
-    turned = np.random.default_rng(6).permutation(300)
-    again = evaluate.fit_l1(features[turned], targets[turned], weights[turned], 2.0)
-    assert again == pytest.approx(evaluate.fit_l1(features, targets, weights, 2.0), abs=1e-12)
+    theta = evaluate.fit(features, targets, weights, 2.0)
+    order = np.random.default_rng(6).permutation(300)
+    turned = evaluate.fit(features[order], targets[order], weights[order], 2.0)
+    assert turned == pytest.approx(theta, abs=1e-12)
+    counts = np.random.default_rng(5).integers(0, 3, 300)
+    drawn = np.repeat(np.arange(300), counts)
+    repeated = evaluate.fit(features[drawn], targets[drawn], weights[drawn], 2.0)
+    assert evaluate.fit(features, targets, weights * counts, 2.0) == pytest.approx(repeated, abs=1e-10)
+    slow = slow_fits(features[None], targets[None], weights[None] * counts, 2.0, steps=20_000)
+    assert repeated == pytest.approx(slow[0], abs=1e-6)
 
 
 def test_fit_of_separable_constant_and_equal_columns():
@@ -95,252 +168,417 @@ def test_fit_of_separable_constant_and_equal_columns():
     wide = np.stack([40 * rng.normal(size=1000), np.ones(1000)], 1)
     narrow = np.stack([np.tanh(wide[:, 0] / 40), rng.normal(size=1000), np.ones(1000)], 1)
     empty = narrow * [0, 1, 1]
-    equal = narrow[:, [0, 0, 2]]
-    for features, targets in ((wide, wide[:, 0] > 0), (narrow, narrow[:, 0] > 0), (empty, rng.random(1000)), (equal, rng.random(1000)),
-                              (narrow, np.ones(1000)), (narrow[:1], np.ones(1))):
+    for features, targets in (
+        (wide, wide[:, 0] > 0),
+        (narrow, narrow[:, 0] > 0),
+        (empty, rng.random(1000)),
+        (narrow[:, [0, 0, 2]], rng.random(1000)),
+        (narrow, np.ones(1000)),
+        (narrow[:1], np.ones(1)),
+    ):
+        weights = np.ones(len(targets))
         for penalty in (1e-4, 1, 1e4):
-            theta = evaluate.fit_l1(features, targets * 1.0, np.ones(len(targets)), penalty)
-            assert off_optimum(features, targets, np.ones(len(targets)), penalty, theta) < 1e-8 * max(1, penalty)
-    assert evaluate.fit_l1(empty, rng.random(1000), np.ones(1000), 1e4)[0] == 0
+            theta = evaluate.fit(features, targets * 1.0, weights, penalty)
+            assert off_optimum(features, targets, weights, penalty, theta) < 1e-8 * max(1, penalty)
+    assert evaluate.fit(empty, rng.random(1000), np.ones(1000), 1e4)[0] == 0
 
 
-@pytest.mark.parametrize("p, deltas, counts", [
-    ([0, 1, 0, 1, 0, 0], [-51, -4, 10, -23, -22, -7], [0, 0, 0, 4, 1, 1]),
-    ([1, 1, 1, 1, 1, 1, 1, 0], [17, -53, 31, -32, -5, 20, -9, 34], [4, 0, 3, 0, 0, 0, 0, 1])])
+def table(p, deltas, gamma=None, groups=()):
+    """Prompts as evaluate.py's functions take them, with these differences of lengths."""
+    n = len(p)
+    prompts = {"p": np.array(p, float), "len": np.zeros(n), "len_baseline": np.array(deltas, float)}
+    prompts |= {"reward": np.zeros(n), "reward_baseline": np.zeros(n), "place": np.arange(n)}
+    prompts["members"] = np.stack([np.ones(n, bool), *groups], axis=1)
+    return prompts if gamma is None else prompts | {"gamma": np.array(gamma, float)}
+
+
+@pytest.mark.parametrize(
+    "p, deltas, counts",
+    [
+        ([0, 1, 0, 1, 0, 0], [-51, -4, 10, -23, -22, -7], [0, 0, 0, 4, 1, 1]),
+        ([1, 1, 1, 1, 1, 1, 1, 0], [17, -53, 31, -32, -5, 20, -9, 34], [4, 0, 3, 0, 0, 0, 0, 1]),
+    ],
+)
 def test_fit_of_a_draw_of_few_prompts_under_a_weak_penalty(p, deltas, counts):
     """What --lc-c 10000 meets on a handful of prompts that length separates."""
-    fit = evaluate.lc_problem(np.array(p, float), np.array(deltas, float), np.array(counts), None, None)
-    assert off_optimum(*fit, 1e4, evaluate.fit_l1(*fit, 1e4)) < 1e-4
+    drawn = np.repeat(np.arange(len(p)), counts)
+    rows = evaluate.training_rows(table(np.array(p)[drawn], np.array(deltas)[drawn]), None)
+    assert off_optimum(*rows, 1e4, evaluate.fit(*rows, 1e4)) < 1e-4
 
 
+def test_fits_of_answers_that_are_all_longer_are_quick():
+    """tanh is then near 1 for every prompt, and so the column of lengths near the column of ones."""
+    rng = np.random.default_rng(1)
+    for spread in (300, 100):
+        rows = evaluate.training_rows(
+            table(rng.random(400) < 0.6, -1000 + spread * rng.normal(size=400)), None
+        )
+        calls = []
+        evaluate_lasso = evaluate.lasso
+
+        def counted(*args, calls=calls, lasso=evaluate_lasso):
+            calls.append(1)
+            return lasso(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "lasso", counted)
+            theta = evaluate.fit(*rows, evaluate.MINIMAL_PENALTY)
+        assert off_optimum(*rows, evaluate.MINIMAL_PENALTY, theta) < 1e-6 and len(calls) < 20
+
+
+# ----- the choice of C
 def test_cross_validation_by_hand():
-    features, noise, weights = random_problem(8, n=53)
-    targets = logistic(features @ [0.8, 0, -0.4] + 6 * (noise - 0.5))
-    weights[11] = 0
+    features, noise, _ = random_problem(12, n=53)
+    prompts = table(logistic(-0.8 * np.tanh(features[:, 0]) - 0.4 + 6 * (noise - 0.5)), 100 * features[:, 0])
+    prompts["p"][11] = math.nan
+    x, targets, weights = evaluate.training_rows(prompts, None)
+    assert weights[11] == 0 and weights.sum() == 52
     folds = np.arange(53) % 5
     scores = []
     for penalty in 10.0 ** (-4 + 8 * np.arange(10) / 9):
         means = []
         for fold in range(5):
-            theta = evaluate.fit_l1(features[folds != fold], targets[folds != fold], weights[folds != fold], penalty)
-            losses = [weights[i] * (targets[i] * math.log(q) + (1 - targets[i]) * math.log(1 - q)) for i in range(53)
-                      if folds[i] == fold and i != 11 for q in [1 / (1 + math.exp(-features[i] @ theta))]]
+            train = folds != fold
+            theta = evaluate.fit(x[train], targets[train], weights[train], penalty)
+            losses = []
+            for i in range(53):
+                if folds[i] == fold and i != 11:
+                    q = 1 / (1 + math.exp(-x[i] @ theta))
+                    losses.append(targets[i] * math.log(q) + (1 - targets[i]) * math.log(1 - q))
             means.append(sum(losses) / len(losses))
         scores.append(sum(means) / 5)
     best = 10 ** (-4 + 8 * np.argmax(scores) / 9)
-    assert 1e-3 < best < 1e3 and evaluate.best_penalty(features, targets, weights, folds) == pytest.approx(best)
-    assert evaluate.best_penalty(features, np.full(53, 0.5), weights, folds) == pytest.approx(1e-4)  # all alike: the smallest
+    assert 1e-3 < best < 1e3 and evaluate.choose_penalty(prompts, None) == pytest.approx(best)
+    alike = prompts | {"p": np.full(53, 0.5)}  # every C is as good: the smallest
+    assert evaluate.choose_penalty(alike, None) == pytest.approx(1e-4)
+    moved = prompts | {"place": np.arange(53) // 11}  # a fold is a place modulo 5
+    assert evaluate.choose_penalty(moved, None) != pytest.approx(best)
 
 
 def test_cross_validation_of_chances_that_round_to_one():
-    """A fold of logits in the hundreds, all on the right side: log 0 is no likelihood, and the largest C predicts best."""
-    x = np.where(np.arange(40) % 5, 1, 100) * (-1.0) ** (np.arange(40) // 5)
-    assert evaluate.best_penalty(np.stack([x, np.ones(40)], 1), x > 0, np.ones(40), np.arange(40) % 5) == pytest.approx(1e4)
+    """Logits of hundreds, all on the right side: log 0 is no likelihood, and the largest C predicts best."""
+    signs = (-1.0) ** (np.arange(40) // 5)
+    prompts = table(signs > 0, 1e6 * signs)
+    gamed = {"x": np.array([[0, 0, 0.0]]), "p": np.array([math.nan])}
+    gamma = np.where(np.arange(40) % 5, 1, 100) * signs
+    for known in (None, gamed):
+        columns = {} if known is None else {"gamma": gamma}
+        with np.errstate(all="raise", under="ignore"):
+            assert evaluate.choose_penalty(prompts | columns, known) == pytest.approx(1e4)
 
 
-# ------------------------------------------------------------------------------------------------------------ the win rate
-
+# ----- the win rate
 def test_without_an_effect_of_length_it_is_the_win_rate():
-    """Equal lengths, minimal form: sigmoid(theta) = mean p + 1/(C n) below one half, ALPACA_LC 6c's .045 points at C = 2.78, n = 805."""
+    """Equal lengths: sigmoid(theta) = mean p + 1/(C n) below one half."""
     p = np.random.default_rng(1).random(200) * 0.8
-    result = evaluate.length_controlled(p, np.zeros(200), np.arange(200), penalty=2.0)
-    assert result["formula"] == "length_controlled_minimal" and result["theta"][0] == 0
-    assert result["length_controlled_winrate"] == pytest.approx(100 * (p.mean() + 1 / 400), abs=1e-9)
-    assert result["lc_standard_error"] is None and result["effect"] == pytest.approx(0, abs=1e-12)
+    theta, values = evaluate.rates(table(p, np.zeros(200)), None, 2.0)
+    assert theta[0] == 0 and len(theta) == 2
+    assert values[0, 0] == pytest.approx(100 * p.mean(), abs=1e-9)
+    assert values[1, 0] == pytest.approx(100 * (p.mean() + 1 / 400), abs=1e-9)
 
 
 def test_a_judge_of_length_alone_ends_at_fifty():
     """p = sigmoid(-2 tanh(d / sd)): the longer output wins, and nothing else counts."""
     deltas = np.random.default_rng(2).normal(-300, 400, 500)
     p = logistic(-2 * np.tanh(deltas / deltas.std(ddof=1)))
-    result = evaluate.length_controlled(p, deltas, np.arange(500), penalty=1e4)
-    assert 100 * p.mean() > 65 and result["length_controlled_winrate"] == pytest.approx(50, abs=0.01)
-    assert result["theta"] == pytest.approx([-2, 0], abs=1e-3)
-    one, other = (evaluate.length_controlled(*sides, np.arange(500), penalty=3.0)["length_controlled_winrate"]
-                  for sides in ((p, deltas), (1 - p, -deltas)))
-    assert one + other == pytest.approx(100, abs=1e-9)
+    theta, values = evaluate.rates(table(p, deltas), None, 1e4)
+    assert 100 * p.mean() > 65 and values[1, 0] == pytest.approx(50, abs=0.01)
+    assert theta == pytest.approx([-2, 0], abs=1e-3)
+    _, one = evaluate.rates(table(p, deltas), None, 3.0)
+    _, other = evaluate.rates(table(1 - p, -deltas), None, 3.0)
+    assert one[1, 0] + other[1, 0] == pytest.approx(100, abs=1e-9)
 
 
 def test_difficulty_and_gamed_rows_by_hand():
-    """All 3 + 2 rows written out: standard deviation with n - 1, columns tanh, gamma, 1 (0 for gamed rows), weights 1 and .1."""
-    p, deltas, gamma = np.array([0.2, math.nan, 0.9]), np.array([100.0, -50, 250]), np.array([0, 1.5, -2])
-    gamed = np.array([[0.3, 0, 0], [-0.4, 1.5, 0]]), np.array([0.6, math.nan])
-    features, targets, weights = evaluate.lc_problem(p, deltas, np.ones(3), gamma, gamed)
-    spread = math.sqrt(((100 - 100) ** 2 + 150 ** 2 + 150 ** 2) / 2)
-    assert features == pytest.approx(np.array([[math.tanh(100 / spread), 0, 1], [math.tanh(-50 / spread), 1.5, 1],
-                                               [math.tanh(250 / spread), -2, 1], [0.3, 0, 0], [-0.4, 1.5, 0]]))
-    assert targets[[0, 2, 3]] == pytest.approx([0.2, 0.9, 0.6]) and weights == pytest.approx([1, 0, 1, 0.1, 0])
-    result = evaluate.length_controlled(p, deltas, np.arange(3), gamma, gamed, penalty=4.0)
-    _, t2, t3 = result["theta"]  # the prompt without verdict is predicted, too
-    assert result["length_controlled_winrate"] == pytest.approx(100 * np.mean([1 / (1 + math.exp(-t2 * g - t3)) for g in gamma]), abs=1e-9)
+    """3 + 2 rows written out: standard deviation with n - 1; tanh, gamma, 1 (0 if gamed); weights 1, .1."""
+    p, deltas, gamma = [0.2, math.nan, 0.9], [100.0, -50, 250], [0, 1.5, -2]
+    gamed = {"x": np.array([[0.3, 0, 0], [-0.4, 1.5, 0]]), "p": np.array([0.6, math.nan])}
+    x, targets, weights = evaluate.training_rows(table(p, deltas, gamma), gamed)
+    spread = math.sqrt(((100 - 100) ** 2 + 150**2 + 150**2) / 2)
+    by_hand = [
+        [math.tanh(100 / spread), 0, 1],
+        [math.tanh(-50 / spread), 1.5, 1],
+        [math.tanh(250 / spread), -2, 1],
+        [0.3, 0, 0],
+        [-0.4, 1.5, 0],
+    ]
+    assert x == pytest.approx(np.array(by_hand))
+    assert targets[[0, 2, 3]] == pytest.approx([0.2, 0.9, 0.6])
+    assert weights == pytest.approx([1, 0, 1, 0.1, 0])
+    p, deltas, gamma = p + [0.4, 0.3, 0.1], deltas + [7, 8, 9], gamma + [0.5, 1, 2]
+    theta, values = evaluate.rates(table(p, deltas, gamma), gamed, 4.0)
+    chances = [1 / (1 + math.exp(-theta[1] * g - theta[2])) for g in gamma]
+    # the prompt without a verdict is predicted, too
+    assert theta[2] != 0 and values[1, 0] == pytest.approx(100 * np.mean(chances), abs=1e-9)
 
 
 def test_baseline_against_itself_is_fifty():
-    gamed = np.array([[0.3, 1, 0], [-0.4, 1.5, 0]]), np.array([0.9, 0.8])
-    p, deltas, gamma = np.full(20, 0.5), np.zeros(20), np.linspace(0, 3, 20)
-    for penalty in (None, 100.0):
-        result = evaluate.length_controlled(p, deltas, np.arange(20), gamma, gamed, penalty)
-        assert result["length_controlled_winrate"] == 50 and result["theta"] == [0, 0, 0]
-    assert (evaluate.lc_bootstrap(p, deltas, evaluate.draw_prompts(20)[:9], 9.0, np.ones((1, 20), bool), gamma, gamed)[0] == 50).all()
+    gamed = {"x": np.array([[0.3, 1, 0], [-0.4, 1.5, 0]]), "p": np.array([0.9, 0.8])}
+    prompts = table(np.full(20, 0.5), np.zeros(20), np.linspace(0, 3, 20))
+    for penalty in (evaluate.choose_penalty(prompts, gamed), 100.0):
+        theta, values = evaluate.rates(prompts, gamed, penalty)
+        assert values[1, 0] == 50 and theta.tolist() == [0, 0, 0]
+    assert (evaluate.bootstrap(prompts, gamed, 9.0)[:, 1, 0] == 50).all()
+    other = prompts | {"p": np.full(20, 0.6)}  # of another model the gamed rows count
+    assert evaluate.rates(other, gamed, 9.0)[0][1] != 0
 
 
-# ------------------------------------------------------------------------------------------------------------ bootstrap and groups
-
-def some_model(seed, n=120):
-    rng = np.random.default_rng(seed)
+# ----- bootstrap and groups
+@pytest.fixture(scope="module")
+def some_model():
+    """(p, deltas, gamma, gamed, groups) of 60 prompts, and its bootstrap at C = 2."""
+    rng = np.random.default_rng(0)
+    n = 60
     deltas = rng.normal(100, 400, n)
     gamma = rng.normal(size=n)
     p = logistic(-1.2 * np.tanh(deltas / 400) + gamma - 0.5 + rng.normal(size=n))
-    gamed = np.stack([rng.uniform(-1, 1, 40), rng.normal(size=40), np.zeros(40)], 1), rng.random(40)
-    return p, deltas, gamma, gamed, rng.random((2, n)) < 0.4
-
-
-def test_a_draw_is_the_fit_of_the_drawn_rows():
-    """lc_bootstrap's counts against rows written out as often as they were drawn: new standard deviation, new fit, same C."""
-    p, deltas, gamma, gamed, groups = some_model(0)
+    x = np.stack([rng.uniform(-1, 1, 40), rng.normal(size=40), np.zeros(40)], 1)
+    gamed = {"x": x, "p": rng.random(40)}
+    groups = rng.random((2, n)) < 0.4
     p[3], groups[0, 3] = math.nan, True
-    draws = evaluate.draw_prompts(120)[:7]
-    rates, adjusted = evaluate.lc_bootstrap(p, deltas, draws, 2.0, groups, gamma, gamed)
-    for counts, rate, cells in zip(draws, rates, adjusted):
-        some = np.repeat(np.arange(120), counts)
-        again = evaluate.length_controlled(p[some], deltas[some], some, gamma[some], gamed, 2.0)
-        assert rate == pytest.approx(again["length_controlled_winrate"], abs=1e-9)
-        for group, cell in zip(groups, cells):
-            kept = group[some] & np.isfinite(p[some])
-            assert cell == pytest.approx(100 * (p[some][kept].mean() - again["effect"][kept].mean()), abs=1e-9)
+    prompts = table(p, deltas, gamma, groups)
+    prompts["reward"] = rng.normal(size=n)
+    prompts["reward"][5] = math.nan
+    with np.errstate(invalid="ignore"):
+        return p, deltas, gamma, gamed, groups, prompts, evaluate.bootstrap(prompts, gamed, 2.0)
+
+
+def test_a_draw_is_the_fit_of_the_drawn_rows(some_model):
+    """Rows written out as often as they were drawn: a new standard deviation, a new fit, the same C."""
+    p, deltas, gamma, gamed, groups, prompts, draws = some_model
+    assert draws.shape == (1000, 3, 3)
+    named = dict(zip("ab", groups))
+    by_hand = rates_by_hand(p, deltas, named, 2.0, gamma, gamed, n_draws=50)
+    assert draws[:50, 0, 0] == pytest.approx(by_hand["win_rate"], abs=1e-9)
+    assert draws[:50, 1, 0] == pytest.approx(by_hand["length_controlled_winrate"], abs=1e-4)
+    assert draws[:50, 1, 1:] == pytest.approx(np.stack([by_hand["a"], by_hand["b"]], 1), abs=1e-3)
+    counts = np.random.default_rng(0).multinomial(60, [1 / 60] * 60, 1000)
+    for i in range(7):
+        drawn = np.repeat(np.arange(60), counts[i])
+        features, targets, weights = problem(p[drawn], deltas[drawn], gamma[drawn], gamed)
+        theta = evaluate.fit(features, targets, weights, 2.0)
+        assert draws[i, 1, 0] == pytest.approx(100 * logistic(features[:60, 1:] @ theta[1:]).mean(), abs=1e-7)
+        for group, rate, cell in zip(groups, draws[i, 0, 1:], draws[i, 1, 1:]):
+            inside = group[drawn] & ~np.isnan(p[drawn])
+            assert rate == pytest.approx(100 * p[drawn][inside].mean(), abs=1e-9)
+            assert cell == pytest.approx(group_by_hand(p[drawn], features, theta, group[drawn]), abs=1e-6)
+        rewards = prompts["reward"][drawn]
+        by_hand = [np.nanmean(rewards), *(np.nanmean(rewards[group[drawn]]) for group in groups)]
+        assert draws[i, 2] == pytest.approx(by_hand, abs=1e-9)
 
 
 def test_interval_of_a_known_distribution():
-    """Equal lengths: each draw's LC is its mean plus 1/(C n), so the interval is that of the mean of 0s and 1s."""
+    """Equal lengths: each draw's LC is its mean plus 1/(C n), the interval that of a mean of 0s and 1s."""
     p = np.repeat([0.0, 1.0], [280, 120])
-    rates, _ = evaluate.lc_bootstrap(p, np.zeros(400), evaluate.draw_prompts(400), 10.0, np.ones((1, 400), bool))
+    draws = evaluate.bootstrap(table(p, np.zeros(400)), None, 10.0)[:, :, 0]
+    counts = np.random.default_rng(0).multinomial(400, [1 / 400] * 400, 1000)
     error = 100 * math.sqrt(0.3 * 0.7 / 400)
-    assert rates.std() == pytest.approx(error, rel=0.07) and rates.mean() == pytest.approx(30 + 100 / 4000, abs=0.3)
-    assert rates == pytest.approx(100 * (evaluate.draw_prompts(400) @ p / 400 + 1 / 4000), abs=1e-9)
-    assert np.percentile(rates, [2.5, 97.5]) == pytest.approx([30 - 1.96 * error, 30 + 1.96 * error], abs=0.5)
+    assert draws[:, 0] == pytest.approx(100 * counts @ p / 400, abs=1e-9)
+    assert draws[:, 1] == pytest.approx(100 * (counts @ p / 400 + 1 / 4000), abs=1e-9)
+    assert draws[:, 1].std() == pytest.approx(error, rel=0.07)
+    bounds = np.percentile(draws[:, 1], [2.5, 97.5])
+    assert bounds == pytest.approx([30 - 1.96 * error, 30 + 1.96 * error], abs=0.5)
 
 
-def test_paired_draws_see_what_two_models_share():
-    p, deltas, gamma, gamed, groups = some_model(1)
-    draws = evaluate.draw_prompts(120)
-    better = np.clip(p + 0.05, 0, 1)
-    first, cells = evaluate.lc_bootstrap(p, deltas, draws, 2.0, groups, gamma, gamed)
-    second, _ = evaluate.lc_bootstrap(better, deltas, draws, 2.0, groups, gamma, gamed)
-    assert (draws == evaluate.draw_prompts(120)).all() and (draws.sum(1) == 120).all() and draws.shape == (1000, 120)
-    assert np.percentile(second - first, 2.5) > 3 and (second - first).std() < first.std() / 5
-    assert evaluate.lc_bootstrap(p, deltas, draws, 2.0, groups, gamma, gamed)[1] == pytest.approx(cells, abs=0)
+def test_paired_draws_see_what_two_models_share(some_model):
+    _, _, _, gamed, _, prompts, first = some_model
+    better = prompts | {"p": np.clip(prompts["p"] + 0.05, 0, 1)}
+    with np.errstate(invalid="ignore"):
+        second = evaluate.bootstrap(better, gamed, 2.0)
+    gained = second[:, 1, 0] - first[:, 1, 0]
+    assert np.percentile(gained, 2.5) > 3 and gained.std() < first[:, 1, 0].std() / 5
 
 
-def test_groups_average_to_the_whole():
-    """sum n_g LC_g / n = LC - 100/(C n) where theta_3 < 0 (ALPACA_LC 6c); an empty group is NaN, not 0."""
-    p, deltas, gamma, _, groups = some_model(2)
-    parts = np.stack([groups[0], ~groups[0], np.zeros(120, bool)])
-    result = evaluate.length_controlled(p, deltas, np.arange(120), penalty=2.0)
-    rates = evaluate.adjusted_rates(p, result["effect"], np.ones(120), parts)
-    assert result["theta"][1] < 0 and math.isnan(rates[2])
-    assert rates[:2] @ parts[:2].sum(1) / 120 == pytest.approx(result["length_controlled_winrate"] - 100 / (2.0 * 120), abs=1e-8)
+def test_groups_against_a_slow_computation(some_model):
+    """The three numbers of a group; an empty group has none, one of all prompts has their win rate."""
+    p, deltas, gamma, gamed, groups, prompts, _ = some_model
+    empty, everything = np.zeros(60, bool), np.ones(60, bool)
+    members = np.stack([everything, *groups, empty, everything], axis=1)
+    with np.errstate(invalid="ignore"):
+        theta, values = evaluate.rates(prompts | {"members": members}, gamed, 2.0)
+    features = problem(p, deltas, gamma, gamed)[0]
+    for k, inside in enumerate([*groups, empty, everything], 1):
+        by_hand = group_by_hand(p, features, theta, inside)
+        assert values[1, k] == pytest.approx(by_hand, abs=1e-6, nan_ok=True)
+    assert np.isnan(values[:, 3]).all() and values[0, 4] == pytest.approx(values[0, 0])
+    assert values[2, 1] == pytest.approx(np.nanmean(prompts["reward"][groups[0]]), abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ the leaderboard
+def test_a_group_of_sure_wins_has_a_rate_of_one_and_of_sure_losses_of_zero():
+    logits, equal = np.linspace(-3, 2, 6), np.linspace(-1, 4, 6)
+    members = np.repeat([[True, False], [False, True]], 3, axis=0)
+    rates = evaluate.adjusted_rates(np.array([1.0, 0.0]), logits, equal, members)
+    assert rates == pytest.approx([1, 0], abs=1e-12) and rates.min() >= 0 and rates.max() <= 1
+    # equal lengths everywhere: nothing to adjust
+    same = evaluate.adjusted_rates(np.array([0.3, 0.8]), logits, logits, members)
+    assert same == pytest.approx([0.3, 0.8], abs=1e-8)
 
-def run(tmp_path, capsys, *flags, out="result.json"):
-    """The result of a command, which it prints as its last line, without NaN: another reader of JSON knows none."""
-    evaluate.main(evaluate.parse_args(["winrate", *map(str, flags), "--out", str(tmp_path / out), "--overwrite"]))
-    result = json.loads((tmp_path / out).read_text(), parse_constant=pytest.fail)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    return result
+
+# ----- the leaderboard
+def quick_bootstrap(prompts, gamed, penalty):
+    """In place of 1,000 fits, where a test asks for no interval."""
+    return evaluate.rates(prompts, gamed, penalty)[1][None]
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """run(*flags): the result of a command, which prints it and nothing else, without NaN."""
+    whole = evaluate.bootstrap
+
+    def winrate(*flags, intervals=False, said=""):
+        monkeypatch.setattr(evaluate, "bootstrap", whole if intervals else quick_bootstrap)
+        out = tmp_path / "result.json"
+        evaluate.main(evaluate.parse_args(["winrate", *map(str, flags), "--out", str(out)]))
+        result = json.loads(out.read_text(), parse_constant=pytest.fail)
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) == result and said in printed.err
+        assert said or not printed.err
+        return result
+
+    return winrate
+
+
+OTHER = "not the judge and baseline of --lc-data: not on the public scale"
+
+
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory):
+    """(folder as AlpacaEval publishes its data, {model: rows of ../shared/data, in the official order})."""
+    folder, models = tmp_path_factory.mktemp("alpaca"), {}
+    (folder / "df_gamed.csv").write_bytes((SHARED / "df_gamed_reconstructed.csv").read_bytes())
+    for name in PUBLISHED:
+        with gzip.open(SHARED / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        annotations = []
+        for row in rows:
+            kept = {key: row[key] for key in ("instruction", "generator_1", "generator_2", "preference")}
+            outputs = {"output_1": "b" * row["len_1"], "output_2": "m" * row["len_2"]}
+            annotations.append({**kept, **outputs, "annotator": JUDGE, "category": row["dataset"]})
+        (folder / f"{name}.json").write_text(json.dumps(annotations))
+        models[name] = rows
+    baseline = [{"instruction": row["instruction"], "output": "..."} for row in models["claude-2"]]
+    (folder / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(baseline))
+    return folder, models
+
+
+def columns_of(rows, folder):
+    """(p, deltas, gamma, gamed) of the shared rows."""
+    _, gamma, gamed = evaluate.read_reference(folder)
+    p = np.array([row["preference"] - 1 for row in rows])
+    return p, np.array([row["len_1"] - row["len_2"] for row in rows]), gamma, gamed
 
 
 @shared
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_leaderboard(tmp_path, capsys, name):
-    win_rate, error, rate, lc_error, length, c_index = PUBLISHED[name]
-    flags = "--annotations", SHARED / f"{name}.jsonl.gz", "--lc-data", SHARED
-    pinned, own = run(tmp_path, capsys, *flags, "--lc-c", 10 ** (-4 + 8 * c_index / 9)), run(tmp_path, capsys, *flags)
+def test_leaderboard(alpaca, run, monkeypatch, name):
+    win_rate, error, rate, length, c_index, with_our_c = PUBLISHED[name]
+    folder, models = alpaca
+    flags = "--annotations", folder / f"{name}.json", "--lc-data", folder
+    pinned = run(*flags, "--lc-c", 10 ** (-4 + 8 * c_index / 9))
+    own = run(*flags, intervals=name == "claude-2")
     for result in (pinned, own):
-        assert (result["model"], result["baseline"], result["by"]) == (name, "gpt4_1106_preview", "annotations")
-        assert result["win_rate"] == pytest.approx(win_rate, abs=1e-6)
-        assert result["standard_error"] == pytest.approx(error, abs=1e-6)
-        assert (result["n_total"], result["avg_length"], result["formula"]) == (805, length, "length_controlled_v1")
-        assert result["lc_ci"][0] + 1 < rate < result["lc_ci"][1] - 1
-    assert pinned["length_controlled_winrate"] == pytest.approx(rate, abs=0.02)  # .002 here; liblinear's tolerance is the rest
-    assert own["length_controlled_winrate"] == pytest.approx(rate, abs=0.2)
-    if lc_error:
-        assert own["lc_standard_error"] == pytest.approx(lc_error, abs=4e-5)
-    p, deltas, gamma, gamed, rows = load(name)
-    fit = evaluate.length_controlled(p, deltas, np.arange(805), gamma, gamed)
-    assert own["C"] == pinned["C"] == fit["C"] and own["theta"] == pinned["theta"] == pytest.approx(fit["theta"], abs=1e-9)
-    assert off_optimum(*evaluate.lc_problem(p, deltas, np.ones(805), gamma, gamed), own["C"], np.array(own["theta"])) < 1e-8
-    if "glm_preference_published" in rows[0]:
-        assert fit["equal"] == pytest.approx([row["glm_preference_published"] for row in rows], abs=2e-4)
+        assert (result["model"], result["baseline"], result["by"]) == (
+            name,
+            "gpt4_1106_preview",
+            "annotations",
+        )
+        assert result["win_rate"] == pytest.approx(win_rate, abs=1e-9)
+        assert result["standard_error"] == pytest.approx(error, abs=1e-9)
+        assert (result["n_total"], result["avg_length"]) == (805, length)
+        assert (result["formula"], result["labelers"]) == ("length_controlled_v1", [JUDGE])
+    assert pinned["length_controlled_winrate"] == pytest.approx(rate, abs=0.002)  # liblinear's tolerance
+    assert own["length_controlled_winrate"] == pytest.approx(with_our_c, abs=0.0005)
+    assert own["C"] == pytest.approx(pinned["C"]) and own["theta"] == pytest.approx(pinned["theta"], abs=1e-9)
+    theta = np.array(own["theta"])
+    p, deltas, gamma, gamed = columns_of(models[name], folder)
+    assert off_optimum(*problem(p, deltas, gamma, gamed), own["C"], theta) < 1e-8
+    published = [row.get("glm_preference_published") for row in models[name]]
+    if None not in published:
+        assert logistic(theta[1] * gamma + theta[2]) == pytest.approx(published, abs=2e-4)
+    if name == "claude-2":
+        low, high = own["lc_ci"]
+        assert low + 1 < rate < high - 1
+        assert high - low == pytest.approx(2 * 1.96 * 1.77, abs=0.4)  # twice the published lc_standard_error
 
 
 @shared
-def test_leaderboard_in_groups(tmp_path, capsys):
-    """ALPACA_LC 6c on the 80 vicuna prompts: win rate 62.5, mean prediction 53.9, length-adjusted 66.7."""
-    p, deltas, gamma, gamed, rows = load("FuseChat-Llama-3.2-3B-Instruct")
-    labelled = write_rows(tmp_path / "labelled.jsonl", [{**row, "category": row["dataset"]} for row in rows])
-    result = run(tmp_path, capsys, "--annotations", labelled, "--lc-data", SHARED)
-    cells = result["categories"]
+def test_leaderboard_in_groups(alpaca, run):
+    """Vicuna's 80 prompts: win rate 62.5, mean chance at equal lengths 53.9, length-adjusted 67.3."""
+    name = "FuseChat-Llama-3.2-3B-Instruct"
+    folder, models = alpaca
+    result = run("--annotations", folder / f"{name}.json", "--lc-data", folder, intervals=True)
+    cells, theta = result["categories"], np.array(result["theta"])
     assert list(cells) == ["helpful_base", "koala", "oasst", "selfinstruct", "vicuna"]
+    p, deltas, gamma, gamed = columns_of(models[name], folder)
+    features, of = problem(p, deltas, gamma, gamed)[0], np.array([row["dataset"] for row in models[name]])
+    for group, cell in cells.items():
+        inside = of == group
+        assert (cell["n_total"], cell["win_rate"]) == (inside.sum(), pytest.approx(100 * p[inside].mean()))
+        by_hand = group_by_hand(p, features, theta, inside)
+        assert cell["length_controlled_winrate"] == pytest.approx(by_hand, abs=1e-6)
+        assert 0 <= cell["lc_ci"][0] < by_hand < cell["lc_ci"][1] <= 100
     assert (cells["vicuna"]["n_total"], cells["vicuna"]["win_rate"]) == (80, pytest.approx(62.5, abs=0.05))
-    assert cells["vicuna"]["length_controlled_winrate"] == pytest.approx(66.7, abs=0.05)
+    assert cells["vicuna"]["length_controlled_winrate"] == pytest.approx(67.26, abs=0.05)
     low, high = cells["vicuna"]["lc_ci"]
     assert 55 < low < 62 and 71 < high < 78
-    whole = sum(cell["n_total"] * cell["length_controlled_winrate"] for cell in cells.values()) / 805
-    assert whole == pytest.approx(result["length_controlled_winrate"] + 100 / (result["C"] * 805), abs=1e-7)
-    mean = 100 * evaluate.length_controlled(p, deltas, np.arange(805), gamma, gamed)["equal"]
-    assert mean[[row["dataset"] == "vicuna" for row in rows]].mean() == pytest.approx(53.9, abs=0.05)
+    equal = 100 * logistic(theta[1] * gamma + theta[2])
+    assert equal[of == "vicuna"].mean() == pytest.approx(53.9, abs=0.05)
 
 
 @shared
-def test_a_missing_row_keeps_the_others_difficulties_by_instruction_not_by_position(tmp_path, capsys):
-    p, deltas, gamma, gamed, rows = load("claude-2")
-    flags = "--annotations", write_rows(tmp_path / "less.jsonl", rows[1:]), "--lc-data", SHARED, "--lc-c", evaluate.PENALTIES[5]
-    keyed, counted = run(tmp_path, capsys, *flags), run(tmp_path, capsys, *flags, "--by-position")
-    for result, of in ((keyed, gamma[1:]), (counted, gamma[:804])):
-        again = evaluate.length_controlled(p[1:], deltas[1:], np.arange(804), of, gamed, evaluate.PENALTIES[5])
-        assert result["length_controlled_winrate"] == pytest.approx(again["length_controlled_winrate"], abs=1e-9)
-    assert abs(keyed["length_controlled_winrate"] - 28.155) < 0.1 < 1 < abs(counted["length_controlled_winrate"] - 28.155)
-    assert keyed["win_rate"] == counted["win_rate"] == pytest.approx(100 * p[1:].mean())
+def test_a_missing_row_keeps_the_others_difficulties(alpaca, run, tmp_path):
+    """By instruction: on the leaderboard a row that is missing moves the difficulty of all later ones."""
+    folder, models = alpaca
+    rows = json.loads((folder / "claude-2.json").read_text())
+    less = annotate(tmp_path / "less.json", rows[1:])
+    result = run("--annotations", less, "--lc-data", folder, "--lc-c", evaluate.PENALTIES[5])
+    p, deltas, gamma, gamed = columns_of(models["claude-2"], folder)
+    rate = {}
+    for name, kept in (("by instruction", gamma[1:]), ("by place in the file", gamma[:804])):
+        _, values = evaluate.rates(table(p[1:], deltas[1:], kept), gamed, evaluate.PENALTIES[5])
+        rate[name] = values[1, 0]
+    assert result["length_controlled_winrate"] == pytest.approx(rate["by instruction"], abs=1e-9)
+    assert abs(rate["by instruction"] - 28.155) < 0.1 < 1 < abs(rate["by place in the file"] - 28.155)
+    assert result["win_rate"] == pytest.approx(100 * p[1:].mean()) and result["n_other_prompts"] == 1
 
 
-@shared
-def test_the_bootstrap_is_a_sampling_error():
-    p, deltas, gamma, gamed, _ = load("claude-2")
-    rates, _ = evaluate.lc_bootstrap(p, deltas, evaluate.draw_prompts(805), evaluate.PENALTIES[5], np.ones((1, 805), bool), gamma, gamed)
-    assert rates.std() == pytest.approx(1.77, abs=0.1)  # twice the lc_standard_error of .88, which is none
-
-
-# ------------------------------------------------------------------------------------------------------------ the command, by hand
-
+# ----- annotations
 QUESTIONS = [f"question {i}?" for i in range(40)]
 
 
 def official(folder, n=40):
-    """AlpacaEval's two files for a list of n instructions, as on the hub; (gamma, (gamed features, gamed preferences))."""
+    """AlpacaEval's two files for a list of n instructions, as on the hub; (gamma, gamed rows)."""
     rng = np.random.default_rng(7)
-    gamma, deltas, wins = [0, *rng.normal(size=n - 1).round(3)], rng.normal(0, 1.5, 2 * n).round(3), rng.random(2 * n).round(3)
+    gamma = [0, *rng.normal(size=n - 1).round(3)]
+    deltas, wins = rng.normal(0, 1.5, 2 * n).round(3), rng.random(2 * n).round(3)
     folder.mkdir(exist_ok=True)
-    (folder / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(
-        [{"dataset": "koala", "instruction": question, "output": "...", "generator": "base"} for question in QUESTIONS[:n]], indent=2))
-    lines = [f"{'verbose' if i < n else 'concise'},{i % n},10,20,{deltas[i]},{gamma[i % n]},False,{'' if i == 3 else wins[i]}"
-             for i in range(2 * n)]  # one gamed row without verdict
-    (folder / "df_gamed.csv").write_text("\n".join(
-        ["model,index,len_1,len_2,std_delta_len,instruction_difficulty,not_gamed_baseline,preference", *lines]) + "\n")
+    baseline = [{"dataset": "koala", "instruction": question, "output": "..."} for question in QUESTIONS[:n]]
+    (folder / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(baseline, indent=2))
+    lines = ["model,index,len_1,len_2,std_delta_len,instruction_difficulty,not_gamed_baseline,preference"]
+    for i in range(2 * n):
+        model, won = "verbose" if i < n else "concise", "" if i == 3 else wins[i]  # one has no verdict
+        lines.append(f"{model},{i % n},10,20,{deltas[i]},{gamma[i % n]},False,{won}")
+    (folder / "df_gamed.csv").write_text("\n".join(lines) + "\n")
     wins[3] = math.nan
-    features = np.stack([np.tanh(deltas), [*gamma, *gamma], np.zeros(2 * n)], 1)
-    return np.array(gamma), (features, wins)
+    return np.array(gamma), {
+        "x": np.stack([np.tanh(deltas), [*gamma, *gamma], np.zeros(2 * n)], 1),
+        "p": wins,
+    }
 
 
-def entries(seed=0, n=40, name="new", base="base"):
+def entries(seed=0, n=40, name="new", base="base", judge=JUDGE):
     """Annotations in AlpacaEval's own shape."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(5, 60, (n, 2))
+    lengths = np.stack([np.random.default_rng(99).integers(5, 60, n), rng.integers(5, 60, n)], axis=1)
     chances = logistic(0.05 * (lengths[:, 1] - lengths[:, 0]) + rng.normal(0.2, 1, n))
-    return [{"instruction": QUESTIONS[i], "output_1": "b" * lengths[i, 0], "generator_1": base, "dataset": "koala",
-             "output_2": "ü" * lengths[i, 1], "generator_2": name, "annotator": "weighted_alpaca_eval_gpt4_turbo",
-             "preference": 1 + chances[i].round(4), "category": ("coding", "math", "recommendation, advice")[i % 3]} for i in range(n)]
+    rows = []
+    for i in range(n):
+        outputs = {"output_1": "b" * lengths[i, 0], "output_2": "ü" * lengths[i, 1]}
+        names = {"generator_1": base, "generator_2": name, "annotator": judge, "dataset": "koala"}
+        category = ("coding", "math", "recommendation, advice")[i % 3]
+        verdict = {"preference": 1 + chances[i].round(4), "category": category}
+        rows.append({"instruction": QUESTIONS[i], **outputs, **names, **verdict})
+    return rows
 
 
 def annotate(path, rows):
@@ -349,228 +587,280 @@ def annotate(path, rows):
 
 
 def arrays(rows):
-    """(p, baseline's characters minus the model's) of annotations."""
-    p = np.array([math.nan if row["preference"] is None else 0.5 if row["preference"] == 0 else row["preference"] - 1 for row in rows])
-    return p, np.array([len(row["output_1"]) - len(row["output_2"]) for row in rows])
+    """(p, the baseline's characters minus the model's) of annotations."""
+    p = []
+    for row in rows:
+        value = row["preference"]
+        p.append(math.nan if value is None else 0.5 if value == 0 else value - 1)
+    return np.array(p), np.array([len(row["output_1"]) - len(row["output_2"]) for row in rows])
 
 
-def problem(p, deltas, gamma=None, gamed=None):
-    """(features, targets, weights) of ALPACA_LC 3, the gamed rows last."""
-    columns = [np.tanh(deltas / deltas.std(ddof=1)), np.ones(len(p))]
-    if gamed is None:
-        return np.stack(columns, 1), np.nan_to_num(p), 1.0 * ~np.isnan(p)
-    targets = np.concatenate([p, gamed[1]])
-    weights = np.repeat([1, 0.1], [len(p), len(gamed[1])]) * ~np.isnan(targets)
-    return np.concatenate([np.stack([columns[0], gamma, columns[1]], 1), gamed[0]]), np.nan_to_num(targets), weights
-
-
-def group_by_hand(p, features, theta, mask):
-    """100 (mean p - mean of what the lengths add to the chance to win), over the prompts of a group that have a verdict."""
-    mask = mask & ~np.isnan(p)
-    with_length, without = logistic(features[:len(p)] @ theta), logistic(features[:len(p), 1:] @ theta[1:])
-    return 100 * (p[mask].mean() - with_length[mask].mean() + without[mask].mean())
-
-
-def slow_fit(features, targets, weights, penalty, steps=4000):
-    """The fit by proximal gradient steps, for each row of weights: thousands of small steps in place of a few of Newton's."""
-    size = 4 / (penalty * np.linalg.eigvalsh(np.einsum("bn,ni,nj->bij", weights, features, features))[:, -1:])
-    theta = np.zeros((len(weights), features.shape[1]))
-    for _ in range(steps):
-        moved = theta - size * penalty * (weights * (1 / (1 + np.exp(-theta @ features.T)) - targets)) @ features
-        moved = np.sign(moved) * np.maximum(np.abs(moved) - size, 0)
-        if np.abs(moved - theta).max() < 1e-9:
-            break
-        theta = moved
-    return theta
-
-
-def labels(rows, key="category"):
-    return np.array([row[key] for row in rows])
+def categories_of(rows):
+    names = np.array([row["category"] for row in rows])
+    return {name: names == name for name in sorted(set(names))}
 
 
 def same(first, second):
     """Whether two results are equal but for the rounding of their numbers."""
     if isinstance(first, dict):
-        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+        return sorted(first) == sorted(second) and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list):
         return len(first) == len(second) and all(map(same, first, second))
     return first == (pytest.approx(second, abs=1e-9) if isinstance(second, float) else second)
 
 
-def test_annotations_by_hand(tmp_path, capsys):
+@pytest.fixture
+def lc(tmp_path):
+    """Reference data of 40 instructions, and the flags that use it."""
     gamma, gamed = official(tmp_path / "hub")
+    return gamma, gamed, ("--lc-data", tmp_path / "hub", "--lc-c", 3)
+
+
+def test_annotations_by_hand(tmp_path, lc, run):
+    gamma, gamed, flags = lc
     rows = entries()
-    rows[4]["preference"], rows[9]["preference"], rows[10]["preference"], rows[11]["preference"] = 0, None, math.nan, 1.5
-    path = annotate(tmp_path / "annotations.json", rows)
-    result = run(tmp_path, capsys, "--annotations", path, "--lc-data", tmp_path / "hub", "--lc-c", 3, "--allow-missing")
+    for i, value in ((4, 0), (9, None), (10, None), (11, 1.5)):
+        rows[i]["preference"] = value
+    files = "--annotations", annotate(tmp_path / "a.json", rows)
+    result = run(*files, *flags, "--allow-missing", said=OTHER)
     p, deltas = arrays(rows)
-    found = p[~np.isnan(p)]
-    assert len(found) == 38 and result["by"] == "annotations" and (result["model"], result["baseline"]) == ("new", "base")
-    assert (result["n_total"], result["n_without_verdict"], result["n_other_prompts"], result["n_draws"]) == (38, 2, 0, 2)
-    assert result["n_wins"] == (found > 0.5).sum() and result["n_wins_base"] == (found < 0.5).sum()
-    assert result["win_rate"] == pytest.approx(100 * found.mean(), abs=1e-9)
+    known = p[~np.isnan(p)]
+    assert len(known) == 38 and result["by"] == "annotations"
+    assert (result["model"], result["baseline"], result["labelers"]) == ("new", "base", [JUDGE])
+    assert (result["n_total"], result["n_without_verdict"], result["n_other_prompts"]) == (38, 2, 0)
+    counts = (known > 0.5).sum(), (known < 0.5).sum(), 2
+    assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == counts
+    assert result["win_rate"] == pytest.approx(100 * known.mean(), abs=1e-9)
     assert result["avg_length"] == int(np.mean([len(row["output_2"]) for row in rows]))
-    assert result["avg_length_baseline"] == int(np.mean([len(row["output_1"]) for row in rows])) != result["avg_length"]
+    assert result["avg_length_baseline"] == int(np.mean([len(row["output_1"]) for row in rows]))
+    assert result["avg_length"] != result["avg_length_baseline"]
+    assert (result["reward"], result["reward_ci"], result["reward_baseline"]) == (None, None, None)
 
     features, targets, weights = problem(p, deltas, gamma, gamed)
     theta = np.array(result["theta"])
     assert off_optimum(features, targets, weights, 3, theta) < 1e-8 and (theta != 0).all()
     equal = 100 * logistic(theta[1] * gamma + theta[2])  # of all 40: what has no verdict is predicted too
-    assert (result["formula"], result["C"]) == ("length_controlled_v1, reference data of gpt4_1106_preview", 3)  # another baseline
+    assert (result["formula"], result["C"]) == ("length_controlled_v1, other judge", 3)
     assert result["length_controlled_winrate"] == pytest.approx(equal.mean(), abs=1e-9)
-    assert result["lc_standard_error"] == pytest.approx(equal.std(ddof=1) / math.sqrt(40), abs=1e-9)
-
-    assert list(result["categories"]) == ["coding", "math", "recommendation, advice"]  # a comma is no separator
-    for name, cell in result["categories"].items():
-        inside = labels(rows) == name
-        assert cell["n_total"] == (inside & ~np.isnan(p)).sum() and cell["win_rate"] == pytest.approx(100 * np.nanmean(p[inside]))
-        assert cell["length_controlled_winrate"] == pytest.approx(group_by_hand(p, features, theta, inside), abs=1e-9)
+    assert list(result["categories"]) == ["coding", "math", "recommendation, advice"]
+    for name, inside in categories_of(rows).items():
+        cell = result["categories"][name]
+        assert cell["n_total"] == (inside & ~np.isnan(p)).sum()
+        assert cell["win_rate"] == pytest.approx(100 * np.nanmean(p[inside]))
+        by_hand = group_by_hand(p, features, theta, inside)
+        assert cell["length_controlled_winrate"] == pytest.approx(by_hand, abs=1e-6)
     assert sum(cell["n_total"] for cell in result["categories"].values()) == 38
 
-    without = [{key: value for key, value in row.items() if not key.startswith("output")}
-               | {"len_1": len(row["output_1"]), "len_2": len(row["output_2"])} for row in rows]
-    write_rows(tmp_path / "lengths.jsonl", without)
-    assert same(run(tmp_path, capsys, "--annotations", tmp_path / "lengths.jsonl", "--lc-data", tmp_path / "hub", "--lc-c", 3,
-                    "--allow-missing"), result)
+    minimal = run(*files, "--lc-c", 3, "--allow-missing")  # without the reference data
+    assert minimal["formula"] == "length_controlled_minimal" and minimal["win_rate"] == result["win_rate"]
+    assert off_optimum(*problem(p, deltas), 3, np.array(minimal["theta"])) < 1e-8
 
 
-def test_the_order_of_the_rows_does_not_matter(tmp_path, capsys):
-    """Folds, draws and difficulties follow the instructions; --by-position is the one that follows the file."""
-    official(tmp_path / "hub")
-    rows = entries(33)  # other folds would choose another C
+@pytest.mark.parametrize(
+    "judge, base, formula",
+    [
+        (JUDGE, "gpt4_1106_preview", "length_controlled_v1"),
+        (None, "gpt4_1106_preview", "length_controlled_v1"),
+        ("judge:gpt-4-1106-preview", "gpt4_1106_preview", "length_controlled_v1"),
+        ("judge:another", "gpt4_1106_preview", "length_controlled_v1, other judge"),
+        (JUDGE, "text_davinci_003", "length_controlled_v1, other judge"),
+    ],
+)
+def test_another_judge_or_baseline_is_said(tmp_path, lc, run, judge, base, formula):
+    path = annotate(tmp_path / "a.json", entries(judge=judge, base=base))
+    result = run("--annotations", path, *lc[2], said=OTHER if "other" in formula else "")
+    assert result["formula"] == formula and result["labelers"] == ([judge] if judge else [])
+
+
+def test_another_judge_of_either_file_is_said(tmp_path, lc, run):
+    for judges in ((JUDGE, "judge:another"), ("judge:another", JUDGE)):
+        first, second = (
+            entries(k, name=f"m{k}", base="gpt4_1106_preview", judge=judges[k]) for k in range(2)
+        )
+        files = (
+            "--annotations",
+            annotate(tmp_path / "a.json", first),
+            "--minus",
+            annotate(tmp_path / "b.json", second),
+        )
+        result = run(*files, *lc[2], said=OTHER)
+        assert result["formula"] == "length_controlled_v1, other judge"
+        assert result["labelers"] == ["judge:another", JUDGE]
+
+
+def test_the_order_of_the_rows_does_not_matter(tmp_path, lc, run):
+    """Folds, draws and difficulties follow the instructions."""
+    rows = entries(33)
     turned = [rows[i] for i in np.random.default_rng(0).permutation(40)]
-    first, second, counted = (
-        run(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", some), "--lc-data", tmp_path / "hub", *flags)
-        for some, flags in ((rows, ()), (turned, ()), (turned, ["--by-position"])))
-    assert same(second, first) and counted["win_rate"] == pytest.approx(first["win_rate"]) and counted["C"] != first["C"]
-    flags = "--annotations", annotate(tmp_path / "a.json", rows), "--lc-data", tmp_path / "hub", "--by-position"
-    assert same(run(tmp_path, capsys, *flags), first)
+    first, second = (
+        run("--annotations", annotate(tmp_path / "a.json", some), *lc[2][:2], intervals=True, said=OTHER)
+        for some in (rows, turned)
+    )
+    assert same(second, first) and first["lc_ci"][0] < first["lc_ci"][1]
 
 
 @pytest.mark.parametrize("seed", [6, 15, 17])  # other folds would choose another C
-def test_the_cross_validation_of_the_command(tmp_path, capsys, seed):
-    """Five folds by place in the official list, gamed rows by theirs in the file: the likeliest C on prompts held out."""
+def test_the_cross_validation_of_the_command(tmp_path, run, seed):
+    """Folds by place in the official list, gamed rows by theirs in the file: the likeliest C held out."""
     gamma, gamed = official(tmp_path / "hub", 20)
     places = np.delete(np.arange(20), [2, 11])  # two are missing, and move no other
     rows = [entries(seed, 20)[i] for i in places]
-    result = run(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", rows[::-1]), "--lc-data", tmp_path / "hub",
-                 "--allow-missing")
+    flags = "--annotations", annotate(tmp_path / "a.json", rows[::-1]), "--lc-data", tmp_path / "hub"
+    result = run(*flags, "--allow-missing", said=OTHER)
     features, targets, weights = problem(*arrays(rows), gamma[places], gamed)
     folds, scores = np.concatenate([places, np.arange(40)]) % 5, []
+    held_out = folds == np.arange(5)[:, None]
     for penalty in np.logspace(-4, 4, 10):
+        batch = [np.broadcast_to(part, (5, *part.shape)) for part in (features, targets)]
+        thetas = slow_fits(*batch, weights * ~held_out, penalty, steps=4000)
         means = []
-        for fold in range(5):
-            theta = slow_fit(features, targets, weights[None] * (folds != fold), penalty)[0]
-            test = (folds == fold) & (weights > 0)
+        for fold, theta in zip(held_out, thetas):
+            test = fold & (weights > 0)
             chances = logistic(features[test] @ theta)
-            means.append((weights[test] * (targets[test] * np.log(chances) + (1 - targets[test]) * np.log(1 - chances))).mean())
+            likelihood = targets[test] * np.log(chances) + (1 - targets[test]) * np.log(1 - chances)
+            means.append((weights[test] * likelihood).mean())
         scores.append(np.mean(means))
     assert result["C"] == pytest.approx(np.logspace(-4, 4, 10)[np.argmax(scores)])
 
 
-def rates_by_hand(rows, draws, penalty, gamma=None, gamed=None):
-    """{"win_rate", "length_controlled_winrate", category: its length-controlled rate}, an array over draws each."""
-    p, deltas = arrays(rows)
-    found, n = ~np.isnan(p), len(p)
-    result = {"win_rate": [], "length_controlled_winrate": [], **{name: [] for name in sorted({*labels(rows)})}}
-    for counts in draws:
-        drawn = np.repeat(np.arange(n), counts)
-        features, targets, weights = problem(p[drawn], deltas[drawn], None if gamma is None else gamma[drawn], gamed)
-        theta = slow_fit(features, targets, weights[None], penalty, 400)[0]
-        result["win_rate"].append(100 * np.nanmean(p[drawn]))
-        result["length_controlled_winrate"].append(100 * logistic(features[:n, 1:] @ theta[1:]).mean())
-        for name in {*labels(rows)}:
-            result[name].append(group_by_hand(p[drawn], features, theta, labels(rows)[drawn] == name))
-    return {name: np.array(values) for name, values in result.items()}
-
-
-def percentiles(draws):
-    return pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=1e-4)
-
-
-def test_intervals_and_the_difference_of_two_models_against_a_slow_bootstrap(tmp_path, capsys):
-    gamma, gamed = official(tmp_path / "hub")
+def test_intervals_and_the_difference_of_two_models_against_a_slow_bootstrap(tmp_path, lc, run):
+    gamma, gamed, flags = lc
     first, second = entries(0), entries(5, name="other")
     first[7]["preference"] = second[8]["preference"] = None
-    annotate(tmp_path / "first.json", first), annotate(tmp_path / "second.json", second[::-1])
-    flags = "--lc-data", tmp_path / "hub", "--lc-c", 3, "--allow-missing"
-    both = run(tmp_path, capsys, "--annotations", tmp_path / "first.json", "--minus", tmp_path / "second.json", *flags)
-    swapped = run(tmp_path, capsys, "--annotations", tmp_path / "second.json", "--minus", tmp_path / "first.json", *flags)
-    alone, other = (run(tmp_path, capsys, "--annotations", tmp_path / f"{name}.json", *flags) for name in ("first", "second"))
-
-    draws = np.random.default_rng(0).multinomial(40, [1 / 40] * 40, 1000)
-    mine, theirs = (rates_by_hand(rows, draws, 3, gamma, gamed) for rows in (first, second))
-    assert alone["lc_ci"] == percentiles(mine["length_controlled_winrate"])
-    assert other["lc_ci"] == percentiles(theirs["length_controlled_winrate"])
-    assert alone["ci"] == pytest.approx(np.percentile(mine["win_rate"], [2.5, 97.5]), abs=2)  # other draws of the same kind
-    for name, cell in alone["categories"].items():
-        assert cell["lc_ci"] == percentiles(mine[name])
+    one, other = annotate(tmp_path / "first.json", first), annotate(tmp_path / "second.json", second[::-1])
+    flags = *flags, "--allow-missing"
+    both = run("--annotations", one, "--minus", other, *flags, intervals=True, said=OTHER)
+    swapped = run("--annotations", other, "--minus", one, *flags, intervals=True, said=OTHER)
+    groups = categories_of(first)
+    mine, theirs = (rates_by_hand(*arrays(rows), groups, 3, gamma, gamed) for rows in (first, second))
+    for result, draws in ((both, mine), (swapped, theirs)):
+        assert result["ci"] == percentiles(draws["win_rate"], 1e-9)
+        assert result["lc_ci"] == percentiles(draws["length_controlled_winrate"])
+        for name, cell in result["categories"].items():
+            assert cell["lc_ci"] == percentiles(draws[name], 1e-3)
+            p = arrays(first if result is both else second)[0]
+            counts = np.random.default_rng(0).multinomial(40, [1 / 40] * 40, 1000)
+            counts = counts * (groups[name] & ~np.isnan(p))
+            means = 100 * counts @ np.nan_to_num(p) / counts.sum(1)
+            assert cell["ci"] == percentiles(means, 1e-9)
 
     minus = both["minus"]
-    assert minus["model"] == "other" and {**both, "minus": 0, "length_bins": 0} == {**alone, "minus": 0, "length_bins": 0,
-                                                                                    "n_without_verdict": 2}
+    assert minus["model"] == "other" and both["n_without_verdict"] == 2
+    shared_keys = [key for key in minus["own"] if key != "formula"]  # the formula is of both
+    assert {key: minus["own"][key] for key in shared_keys} == {key: swapped[key] for key in shared_keys}
     for name, ci in (("win_rate", "ci"), ("length_controlled_winrate", "lc_ci")):
-        assert minus[name] == pytest.approx(alone[name] - other[name], abs=1e-9)
+        assert minus[name] == pytest.approx(both[name] - swapped[name], abs=1e-9)
         assert minus[ci] == percentiles(mine[name] - theirs[name])
         assert swapped["minus"][name] == pytest.approx(-minus[name], abs=1e-9)
         assert swapped["minus"][ci] == pytest.approx([-minus[ci][1], -minus[ci][0]], abs=1e-9)
-    assert list(minus["categories"]) == list(alone["categories"])
+    assert list(minus["categories"]) == list(both["categories"])
     for name, cell in minus["categories"].items():
-        of = "length_controlled_winrate"
-        assert cell[of] == pytest.approx(alone["categories"][name][of] - other["categories"][name][of], abs=1e-9)
-        assert cell["lc_ci"] == percentiles(mine[name] - theirs[name])
-        assert cell["n_total"] == alone["categories"][name]["n_total"]
+        rate = "length_controlled_winrate"
+        difference = both["categories"][name][rate] - swapped["categories"][name][rate]
+        assert cell[rate] == pytest.approx(difference, abs=1e-9)
+        assert cell["lc_ci"] == percentiles(mine[name] - theirs[name], 1e-3)
+        sizes = both["categories"][name]["n_total"], swapped["categories"][name]["n_total"]
+        assert (cell["n_total"], cell["n_total_minus"]) == sizes
 
 
-def test_difference_of_prompts_that_both_models_have(tmp_path, capsys):
-    """Both are measured on the prompts they share; others are counted, and more than 1 % of them is refused."""
-    official(tmp_path / "hub")
+def test_groups_stay_inside_zero_and_one_hundred(tmp_path, run):
+    """Longer answers win, in one category shorter ones: win rate minus effect of length exceeds 100 there."""
+    rows = []
+    for i in range(30):
+        odd, longer = i < 6, i % 5 != 0
+        lengths = (60 + i, 10) if odd else (20, 60 + i) if longer else (60 + i, 20)
+        outputs = {"output_1": "b" * lengths[0], "output_2": "m" * lengths[1]}
+        names = {"generator_1": "base", "generator_2": "new", "category": "odd" if odd else "usual"}
+        preference = 1.97 + 0.03 * (i % 2) if odd else 1.95 if longer else 1.05
+        rows.append({"instruction": QUESTIONS[i], **outputs, **names, "preference": preference})
+    result = run("--annotations", annotate(tmp_path / "a.json", rows), "--lc-c", 3, intervals=True)
+    p, deltas = arrays(rows)
+    features, theta = problem(p, deltas)[0], np.array(result["theta"])
+    odd = categories_of(rows)["odd"]
+    effect = logistic(features @ theta) - logistic(features[:, 1:] @ theta[1:])
+    assert 100 * (p[odd] - effect[odd]).mean() > 102  # what the first version printed
+    cell = result["categories"]["odd"]
+    assert cell["length_controlled_winrate"] == pytest.approx(
+        group_by_hand(p, features, theta, odd), abs=1e-6
+    )
+    assert cell["win_rate"] < cell["length_controlled_winrate"] <= 100
+    by_hand = rates_by_hand(p, deltas, {"odd": odd}, 3)["odd"]
+    assert cell["lc_ci"] == percentiles(by_hand, 1e-3)
+    for group in (*result["categories"].values(), *result["length_bins"].values()):
+        low, high = group["lc_ci"]
+        assert 0 <= low <= group["length_controlled_winrate"] <= high <= 100
+
+
+# ----- two models
+def test_difference_of_prompts_that_both_models_have(tmp_path, lc, run, refused):
+    """Both are measured on the prompts they share; others are counted, more than 1 % of them are refused."""
     first, second = entries(0), entries(5, name="other")
-    flags = "--lc-data", tmp_path / "hub", "--lc-c", 3
-    files = "--annotations", annotate(tmp_path / "a.json", first), "--minus", annotate(tmp_path / "b.json", second[1:])
-    assert "of 40 prompts 1 have no responses of all models and 0 no verdict, over 1 %" in refused(tmp_path, capsys, *files, *flags)
-    both = run(tmp_path, capsys, *files, *flags, "--allow-missing")
-    alone, other = (run(tmp_path, capsys, "--annotations", annotate(tmp_path / "c.json", rows[1:]), *flags, "--allow-missing")
-                    for rows in (first, second))
+    files = (
+        "--annotations",
+        annotate(tmp_path / "a.json", first),
+        "--minus",
+        annotate(tmp_path / "b.json", second[1:]),
+    )
+    assert "of 40 prompts 1 lack an answer of a model and 0 a verdict, over 1 %" in refused(*files, *lc[2])
+    both = run(*files, *lc[2], "--allow-missing", said=OTHER)
+    alone, other = (
+        run("--annotations", annotate(tmp_path / "c.json", rows[1:]), *lc[2], "--allow-missing", said=OTHER)
+        for rows in (first, second)
+    )
     assert (both["n_total"], both["n_other_prompts"], both["avg_length"]) == (39, 1, alone["avg_length"])
     for name in ("win_rate", "length_controlled_winrate"):
         assert both[name] == pytest.approx(alone[name], abs=1e-9)
         assert both["minus"][name] == pytest.approx(alone[name] - other[name], abs=1e-9)
-
-
-def test_prompts_of_one_model_alone_are_counted_once_each(tmp_path, capsys):
-    official(tmp_path / "hub")
-    files = "--annotations", annotate(tmp_path / "a.json", entries(0)[:-1]), "--minus", annotate(tmp_path / "b.json", entries(5)[1:])
-    both = run(tmp_path, capsys, *files, "--lc-data", tmp_path / "hub", "--lc-c", 3, "--allow-missing")
+    # prompts of one model alone are counted once each
+    annotate(tmp_path / "a.json", first[:-1])
+    both = run(*files, *lc[2], "--allow-missing", said=OTHER)
     assert (both["n_total"], both["n_other_prompts"]) == (38, 2)
 
 
-def test_scored_prompts_of_one_model_alone_are_counted_once_each(tmp_path, capsys):
-    rows = scored(40)
-    for row in rows[:3]:
-        row["responses"] = [response for response in row["responses"] if response["model"] != "third"]
-    both = run(tmp_path, capsys, *scored_flags(tmp_path, rows), "--minus", "third", "--allow-missing")
-    assert (both["n_total"], both["n_other_prompts"]) == (37, 3)
+@pytest.mark.parametrize("change", [{"generator_2": "new"}, {"output_1": "another answer of the baseline"}])
+def test_each_file_is_one_side(tmp_path, lc, run, change):
+    """Two files may have one model's name, judged twice, or two answers of the baseline."""
+    second = [{**row, **change} for row in entries(5, name="other")]
+    files = [annotate(tmp_path / f"{k}.json", rows) for k, rows in enumerate((entries(0), second))]
+    both = run("--annotations", files[0], "--minus", files[1], *lc[2], said=OTHER)
+    one, other = (run("--annotations", path, *lc[2], said=OTHER) for path in files)
+    for name in ("win_rate", "length_controlled_winrate"):
+        assert both[name] == pytest.approx(one[name], abs=1e-9)
+        assert both["minus"][name] == pytest.approx(one[name] - other[name], abs=1e-9)
 
 
-def test_positions_of_two_files_are_refused(tmp_path, capsys):
-    files = [annotate(tmp_path / "a.json", entries(0)), annotate(tmp_path / "b.json", entries(5, name="other")[::-1])]
-    assert "--by-position belongs to --annotations of one model" in refused(
-        tmp_path, capsys, "--annotations", files[0], "--minus", files[1], "--by-position")
+def test_categories_in_one_of_two_files(tmp_path, lc, run):
+    unlabelled = [{**row, "category": None} for row in entries(5, name="other")]
+    files = (
+        "--annotations",
+        annotate(tmp_path / "a.json", entries(0)),
+        "--minus",
+        annotate(tmp_path / "b.json", unlabelled),
+    )
+    both = run(*files, *lc[2], said=OTHER)
+    assert list(both["minus"]["categories"]) == ["coding", "math", "recommendation, advice"]
+    p = arrays(entries(0))[0] - arrays(unlabelled)[0]
+    assert both["minus"]["win_rate"] == pytest.approx(100 * p.mean(), abs=1e-9)
+    assert both["minus"]["categories"]["math"]["win_rate"] == pytest.approx(100 * p[1::3].mean(), abs=1e-9)
 
 
-def test_categories_in_one_of_two_files(tmp_path, capsys):
-    official(tmp_path / "hub")
-    unlabelled = [{key: value for key, value in row.items() if key != "category"} for row in entries(5, name="other")]
-    flags = "--lc-data", tmp_path / "hub", "--lc-c", 3
-    both = run(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", entries(0)), "--minus",
-               annotate(tmp_path / "b.json", unlabelled), *flags)
-    other = run(tmp_path, capsys, "--annotations", tmp_path / "b.json", *flags)
-    assert both["minus"]["win_rate"] == pytest.approx(both["win_rate"] - other["win_rate"], abs=1e-9)
+def test_a_difference_of_groups_with_one_prompt_has_no_interval(tmp_path, run):
+    """One prompt of either model: there is nothing to draw, and the value stays."""
+    rows = scored(12)
+    for k, row in enumerate(rows):
+        row["category"] = "few" if k < 2 else "many"
+    rows[1]["responses"][2]["reward"] = None  # of the third
+    file = write_rows(tmp_path / "scored.jsonl", rows)
+    for model, minus, sizes in (("third", "new", (1, 2)), ("new", "third", (2, 1))):
+        flags = "--scored", file, "--model", model, "--baseline", "old", "--minus", minus
+        cells = run(*flags, "--allow-missing")["minus"]["categories"]
+        assert (cells["few"]["n_total"], cells["few"]["n_total_minus"]) == sizes
+        assert cells["few"]["win_rate"] is not None and cells["few"]["length_controlled_winrate"] is not None
+        assert cells["many"]["ci"] is not None and cells["many"]["lc_ci"] is not None
+        assert (cells["few"]["ci"], cells["few"]["lc_ci"]) == (None, None)
 
 
-# ------------------------------------------------------------------------------------------------------------ length bins
-
+# ----- length bins
 def of_lengths(lengths, name="new"):
     """Annotations with outputs of these lengths, against 10 characters; every third wins."""
     rows = entries(3, len(lengths), name)
@@ -579,76 +869,106 @@ def of_lengths(lengths, name="new"):
     return rows
 
 
-def test_length_bins_by_hand(tmp_path, capsys):
+def test_length_bins_by_hand(tmp_path, run, refused):
     gamma, gamed = official(tmp_path / "hub", 20)
-    lengths = [13, 1, 5, 19, 3, 7, 9, 11, 15, 17, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39]  # quartiles 10.5, 20 and 29.5
+    # quartiles 10.5, 20 and 29.5
+    lengths = np.array([13, 1, 5, 19, 3, 7, 9, 11, 15, 17, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39])
     rows = of_lengths(lengths)
     flags = "--annotations", annotate(tmp_path / "a.json", rows), "--lc-data", tmp_path / "hub", "--lc-c", 3
-    result = run(tmp_path, capsys, *flags)
+    result = run(*flags, intervals=True, said=OTHER)
     p, deltas = arrays(rows)
-    features = problem(p, deltas, gamma, gamed)[0]
+    features, theta = problem(p, deltas, gamma, gamed)[0], np.array(result["theta"])
     edges = [1, 10.5, 20, 29.5, 40]
+    bins = [(edges[k] <= lengths) & (lengths < edges[k + 1]) for k in range(4)]
     assert list(result["length_bins"]) == ["1 to 10.5", "10.5 to 20", "20 to 29.5", "29.5 to 39"]
-    for k, cell in enumerate(result["length_bins"].values()):
-        inside = (edges[k] <= np.array(lengths)) & (np.array(lengths) < edges[k + 1])
-        assert cell["n_total"] == inside.sum() == 5 and cell["win_rate"] == pytest.approx(100 * p[inside].mean())
-        by_hand = group_by_hand(p, features, np.array(result["theta"]), inside)
-        assert cell["length_controlled_winrate"] == pytest.approx(by_hand, abs=1e-9)
+    for inside, cell in zip(bins, result["length_bins"].values()):
+        assert cell["n_total"] == inside.sum() == 5
+        assert cell["win_rate"] == pytest.approx(100 * p[inside].mean())
+        by_hand = group_by_hand(p, features, theta, inside)
+        assert cell["length_controlled_winrate"] == pytest.approx(by_hand, abs=1e-6)
         assert cell["lc_ci"][0] < by_hand < cell["lc_ci"][1]
 
-    some = run(tmp_path, capsys, *flags, "--bins-of", "math", "recommendation, advice")
+    some = run(*flags, "--bins-of", "math", "recommendation, advice", said=OTHER)
     assert list(some["length_bins"]) == list(result["length_bins"])  # the edges of all prompts
-    for k, cell in enumerate(some["length_bins"].values()):
-        inside = (edges[k] <= np.array(lengths)) & (np.array(lengths) < edges[k + 1]) & (labels(rows) != "coding")
+    for inside, cell in zip(bins, some["length_bins"].values()):
+        inside = inside & ~categories_of(rows)["coding"]
         assert cell["n_total"] == inside.sum() and cell["win_rate"] == pytest.approx(100 * p[inside].mean())
     assert sum(cell["n_total"] for cell in some["length_bins"].values()) == 13
-    assert some["categories"] == result["categories"] and some["length_controlled_winrate"] == result["length_controlled_winrate"]
-    assert "no prompt is of the category 'maths'" in refused(tmp_path, capsys, *flags, "--bins-of", "math", "maths")
+    assert some["bins_of"] == ["math", "recommendation, advice"]
+    assert some["length_controlled_winrate"] == result["length_controlled_winrate"]
+    assert "no prompt is of the category 'maths'" in refused(*flags, "--bins-of", "math", "maths")
 
 
-def test_length_bins_of_two_models_have_the_same_edges(tmp_path, capsys):
+def test_length_bins_of_two_models_have_the_same_edges(tmp_path, run):
     official(tmp_path / "hub", 8)
-    files = [annotate(tmp_path / f"{name}.json", of_lengths(lengths, name)) for name, lengths in
-             (("new", range(1, 9)), ("other", (20, 21, 22, 23, 2, 3, 7, 40)))]
+    lengths = {"new": range(1, 9), "other": (20, 21, 22, 23, 2, 3, 7, 40)}
+    files = [annotate(tmp_path / f"{name}.json", of_lengths(lengths[name], name)) for name in lengths]
     flags = "--lc-data", tmp_path / "hub", "--lc-c", 3
-    both, swapped = (run(tmp_path, capsys, "--annotations", one, "--minus", two, *flags) for one, two in (files, files[::-1]))
+    both, swapped = (
+        run("--annotations", one, "--minus", two, *flags, said=OTHER) for one, two in (files, files[::-1])
+    )
     # 1 2 2 3 3 4 5 6 7 7 8 20 21 22 23 40: quartiles 3, 6.5 and 20.25
-    assert list(both["length_bins"]) == list(swapped["length_bins"]) == ["1 to 3", "3 to 6.5", "6.5 to 20.25", "20.25 to 40"]
+    names = ["1 to 3", "3 to 6.5", "6.5 to 20.25", "20.25 to 40"]
+    assert list(both["length_bins"]) == list(swapped["length_bins"]) == names
     assert [cell["n_total"] for cell in both["length_bins"].values()] == [2, 4, 2, 0]
     assert [cell["n_total"] for cell in swapped["length_bins"].values()] == [1, 1, 2, 4]
-    assert both["length_bins"]["20.25 to 40"] == {"win_rate": None, "ci": None, "n_total": 0}
-    assert list(both["minus"]["length_bins"]) == ["1 to 3", "3 to 6.5", "6.5 to 20.25"]
+    empty = both["length_bins"]["20.25 to 40"]
+    assert {key for key, value in empty.items() if value is not None} == {
+        "n_total",
+        "n_wins",
+        "n_wins_base",
+        "n_draws",
+    }
+    assert (empty["n_total"], empty["n_wins"], empty["n_draws"]) == (0, 0, 0)
     for name, cell in both["minus"]["length_bins"].items():
-        of = "length_controlled_winrate"
-        assert cell[of] == pytest.approx(both["length_bins"][name][of] - swapped["length_bins"][name][of], abs=1e-9)
+        for rate in ("win_rate", "length_controlled_winrate"):
+            one, two = both["length_bins"][name][rate], swapped["length_bins"][name][rate]
+            known = one is not None and two is not None
+            assert cell[rate] == (pytest.approx(one - two, abs=1e-9) if known else None)
         assert cell["n_total"] == both["length_bins"][name]["n_total"]
+        assert cell["n_total_minus"] == swapped["length_bins"][name]["n_total"]
 
 
-def test_equal_lengths_fill_one_bin(tmp_path, capsys):
-    official(tmp_path / "hub", 8)
-    result = run(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", of_lengths([5] * 8)), "--lc-data", tmp_path / "hub")
+def test_equal_lengths_fill_one_bin(tmp_path, run):
+    result = run("--annotations", annotate(tmp_path / "a.json", of_lengths([5] * 8)))
     assert [(name, cell["n_total"]) for name, cell in result["length_bins"].items()] == [("5 to 5", 8)]
 
 
-def test_bins_of_lengths_that_are_no_whole_numbers(tmp_path, capsys):
+def test_a_constant_difference_of_lengths_is_no_effect_of_length(tmp_path, run):
+    """Every answer has 50 characters more: nothing says what length does, and the win rate is the rate."""
+    rows = entries(3, 40)
+    for k, row in enumerate(rows):
+        row.update(output_1="b" * (10 + k), output_2="x" * (60 + k), preference=1.9 if k % 4 else 1.2)
+    result = run("--annotations", annotate(tmp_path / "a.json", rows))
+    assert result["win_rate"] == pytest.approx(72.5)
+    assert result["length_controlled_winrate"] == pytest.approx(72.5, abs=0.2)
+
+
+def test_bins_of_lengths_that_are_no_whole_numbers(tmp_path, run):
     """Four responses a prompt: mean lengths of 8, 8.25, 8.5, 8.75 and so on; every prompt has a bin."""
     rows = scored(12)
     for k, row in enumerate(rows):
-        row["responses"] = [some for some in row["responses"] if some["model"] == "old"] + [
-            {"text": "x" * (8 + (j < k % 4)), "source": "on", "model": "new", "reward": float(j + k)} for j in range(4)]
-    result = run(tmp_path, capsys, *scored_flags(tmp_path, rows))
+        row["responses"] = [response for response in row["responses"] if response["model"] == "old"]
+        for j in range(4):
+            text = "x" * (8 + (j < k % 4))
+            row["responses"].append({"text": text, "source": "on", "model": "new", "reward": float(j + k)})
+    result = run(*scored_flags(tmp_path, rows))
     assert sum(cell["n_total"] for cell in result["length_bins"].values()) == result["n_total"] == 12
 
 
-# ------------------------------------------------------------------------------------------------------------ scored files
-
+# ----- scored files
 def scored(n=40, seed=0):
     """Rows of score.py: responses of new, old and third, a reward each."""
     rng = np.random.default_rng(seed)
-    return [{"id": f"p{i:02}", "prompt": QUESTIONS[i], "category": ("coding", "math")[i % 2], "labeler": "skywork",
-             "responses": [
-        {"text": name[0] * int(rng.integers(5, 60)), "source": "on", "model": name, "reward": round(float(rng.normal(shift)), 3)}
-        for name, shift in (("new", 0.3), ("old", 0), ("third", 0.1))]} for i in range(n)]
+    rows = []
+    for i in range(n):
+        responses = []
+        for name, shift in (("new", 0.3), ("old", 0), ("third", 0.1)):
+            text, reward = name[0] * int(rng.integers(5, 60)), round(float(rng.normal(shift)), 3)
+            responses.append({"text": text, "source": "on", "model": name, "reward": reward})
+        row = {"id": f"p{i:02}", "prompt": QUESTIONS[i], "responses": responses}
+        rows.append({**row, "category": ("coding", "math")[i % 2], "labeler": "skywork"})
+    return rows
 
 
 def scored_flags(tmp_path, rows, name="scored.jsonl"):
@@ -656,110 +976,152 @@ def scored_flags(tmp_path, rows, name="scored.jsonl"):
 
 
 def as_annotations(rows, model="new"):
-    """The same verdicts as annotations, for `arrays`."""
-    sides = [({some["model"]: some for some in row["responses"]}, row) for row in rows]
-    return [{"instruction": row["prompt"], "output_1": of["old"]["text"], "output_2": of[model]["text"], "category": row["category"],
-             "preference": 2 if of[model]["reward"] > of["old"]["reward"] else 1} for of, row in sides]
+    """The same verdicts as annotations."""
+    annotations = []
+    for row in rows:
+        answers = {response["model"]: response for response in row["responses"]}
+        outputs = {"output_1": answers["old"]["text"], "output_2": answers[model]["text"]}
+        names = {"generator_1": "old", "generator_2": model, "category": row["category"]}
+        preference = 2 if answers[model]["reward"] > answers["old"]["reward"] else 1
+        annotations.append({"instruction": row["prompt"], **outputs, **names, "preference": preference})
+    return annotations
 
 
-def test_a_reward_model_gives_the_minimal_formula(tmp_path, capsys):
+def test_a_reward_model_gives_the_minimal_formula(tmp_path, run):
     rows = scored()
-    result = run(tmp_path, capsys, *scored_flags(tmp_path, rows), "--lc-c", 3)
+    result = run(*scored_flags(tmp_path, rows), "--lc-c", 3)
     p, deltas = arrays(as_annotations(rows))
     features, targets, weights = problem(p, deltas)
     assert features.shape == (40, 2)  # no difficulty, no gamed rows
     assert (result["formula"], result["by"], result["C"]) == ("length_controlled_minimal", "reward", 3)
     assert result["labelers"] == ["skywork"]
-    theta = evaluate.fit_l1(features, targets, weights, 3.0)
-    assert result["theta"] == pytest.approx(theta, abs=1e-9) and off_optimum(features, targets, weights, 3, theta) < 1e-8
+    theta = evaluate.fit(features, targets, weights, 3.0)
+    assert result["theta"] == pytest.approx(theta, abs=1e-9)
+    assert off_optimum(features, targets, weights, 3, theta) < 1e-8
     assert result["length_controlled_winrate"] == pytest.approx(100 * logistic(theta[1]), abs=1e-9)
-    for name, cell in result["categories"].items():
-        inside = labels(as_annotations(rows)) == name
-        assert cell["length_controlled_winrate"] == pytest.approx(group_by_hand(p, features, theta, inside), abs=1e-9)
-    own = run(tmp_path, capsys, *scored_flags(tmp_path, rows))
-    assert own["C"] == pytest.approx(10 ** (-4 + 8 * 6 / 9)) and own["lc_standard_error"] is None  # no cross-validation, one chance for all
-    assert own["theta"] == pytest.approx(evaluate.fit_l1(features, targets, weights, own["C"]), abs=1e-9)
-    again = run(tmp_path, capsys, *scored_flags(tmp_path, [{**rows[i], "labeler": None} for i in np.random.default_rng(1).permutation(40)]),
-                "--lc-c", 3)
+    for name, inside in categories_of(rows).items():
+        by_hand = group_by_hand(p, features, theta, inside)
+        assert result["categories"][name]["length_controlled_winrate"] == pytest.approx(by_hand, abs=1e-6)
+    own = run(*scored_flags(tmp_path, rows))
+    assert own["C"] == pytest.approx(10 ** (-4 + 8 * 6 / 9))  # no cross-validation
+    assert own["theta"] == pytest.approx(evaluate.fit(features, targets, weights, own["C"]), abs=1e-9)
+    turned = [{**rows[i], "labeler": None} for i in np.random.default_rng(1).permutation(40)]
+    again = run(*scored_flags(tmp_path, turned), "--lc-c", 3)
     assert same(again, {**result, "labelers": []})
 
 
-def test_scored_and_annotated_verdicts_are_one(tmp_path, capsys):
-    """With --lc-data a scored file is measured as AlpacaEval measures, its prompts found by their instructions."""
-    gamma, gamed = official(tmp_path / "hub")
+def test_scored_and_annotated_verdicts_are_one(tmp_path, lc, run):
+    """With --lc-data a scored file is measured as AlpacaEval measures, by its prompts' instructions."""
+    gamma, gamed, flags = lc
     rows = scored()
-    annotations = [{**row, "generator_1": "old", "generator_2": "new"} for row in as_annotations(rows)]
-    other = [{**row, "generator_1": "old", "generator_2": "third"} for row in as_annotations(rows, "third")]
-    first = run(tmp_path, capsys, *scored_flags(tmp_path, rows[::-1]), "--minus", "third", "--lc-data", tmp_path / "hub")
-    second = run(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", annotations), "--minus",
-                 annotate(tmp_path / "b.json", other), "--lc-data", tmp_path / "hub")
-    beside = {"by", "labelers", "reward", "reward_baseline"}
-    assert same({key: value for key, value in first.items() if key not in beside},
-                {key: value for key, value in second.items() if key not in beside})
-    assert first["formula"].startswith("length_controlled_v1") and first["minus"]["model"] == "third"
+    first = run(*scored_flags(tmp_path, rows[::-1]), "--minus", "third", *flags[:2], said=OTHER)
+    files = [annotate(tmp_path / f"{model}.json", as_annotations(rows, model)) for model in ("new", "third")]
+    second = run("--annotations", files[0], "--minus", files[1], *flags[:2], said=OTHER)
+
+    def without_rewards(result):
+        if not isinstance(result, dict):
+            return result
+        beside = {"by", "labelers", "reward", "reward_ci", "reward_baseline"}
+        return {key: without_rewards(value) for key, value in result.items() if key not in beside}
+
+    assert same(without_rewards(first), without_rewards(second))
+    assert first["minus"]["model"] == "third" and second["reward"] is None
     theta = np.array(first["theta"])
-    assert off_optimum(*problem(*arrays(annotations), gamma, gamed), first["C"], theta) < 1e-8 * max(1, first["C"])
+    fit = problem(*arrays(as_annotations(rows)), gamma, gamed)
+    assert off_optimum(*fit, first["C"], theta) < 1e-8 * max(1, first["C"])
+    other = np.array(first["minus"]["own"]["theta"])
+    fit = problem(*arrays(as_annotations(rows, "third")), gamma, gamed)
+    assert off_optimum(*fit, first["minus"]["own"]["C"], other) < 1e-8 * max(1, first["minus"]["own"]["C"])
 
 
-def test_difference_by_reward_is_paired(tmp_path, capsys):
+def test_difference_by_reward_is_paired(tmp_path, run):
     rows = scored()
-    both = run(tmp_path, capsys, *scored_flags(tmp_path, rows), "--minus", "third", "--lc-c", 3)
-    draws = np.random.default_rng(0).multinomial(40, [1 / 40] * 40, 1000)
-    mine, theirs = (rates_by_hand(as_annotations(rows, name), draws, 3) for name in ("new", "third"))
+    both = run(*scored_flags(tmp_path, rows), "--minus", "third", "--lc-c", 3, intervals=True)
+    groups = categories_of(rows)
+    mine, theirs = (
+        rates_by_hand(*arrays(as_annotations(rows, name)), groups, 3) for name in ("new", "third")
+    )
     for name, ci in (("win_rate", "ci"), ("length_controlled_winrate", "lc_ci")):
         assert both["minus"][ci] == percentiles(mine[name] - theirs[name])
     for name, cell in both["minus"]["categories"].items():
-        assert cell["lc_ci"] == percentiles(mine[name] - theirs[name])
-    swapped = run(tmp_path, capsys, "--scored", tmp_path / "scored.jsonl", "--model", "third", "--baseline", "old", "--minus", "new",
-                  "--lc-c", 3)
-    assert swapped["minus"]["lc_ci"] == pytest.approx([-x for x in both["minus"]["lc_ci"]][::-1], abs=1e-9)
-    assert swapped["minus"]["length_controlled_winrate"] == pytest.approx(-both["minus"]["length_controlled_winrate"], abs=1e-9)
+        assert cell["lc_ci"] == percentiles(mine[name] - theirs[name], 1e-3)
+    rewards = np.array([row["responses"][0]["reward"] - row["responses"][2]["reward"] for row in rows])
+    counts = np.random.default_rng(0).multinomial(40, [1 / 40] * 40, 1000)
+    assert both["minus"]["reward"] == pytest.approx(rewards.mean(), abs=1e-12)
+    assert both["minus"]["reward_ci"] == percentiles(counts @ rewards / 40, 1e-9)
 
 
-def test_several_responses_are_the_mean_over_their_pairs(tmp_path, capsys):
+def test_scored_prompts_of_one_model_alone_are_counted_once_each(tmp_path, run):
+    rows = scored(40)
+    for row in rows[:3]:
+        row["responses"] = row["responses"][:2]
+    both = run(*scored_flags(tmp_path, rows), "--minus", "third", "--allow-missing")
+    assert (both["n_total"], both["n_other_prompts"]) == (37, 3)
+
+
+def test_several_responses_are_the_mean_over_their_pairs(tmp_path, run):
     """3 responses against 2: the preference is the mean of 6 verdicts, the lengths are each side's mean."""
     rng = np.random.default_rng(4)
-    rows, p, deltas = [], [], []
+    rows, p, deltas, lengths = [], [], [], []
     for i in range(30):
-        sides = [[{"text": "x" * int(rng.integers(5, 40)) + name, "source": "on", "model": name, "reward": int(rng.integers(5))}
-                  for _ in range(count)] for name, count in (("new", 3), ("old", 2))]
-        rows.append({"id": f"p{i}", "prompt": QUESTIONS[i], "responses": sides[1] + sides[0]})
-        p.append(np.mean([0.5 * (a["reward"] > b["reward"]) + 0.5 * (a["reward"] >= b["reward"]) for a in sides[0] for b in sides[1]]))
-        deltas.append(np.mean([len(b["text"]) for b in sides[1]]) - np.mean([len(a["text"]) for a in sides[0]]))
-    result = run(tmp_path, capsys, *scored_flags(tmp_path, rows), "--lc-c", 5)
+        sides = {}
+        for name, count in (("old", 2), ("new", 3)):
+            sides[name] = []
+            for _ in range(count):
+                text = "x" * int(rng.integers(5, 40)) + name
+                reward = int(rng.integers(5))
+                sides[name].append({"text": text, "source": "on", "model": name, "reward": reward})
+        rows.append({"id": f"p{i}", "prompt": QUESTIONS[i], "responses": sides["old"] + sides["new"]})
+        verdicts = []
+        for one in sides["new"]:
+            for other in sides["old"]:
+                won, tied = one["reward"] > other["reward"], one["reward"] == other["reward"]
+                verdicts.append(won + 0.5 * tied)
+        p.append(np.mean(verdicts))
+        lengths.append(np.mean([len(response["text"]) for response in sides["new"]]))
+        deltas.append(np.mean([len(response["text"]) for response in sides["old"]]) - lengths[-1])
+    result = run(*scored_flags(tmp_path, rows), "--lc-c", 5)
     assert result["win_rate"] == pytest.approx(100 * np.mean(p), abs=1e-9) and result["n_total"] == 30
-    features, targets, weights = problem(np.array(p), np.array(deltas))
-    assert result["theta"] == pytest.approx(evaluate.fit_l1(features, targets, weights, 5.0), abs=1e-9)
-    assert result["theta"][0] != 0
-    means = [np.mean([len(some["text"]) for some in row["responses"] if some["model"] == "new"]) for row in rows]
-    assert result["avg_length"] == int(np.mean(means))
+    theta = evaluate.fit(*problem(np.array(p), np.array(deltas)), 5.0)
+    assert result["theta"] == pytest.approx(theta, abs=1e-9) and theta[0] != 0
+    assert result["avg_length"] == int(np.mean(lengths))
 
 
-def test_too_few_verdicts_have_no_length_controlled_rate(tmp_path, capsys):
-    for n in (4, 5):
-        result = run(tmp_path, capsys, *scored_flags(tmp_path, scored(n)), "--minus", "third")
-        known = n == 5
-        assert [(value is not None) for value in (result["length_controlled_winrate"], result["lc_ci"], result["minus"]["lc_ci"],
-                                                  result["minus"]["length_controlled_winrate"])] == [known] * 4
-        assert result["n_total"] == n and ("formula" in result) == known
+@pytest.mark.parametrize("n", [4, 5])
+def test_too_few_verdicts_have_no_length_controlled_rate(tmp_path, run, n):
+    result = run(*scored_flags(tmp_path, scored(n)), "--minus", "third")
+    for numbers in (result, result["minus"]):
+        rates = numbers["length_controlled_winrate"], numbers["lc_ci"]
+        assert [value is not None for value in rates] == [n == 5] * 2
+    assert result["n_total"] == n and ("formula" in result) == (n == 5)
 
 
-# ------------------------------------------------------------------------------------------------------------ missing, refused
-
-def refused(tmp_path, capsys, *flags):
-    """The sentence with which a command ends that has written nothing."""
-    (tmp_path / "refused").mkdir(exist_ok=True)
-    with pytest.raises(SystemExit) as status:
-        evaluate.main(evaluate.parse_args(["winrate", *map(str, flags), "--out", str(tmp_path / "refused" / "result.json")]))
-    said = capsys.readouterr()
-    assert status.value.code == 2 and said.out == "" and list((tmp_path / "refused").iterdir()) == []
-    assert "usage:" in said.err or said.err.count("\n") == 1
-    return said.err
+def test_draws_of_four_verdicts_are_not_fitted(tmp_path, run):
+    """Drawn anew, 4 verdicts of 6 prompts may be 5 or more."""
+    rows = scored(6)
+    rows[4]["responses"][0]["reward"] = rows[5]["responses"][0]["reward"] = None
+    result = run(*scored_flags(tmp_path, rows), "--allow-missing", "--lc-c", 0.5, intervals=True)
+    assert (result["n_total"], result["length_controlled_winrate"], result["lc_ci"]) == (4, None, None)
+    assert result["ci"][0] < result["win_rate"] < result["ci"][1]
 
 
-def refused_annotations(tmp_path, capsys, rows, *flags):
-    official(tmp_path / "hub", 4)
-    return refused(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", rows), "--lc-data", tmp_path / "hub", *flags)
+# ----- missing verdicts, and what is refused
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """refused(*flags): the sentence with which a command ends that has written nothing."""
+
+    def sentence(*flags):
+        folder = tmp_path / "refused"
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as status:
+            command = ["winrate", *map(str, flags), "--out", str(folder / "result.json")]
+            evaluate.main(evaluate.parse_args(command))
+        said = capsys.readouterr()
+        assert status.value.code == 2 and said.out == "" and list(folder.iterdir()) == []
+        assert "usage:" in said.err or said.err.count("\n") == 1
+        return said.err
+
+    return sentence
 
 
 def changed(number=None, **more):
@@ -770,180 +1132,203 @@ def changed(number=None, **more):
     return rows
 
 
-@pytest.mark.parametrize("rows, sentence", [
-    (changed(1, preference=2.5), 'a.json: entry 2: expected a "preference" in [1, 2], 0 for a tie or null, found 2.5'),
-    (changed(0, preference=0.5), "entry 1: expected a \"preference\" in [1, 2], 0 for a tie or null, found 0.5"),
-    (changed(3, preference=-1), "entry 4: expected a \"preference\" in [1, 2], 0 for a tie or null, found -1"),
-    (changed(0, preference=math.inf), "found inf"), (changed(0, preference=True), "found True"),
-    (changed(0, preference="1.5"), "found '1.5'"), (changed(0, preference=[1]), "found [1]"),
-    (changed(1, instruction=QUESTIONS[0]), 'entry 2: expected an object with an "instruction" that no other has'),
-    (changed(1, instruction=None), 'entry 2: expected an object with an "instruction"'),
-    ([*changed(), "text"], "entry 5: expected an object with an \"instruction\" that no other has, found 'text'"),
-    ([], "a.json: expected entries, found none"),
-    (changed(2, output_2=None), 'entry 3: expected the texts "output_1" and "output_2", or their characters "len_1" and "len_2", found'),
-    (changed(2, output_1=None, len_1=7.5), 'entry 3: expected the texts "output_1" and "output_2"'),
-    (changed(1, generator_2="other"), "entry 2: expected generator_2 and generator_1 to be ('new', 'base') as in the first entry"),
-    (changed(1, generator_1="older"), "entry 2: expected generator_2 and generator_1 to be ('new', 'base') as in the first entry"),
-    (changed(1, instruction="whence?"), "expected instructions of the 4 of --lc-data, found 1 others, such as 'whence?'"),
-    ([{**row, "preference": None} for row in changed()], "no prompt has comparable responses of new and base"),
-    (changed(1, preference=None), "of 4 prompts 0 have no responses of all models and 1 no verdict, over 1 %; --allow-missing measures the others"),
-    (changed(1, preference=math.nan), "of 4 prompts 0 have no responses of all models and 1 no verdict, over 1 %; --allow-missing measures the others")])
-def test_annotations_refused(tmp_path, capsys, rows, sentence):
-    assert sentence in refused_annotations(tmp_path, capsys, rows)
+def without(number, key):
+    rows = entries(0, 4)
+    del rows[number][key]
+    return rows
 
 
-@pytest.mark.parametrize("content", [b"{torn", b"[1, 2", b'{"instruction": "q"}\nrubbish\n', "\u00fc".encode("latin-1"), None])
-def test_files_that_are_no_annotations(tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    "rows, sentence",
+    [
+        (changed(1, preference=2.5), "a.json: Expected `float` <= 2.0 - at `$[1].preference`"),
+        (changed(0, preference=0.5), "preference"),
+        (changed(3, preference=-1), "a.json: Expected `float` >= 0.0 - at `$[3].preference`"),
+        (changed(0, preference=math.inf), "a.json: JSON is malformed"),
+        (changed(0, preference=math.nan), "a.json: JSON is malformed"),
+        (changed(0, preference=True), "Expected `float | null`, got `bool` - at `$[0].preference`"),
+        (changed(0, preference="1.5"), "Expected `float | null`, got `str` - at `$[0].preference`"),
+        (changed(0, preference=[1]), "Expected `float | null`, got `array` - at `$[0].preference`"),
+        (without(2, "preference"), "Object missing required field `preference` - at `$[2]`"),
+        (changed(1, instruction=QUESTIONS[0]), "expected verdicts on one model, one an instruction"),
+        (changed(1, instruction=None), "Expected `str`, got `null` - at `$[1].instruction`"),
+        ([*changed(), "text"], "Expected `object`, got `str` - at `$[4]`"),
+        ([], "a.json: expected verdicts on one model, one an instruction, found []"),
+        ({"rows": changed()}, "a.json: Expected `array`, got `object`"),
+        (changed(2, output_2=None), "Expected `str`, got `null` - at `$[2].output_2`"),
+        (without(2, "output_1"), "Object missing required field `output_1` - at `$[2]`"),
+        (without(0, "generator_2"), "Object missing required field `generator_2` - at `$[0]`"),
+        (
+            changed(1, generator_2="other"),
+            "expected verdicts on one model, one an instruction, found ['new', 'other']",
+        ),
+        (changed(1, generator_1="older"), "expected verdicts against one baseline, found ['base', 'older']"),
+        (
+            changed(1, instruction="whence?"),
+            "an instruction is not in --lc-data, or two ids have the same one",
+        ),
+        (
+            [{**row, "preference": None} for row in changed()],
+            "nothing to compare new with base by: of 4 prompts 0 lack an answer of a model and 4 a verdict",
+        ),
+        (
+            changed(1, preference=None),
+            "of 4 prompts 0 lack an answer of a model and 1 a verdict, over 1 %; --allow-missing",
+        ),
+        (changed()[:3], "of 4 prompts 1 lack an answer of a model and 0 a verdict, over 1 %"),
+    ],
+)
+def test_annotations_refused(tmp_path, refused, rows, sentence):
+    official(tmp_path / "hub", 4)
+    path = annotate(tmp_path / "a.json", rows)
+    assert sentence in refused("--annotations", path, "--lc-data", tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"{torn", "JSON is malformed"),
+        (b"[1, 2", "Input data was truncated"),
+        (b'{"instruction": "q"}\nrubbish\n', "JSON is malformed"),
+        ('["\u00fc"]'.encode("latin-1"), ""),
+        (b"[" * 100_000, ""),
+        (None, "No such file or directory"),
+    ],
+)
+def test_files_that_are_no_annotations(tmp_path, refused, content, sentence):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
-    err = refused(tmp_path, capsys, "--annotations", tmp_path / "a.json", "--lc-data", tmp_path)
-    assert f"{tmp_path / 'a.json'}: expected a JSON list or JSON lines, found" in err
+    err = refused("--annotations", tmp_path / "a.json")
+    assert f"{tmp_path / 'a.json'}: " in err and sentence in err
 
 
-def test_a_torn_gzip_file(tmp_path, capsys):
-    whole = gzip.compress(b"\n".join(json.dumps(row).encode() for row in entries()))
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[:len(whole) // 2])
-    err = refused(tmp_path, capsys, "--annotations", tmp_path / "a.jsonl.gz", "--lc-data", tmp_path)
-    assert "a.jsonl.gz: expected a JSON list or JSON lines, found" in err
+CSV = "index,std_delta_len,instruction_difficulty,preference\n"
+WHOLE = "".join(f"{i},1,0.5,0.5\n" for i in range(4))
+BASELINE = "alpaca_eval_gpt4_baseline.json"
 
 
-def test_a_damaged_gzip_file(tmp_path, capsys):
-    whole = gzip.compress(b"\n".join(json.dumps(row).encode() for row in entries()))
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])
-    err = refused(tmp_path, capsys, "--annotations", tmp_path / "a.jsonl.gz", "--lc-data", tmp_path)
-    assert "a.jsonl.gz: expected a JSON list or JSON lines, found" in err
+def four(*instructions):
+    return json.dumps([{"instruction": instruction} for instruction in instructions])
 
 
-def test_annotations_without_names(tmp_path, capsys):
-    rows = [{key: value for key, value in row.items() if key != "generator_2"} for row in entries(0, 4)]
-    assert "generator_2" in refused_annotations(tmp_path, capsys, rows)
-
-
-def test_lines_and_gzip_and_line_separators_inside_texts(tmp_path, capsys):
-    """JSON lines end with \\n alone: U+2028 is a character of a text, and counts as one."""
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    names = [f"q{i}\u2028?" for i in range(6)]
-    with gzip.open(hub / "order.jsonl.gz", "wt", encoding="utf-8") as file:  # any list with "index" says the order
-        for i in (5, 0, 4, 1, 3, 2):
-            file.write(json.dumps({"index": i, "instruction": names[i]}, ensure_ascii=False) + "\n")
-    (hub / "df_gamed_of_mine.csv").write_text("index,std_delta_len,instruction_difficulty,preference\n"
-                                              + "".join(f"{i},{i - 2.5},{i / 4},{0.1 * i}\n" for i in range(6)))
-    rows = [{"instruction": name, "output_1": "a\u2028b", "output_2": "x" * (i + 1), "generator_1": "base", "generator_2": "new",
-             "preference": 1 + (i in (1, 2, 5))} for i, name in enumerate(names)]
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    result = run(tmp_path, capsys, "--annotations", tmp_path / "a.jsonl.gz", "--lc-data", hub, "--lc-c", 9)
-    assert (result["n_total"], result["win_rate"], result["avg_length_baseline"], result["avg_length"]) == (6, 50, 3, 3)
-    gamed = np.stack([np.tanh(np.arange(6) - 2.5), np.arange(6) / 4, np.zeros(6)], 1), 0.1 * np.arange(6)
-    fit = problem(np.array([0, 1, 1, 0, 0, 1.0]), np.array([2, 1, 0, -1, -2, -3]), np.arange(6) / 4, gamed)
-    assert off_optimum(*fit, 9, np.array(result["theta"])) < 1e-8
-
-
-@pytest.mark.parametrize("name, content, sentence", [
-    ("df_gamed.csv", None, "hub: expected df_gamed.csv and alpaca_eval_gpt4_baseline.json (data set tatsu-lab/alpaca_eval), found "
-                           "alpaca_eval_gpt4_baseline.json"),
-    ("alpaca_eval_gpt4_baseline.json", None, "(data set tatsu-lab/alpaca_eval), found df_gamed.csv"),
-    ("df_gamed.csv", "index,std_delta_len,instruction_difficulty,preference\n0,x,1,1\n", "df_gamed.csv: expected the numbers index"),
-    ("df_gamed.csv", "index,std_delta_len,preference\n0,1,1\n", "df_gamed.csv: expected the numbers index"),
-    ("df_gamed.csv", "index,std_delta_len,instruction_difficulty,preference\n", "df_gamed.csv: expected the numbers index"),
-    ("df_gamed.csv", "index,std_delta_len,instruction_difficulty,preference\n0,1,1,1\n1,1,1,1\n",
-     "expected alpaca_eval_gpt4_baseline.json and df_gamed.csv to be of the same instructions, found 4 and 2"),
-    ("alpaca_eval_gpt4_baseline.json", "[]", "alpaca_eval_gpt4_baseline.json: expected entries, found none"),
-    ("alpaca_eval_gpt4_baseline.json", '[{"instruction": "a"}, {"instruction": "a"}]',
-     'alpaca_eval_gpt4_baseline.json: entry 2: expected an object with an "instruction" that no other has'),
-    ("both", "", "to be of the same instructions")])
-def test_reference_data_refused(tmp_path, capsys, name, content, sentence):
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("df_gamed.csv", None, "df_gamed.csv"),
+        (BASELINE, None, BASELINE),
+        ("df_gamed.csv", CSV + "0,x,1,1\n", "could not convert string to float: 'x'"),
+        ("df_gamed.csv", "index,std_delta_len,preference\n0,1,1\n", "KeyError('instruction_difficulty')"),
+        ("df_gamed.csv", CSV, ""),
+        ("df_gamed.csv", CSV + "0,1,1,1\n1,1,1,1\n", ""),
+        ("df_gamed.csv", CSV + WHOLE + "4,1,1,1\n", "IndexError"),
+        ("df_gamed.csv", CSV + WHOLE + "-1,1,1,1\n", ""),
+        ("df_gamed.csv", CSV + WHOLE + "3,nan,1,1\n", ""),
+        ("df_gamed.csv", CSV + WHOLE + "3,1,1,1.5\n", ""),
+        ("df_gamed.csv", CSV + WHOLE + '"' + "x" * 200_000 + '",1,1,1\n', ""),
+        (BASELINE, "[]", ""),
+        (BASELINE, "{}", "Expected `array`, got `object`"),
+        (BASELINE, '[{"text": "a"}]', "Object missing required field `instruction` - at `$[0]`"),
+        (BASELINE, four(*QUESTIONS[:4], QUESTIONS[0]), ""),
+    ],
+)
+def test_reference_data_refused(tmp_path, refused, name, content, sentence):
     official(tmp_path / "hub", 4)
-    if name == "both":  # both count from 1 to 4
-        (tmp_path / "hub" / "df_gamed.csv").write_text(
-            "index,std_delta_len,instruction_difficulty,preference\n" + "".join(f"{i},1,1,1\n" for i in range(1, 5)))
-        annotate(tmp_path / "hub" / "alpaca_eval_gpt4_baseline.json",
-                 [{"index": i + 1, "instruction": question} for i, question in enumerate(QUESTIONS[:4])])
-    elif content is None:
+    if content is None:
         (tmp_path / "hub" / name).unlink()
     else:
         (tmp_path / "hub" / name).write_text(content)
-    err = refused(tmp_path, capsys, "--annotations", annotate(tmp_path / "a.json", entries(0, 4)), "--lc-data", tmp_path / "hub")
-    assert sentence in err
+    err = refused(
+        "--annotations", annotate(tmp_path / "a.json", entries(0, 4)), "--lc-data", tmp_path / "hub"
+    )
+    assert f"--lc-data {tmp_path / 'hub'}: expected AlpacaEval's two files, found " in err and sentence in err
 
 
-def test_reference_data_that_cannot_be_had(tmp_path, capsys):
+def test_reference_data_that_is_no_folder(tmp_path, refused):
     path = annotate(tmp_path / "a.json", entries(0, 4))
-    err = refused(tmp_path, capsys, "--annotations", path, "--lc-data", "/nowhere/at/all")
-    assert "--lc-data /nowhere/at/all: expected a folder or a data set on the hub, found" in err
+    err = refused("--annotations", path, "--lc-data", "tatsu-lab/alpaca_eval")
+    assert "--lc-data tatsu-lab/alpaca_eval: expected AlpacaEval's two files, found FileNotFoundError" in err
 
 
-def test_two_baselines(tmp_path, capsys):
-    official(tmp_path / "hub")
-    files = "--annotations", annotate(tmp_path / "a.json", entries(0)), "--minus", annotate(tmp_path / "b.json", entries(1, base="older"))
-    err = refused(tmp_path, capsys, *files, "--lc-data", tmp_path / "hub")
-    assert "a.json" in err and "b.json: expected verdicts against one baseline, found base and older" in err
+def test_the_record_has_the_reference_data(tmp_path, lc, run):
+    """Another df_gamed.csv is another result: its hash belongs to the inputs."""
+    run("--annotations", annotate(tmp_path / "a.json", entries()), *lc[2], said=OTHER)
+    inputs = json.loads((tmp_path / "result.meta.json").read_text())["inputs"]
+    assert {path.rsplit("/", 1)[1] for path in inputs} == {"a.json", "df_gamed.csv", BASELINE}
 
 
-def test_missing_verdicts_up_to_one_percent(tmp_path, capsys):
+def test_two_baselines(tmp_path, refused):
+    files = [annotate(tmp_path / f"{base}.json", entries(0, base=base)) for base in ("base", "older")]
+    err = refused("--annotations", files[0], "--minus", files[1])
+    assert f"{files[0]} {files[1]}: expected verdicts against one baseline, found ['base', 'older']" in err
+
+
+@pytest.mark.parametrize("missing", [2, 3])
+def test_missing_verdicts_up_to_one_percent(tmp_path, run, refused, missing):
     """Of 200 prompts 2 may lack a verdict, 3 not; of those of one model alone likewise."""
-    rows = [{"id": f"p{i}", "prompt": f"p{i}", "responses": [
-        {"text": f"{name}{i % 7 * name}", "source": "on", "model": name, "reward": i % 5 - (name == "old")} for name in ("new", "old")]}
-            for i in range(200)]
-    for missing in (2, 3):
-        silent = json.loads(json.dumps(rows))
-        for row in silent[:missing]:
-            row["responses"][0]["reward"] = None
-        absent = [*rows[missing:], *({**row, "responses": row["responses"][1:]} for row in rows[:missing])]
-        for some, counted in ((silent, (missing, 0)), (absent, (0, missing))):
-            flags = scored_flags(tmp_path, some)
-            if missing == 3:
-                assert (f"of 200 prompts {counted[1]} have no responses of all models and {counted[0]} no verdict, over 1 %; --allow-missing "
-                        "measures the others") in refused(tmp_path, capsys, *flags)
-            result = run(tmp_path, capsys, *flags, *["--allow-missing"] * (missing == 3))
-            assert (result["n_without_verdict"], result["n_other_prompts"], result["n_total"]) == (*counted, 200 - missing)
-            facts = json.loads((tmp_path / "result.meta.json").read_text())["counts"]
-            assert facts == {"prompts": 200, "compared": 200 - missing, "without_verdict": counted[0], "others": counted[1]}
+    rows = []
+    for i in range(200):
+        responses = []
+        for name in ("new", "old"):
+            text, reward = f"{name}{i % 7 * name}", i % 5 - (name == "old")
+            responses.append({"text": text, "source": "on", "model": name, "reward": reward})
+        rows.append({"id": f"p{i}", "prompt": f"p{i}", "responses": responses})
+    silent, absent = json.loads(json.dumps(rows)), json.loads(json.dumps(rows))
+    for k in range(missing):
+        silent[k]["responses"][0]["reward"] = None
+        del absent[k]["responses"][0]
+    for some, n_silent, n_absent in ((silent, missing, 0), (absent, 0, missing)):
+        flags = scored_flags(tmp_path, some)
+        if missing == 3:
+            sentence = (
+                f"of 200 prompts {n_absent} lack an answer of a model and {n_silent} a verdict, over 1 %"
+            )
+            assert f"{sentence}; --allow-missing measures the others" in refused(*flags)
+            flags = *flags, "--allow-missing"
+        result = run(*flags)
+        counts = result["n_without_verdict"], result["n_other_prompts"], result["n_total"]
+        assert counts == (n_silent, n_absent, 200 - missing)
 
 
-def test_instructions_that_no_row_annotates(tmp_path, capsys):
-    official(tmp_path / "hub")
-    flags = "--annotations", annotate(tmp_path / "a.json", entries(0)[:30]), "--lc-data", tmp_path / "hub"
-    assert "over 1 %" in refused(tmp_path, capsys, *flags)
+TOGETHER = "give --scored, --model and --baseline, or --annotations"
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    ((), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--scored", "s.jsonl", "--model", "new"), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--scored", "s.jsonl", "--baseline", "old"), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--model", "new", "--baseline", "old"), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--annotations", "a.json", "--scored", "s.jsonl"), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--annotations", "a.json", "--model", "new"), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--annotations", "a.json", "--baseline", "old"), "expected --scored FILE --model NAME --baseline NAME, or --annotations FILE"),
-    (("--scored", "s.jsonl", "--model", "new", "--baseline", "old", "--by-position"), "--by-position belongs to --annotations"),
-    (("--annotations", "a.json", "--lc-c", "0"), "--lc-c must be above 0, found 0.0"),
-    (("--annotations", "a.json", "--lc-c", "-3"), "--lc-c must be above 0, found -3.0"),
-    (("--annotations", "a.json", "--lc-c", "nan"), "--lc-c must be above 0, found nan"),
-    (("--annotations", "a.json", "--lc-c", "inf"), "--lc-c must be above 0, found inf"),
-    (("--annotations", "a.json", "--by-pos"), "unrecognized arguments: --by-pos")])
-def test_flags_refused(tmp_path, capsys, flags, sentence):
-    assert sentence in refused(tmp_path, capsys, *flags)
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("", TOGETHER),
+        ("--scored s.jsonl --model new", TOGETHER),
+        ("--scored s.jsonl --baseline old", TOGETHER),
+        ("--model new --baseline old", TOGETHER),
+        ("--annotations a.json --scored s.jsonl --model new --baseline old", TOGETHER),
+        ("--annotations a.json --scored s.jsonl", TOGETHER),
+        ("--annotations a.json --model new", TOGETHER),
+        ("--annotations a.json --baseline old", TOGETHER),
+        ("--annotations a.json --minus a.json", "--minus is the same as --model or --annotations"),
+        ("--scored s --model new --baseline old --minus new", "--minus is the same as --model"),
+        ("--annotations a.json --lc-c 0", "--lc-c must be above 0, found 0.0"),
+        ("--annotations a.json --lc-c -3", "--lc-c must be above 0, found -3.0"),
+        ("--annotations a.json --lc-c nan", "--lc-c must be above 0, found nan"),
+        ("--annotations a.json --lc-c inf", "--lc-c must be above 0, found inf"),
+        ("--annotations a.json --allow", "unrecognized arguments: --allow"),
+    ],
+)
+def test_flags_refused(refused, flags, sentence):
+    assert sentence in refused(*flags.split())
 
 
-def test_scored_files_refused(tmp_path, capsys):
+def test_scored_files_refused(tmp_path, refused):
     official(tmp_path / "hub", 8)
     rows = scored(8)
     flags = scored_flags(tmp_path, rows)
-    assert "no response is of the model 'fourth'; there are new, old, third" in refused(tmp_path, capsys, *flags, "--minus", "fourth")
-    assert "no prompt is of the category 'facts'" in refused(tmp_path, capsys, *flags, "--bins-of", "facts")
-    rows[2]["prompt"] = [{"role": role, "content": text} for role, text in  # a conversation is no instruction
-                         (("user", QUESTIONS[2]), ("assistant", "Why?"), ("user", "Tell me."))]
-    rows[3]["prompt"] = "another question"
-    err = refused(tmp_path, capsys, *scored_flags(tmp_path, rows), "--lc-data", tmp_path / "hub")
-    assert "expected instructions of the 8 of --lc-data, found 2 others, such as 'p02'" in err
-
-
-def test_an_out_of_other_flags_is_kept(tmp_path, capsys):
-    flags = scored_flags(tmp_path, scored(8))
-    run(tmp_path, capsys, *flags, "--lc-c", 3)
-    before = (tmp_path / "result.json").read_text()
-    for more in (("--lc-c", "2"), (), ("--lc-c", "3", "--minus", "third")):
-        with pytest.raises(SystemExit):
-            evaluate.main(evaluate.parse_args(["winrate", *map(str, flags), *more, "--out", str(tmp_path / "result.json")]))
-        assert "belongs to a run with other args" in capsys.readouterr().err and (tmp_path / "result.json").read_text() == before
+    assert "no response is of the model 'fourth'; there are new, old, third" in refused(
+        *flags, "--minus", "fourth"
+    )
+    assert "no prompt is of the category 'facts'" in refused(*flags, "--bins-of", "facts")
+    strange = "an instruction is not in --lc-data, or two ids have the same one"
+    for prompt in ("another question", QUESTIONS[3]):
+        rows[2]["prompt"] = prompt
+        assert strange in refused(*scored_flags(tmp_path, rows), "--lc-data", tmp_path / "hub")
+    turns = ("user", QUESTIONS[0]), ("assistant", "Why?"), ("user", QUESTIONS[2])
+    rows[2]["prompt"] = [{"role": role, "content": text} for role, text in turns]
+    # a conversation is no instruction, though it ends with one
+    assert strange in refused(*scored_flags(tmp_path, rows), "--lc-data", tmp_path / "hub")

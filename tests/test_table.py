@@ -149,6 +149,13 @@ def test_name_and_seed_of_a_file(path, name, seed):
     assert table.name_and_seed(path) == (name, seed)
 
 
+@bug("the folder of a path without one has no name")
+def test_metrics_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "on50_seed1").mkdir()
+    monkeypatch.chdir(tmp_path / "on50_seed1")
+    assert table.name_and_seed("metrics.jsonl") == ("on50", 1)
+
+
 RUNS = [  # three seeds; the second has no interval
     winrate(20.0, 18.0, ci=[15.0, 22.5], lc_ci=[17.0, 24.5], reward=-2.0, standard_error=1.0, n_total=805),
     winrate(23.5, 22.0, ci=None, lc_ci=None, reward=-1.5, standard_error=1.5, n_total=801, avg_length=1930),
