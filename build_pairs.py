@@ -1,7 +1,8 @@
 """
 Stage 3: scored responses -> preference pairs, on-policy and off-policy mixed.
 
-Reads   --scored FILE ...  a Row (below) per prompt, as score.py writes it; several files are merged by id
+Reads   --scored FILE ...  a Row (below) per prompt, as score.py writes it; several files are merged by id;
+                           all rewards must be of one labeler (S1's code mixes GPT-4's with a reward model's)
 Writes  --out FILE         a pair per line, as `datasets` and TRL's DPOTrainer read it, with the other keys of
                            the row; beside it x.meta.json, the record of the run, with statistics
 
@@ -13,17 +14,14 @@ On-policy samples then take best-worst. Equal texts, and but for `given` equal r
 
 Mixing is SimpleMix (S1 sections 4.1, 5.2): each prompt gives one pair. Prompts are ordered by a hash of
 --seed and id. Of the first --total the first round(R * total), halves up, give their on-policy pair and the
-others their off-policy pair; R is --on-ratio. So counts are exact, no prompt comes twice, and the on-policy
-prompts of a smaller R are among those of a larger one. If the files hold both sources, only prompts with a
-pair of each take part, so that every R uses the same prompts.
+others their off-policy pair; R is --on-ratio. So counts are exact, no prompt comes twice (S1's code repeats
+pairs, unlike its text), and the on-policy prompts of a smaller R are among those of a larger one. If the
+files hold both sources, only prompts with a pair of each take part: but for --filter, every R uses the same.
     --on-ratio-of CATEGORY=R  another R for the prompts of a category, exact within it (ours: in S1 Fig. 2
                               on-policy data help in math and coding, off-policy data in open-ended tasks)
     --filter NAME:P           keeps the share P of off-policy pairs (of on-policy pairs if R = 1) with the
                               highest values of one of FILTERS (S1 section 5.3). With 0 < R < 1 (S1 Fig. 6)
                               on-policy pairs of the other prompts are added until their share is R
-
-S1's code, unlike its text, repeats pairs to keep the ratio and mixes GPT-4's labels with rewards; here
-rewards of two labelers are refused.
 
     python build_pairs.py --scored out/scored.jsonl --out out/on50.pairs.jsonl --on-ratio 0.5
     python build_pairs.py --scored out/scored.jsonl --out out/tasks.pairs.jsonl --on-ratio-of math=1 poems=0

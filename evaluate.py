@@ -4,37 +4,42 @@ Stage 5: scored responses -> win rates; and a model -> the papers' benchmarks.
 winrate     Reads   --scored FILE ...   a Row (below) per prompt, as score.py writes it, with answers of
                                         --model and --baseline; several files are merged by id
                or   --annotations FILE  verdicts in AlpacaEval's public format, a list of Annotation (below)
-            Writes  --out FILE          JSON: {"win_rate", "length_controlled_winrate", "n_total", ...}
-    On each prompt the model wins (1), ties (1/2) or loses (0): by "wins" if the rows have them (then it is
-    the judge's probability), else by reward. The same per "category" and per quarter of the answers' lengths
-    (S1 Figs. 2, 3, 8), and --minus another model; "ci" and "lc_ci" are 95 % intervals over prompts, by
-    1,000 bootstrap draws. A rate by the reward that labelled the pairs says how well that was learned.
+            Writes  --out FILE          JSON: {"win_rate", "length_controlled_winrate", "n_total", ...};
+                                        beside it the record of the run, for x.json x.meta.json
+    On each prompt the model wins (1), ties (1/2) or loses (0) by reward; if the rows have "wins", its
+    preference is the judge's probability. Equal texts tie. "categories" and "length_bins" (quarters of the
+    answers' lengths; with --minus of both models', with --bins-of in some categories) have the same numbers
+    for groups of prompts (S1 Figs. 2, 3, 8); --minus takes a second model and adds the differences. "ci" and
+    "lc_ci" are 95 % intervals over prompts, by 1,000 bootstrap draws. By the reward that labelled a model's
+    pairs, its win rate tells how well it learned that reward, not how good it is.
 
-    The length-controlled rate (LC) is AlpacaEval 2's: a logistic regression of the preference on the
-    difference of lengths, the prompt's difficulty gamma and 1, with an L1 penalty, taken at equal lengths.
-    gamma and the "gamed" rows, which keep the effect of length honest, exist for its 805 prompts
-    (--lc-data: a folder with df_gamed.csv and alpaca_eval_gpt4_baseline.json of the data set
-    tatsu-lab/alpaca_eval). Without them C is fixed: "length_controlled_minimal", on another scale. Public
-    numbers are of the judge gpt-4-1106-preview (reported shut down in 2026) against gpt4_1106_preview, and so
-    is gamma: with others the formula says "other judge". "labelers" has the judge of a result.
+    The length-controlled (LC) win rate is AlpacaEval 2's: a logistic regression of the preference on the
+    difference of lengths, the prompt's difficulty gamma and a constant, with an L1 penalty; LC is what it
+    predicts for equal lengths. gamma and "gamed" rows (the baseline told to be concise or verbose against
+    itself, which show what length alone does) exist for AlpacaEval's 805 prompts: --lc-data is a folder with
+    df_gamed.csv and alpaca_eval_gpt4_baseline.json of the data set tatsu-lab/alpaca_eval. Without it, the
+    formula is "length_controlled_minimal", on another scale. Public numbers are of the judge
+    gpt-4-1106-preview (reported shut down in 2026) against gpt4_1106_preview, and gamma was fitted to them:
+    with another judge or baseline the formula says "other judge". "labelers" names the judge of a result.
 
 benchmarks  Reads   --model             a folder, or a name on the hub
             Writes  --out FILE          JSON: {"average", "tasks": {task: {"score", "stderr", "n", ...}}, ...}
     Runs lm-eval (pip install "lm-eval[ifeval]==0.4.13"). simplemix (S1 appendix D, Tables 4, 5): 8 tasks
-    without examples or chat template, accuracy not length-normalised, IFEval by prompts followed, loosely;
-    average is their plain mean. what-matters (S3 Table 7, as Tulu 3): chat template, examples
-    as turns, no average.
+    without examples or chat template, accuracies without length normalisation, for IFEval the share of
+    prompts whose instructions are all followed ("loose"); average is their plain mean. what-matters (S3 Table
+    7, as Tulu 3): chat template, examples as turns of the conversation, no average.
 
     python evaluate.py winrate --scored eval.jsonl --model out/on50 --baseline out/sft --out on50.winrate.json
     python evaluate.py winrate --annotations annotations.json --lc-data alpaca_eval --out alpaca.winrate.json
     python evaluate.py benchmarks --model out/on50 --suite simplemix --out on50.benchmarks.json
 
-Prints the result as one JSON object.
+Prints the result as one JSON object. S1 is the paper SimpleMix, S3 "What Matters in Data for DPO?".
 """
 
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -51,7 +56,8 @@ import numpy as np
 
 PENALTIES = np.logspace(-4, 4, 10)  # alpaca_eval: scikit-learn's LogisticRegressionCV(Cs=10)
 MINIMAL_PENALTY = PENALTIES[6]  # without gamma: on few prompts cross-validation shrinks every rate to 50
-GAMED_WEIGHT = 0.1  # alpaca_eval: 0.2 shared by two gamed models
+GAMED_WEIGHT = 0.1  # alpaca_eval: a fifth, shared by the two gamed models
+LC_FILES = ("alpaca_eval_gpt4_baseline.json", "df_gamed.csv")  # of --lc-data
 OFFICIAL_JUDGES = {"weighted_alpaca_eval_gpt4_turbo", "judge:gpt-4-1106-preview"}
 MEASURES = {"win_rate": "ci", "length_controlled_winrate": "lc_ci", "reward": "reward_ci"}  # and intervals
 
@@ -77,10 +83,12 @@ class Row(TypedDict, total=False):
 class Annotation(TypedDict, total=False):
     instruction: Required[str]
     output_1: Required[str]  # the baseline's answer
-    output_2: Required[str]  # the model's
+    output_2: Required[str]  # the model's answer
     generator_1: Required[str]
     generator_2: Required[str]
-    preference: Required[Annotated[float, msgspec.Meta(ge=0, le=2)] | None]  # 2: the model wins
+    preference: Required[
+        Annotated[float, msgspec.Meta(ge=0, le=2)] | None
+    ]  # 1 to 2, the model wins; 0 is an old tie
     annotator: str | None
     category: str | None
 
@@ -93,10 +101,14 @@ def parse_args(argv=None):
     flag("--scored", nargs="+", metavar="FILE", help="scored responses, merged by id")
     flag("--model", metavar="NAME", help='"model" of the responses to judge')
     flag("--baseline", metavar="NAME", help='"model" of the responses to compare with')
-    flag("--annotations", metavar="FILE", help="in place of these, verdicts in AlpacaEval's public format")
+    flag(
+        "--annotations", metavar="FILE", help="verdicts in AlpacaEval's public format, instead of these three"
+    )
     flag("--minus", metavar="NAME", help="a second model, or its annotations file, to subtract")
     flag("--lc-data", metavar="DIR", help="AlpacaEval's difficulties, instructions and gamed rows")
-    flag("--lc-c", type=float, metavar="C", help="penalty of the LC fit (default: by cross-validation)")
+    flag(
+        "--lc-c", type=float, metavar="C", help="of the LC fit (default: by cross-validation, with --lc-data)"
+    )
     flag("--bins-of", nargs="+", default=[], metavar="CATEGORY", help="length bins of these categories alone")
     flag("--allow-missing", action="store_true", help="over 1 %% of prompts may lack a verdict or an answer")
     flag("--out", required=True, metavar="FILE", help="the result, JSON")
@@ -110,7 +122,8 @@ def parse_args(argv=None):
     flag("--out", required=True, metavar="FILE", help="the result, JSON")
     args = parser.parse_args(argv)
     if args.command == "winrate":
-        if bool(args.annotations) == bool(args.scored and args.model and args.baseline):
+        given = [bool(option) for option in (args.scored, args.model, args.baseline)]
+        if args.annotations and any(given) or not args.annotations and not all(given):
             parser.error("give --scored, --model and --baseline, or --annotations")
         if args.minus and args.minus in (args.model, args.annotations):
             parser.error("--minus is the same as --model or --annotations")
@@ -123,7 +136,7 @@ def parse_args(argv=None):
 
 # ----- verdicts: {key: prompt}; a prompt's preference p lies in [0, 1], nan without a verdict
 def preference(one, other, by_wins):
-    """How far response `one` is preferred to `other`, in [0, 1]; None if it is not known."""
+    """Preference of response `one` over `other`, in [0, 1]; None if it is not known."""
     if one["text"] == other["text"]:
         return 0.5
     if by_wins:
@@ -157,45 +170,49 @@ def verdicts(rows, model, baseline, by_wins):
 
 
 def read_annotations(paths):
-    """({instruction: row}, models, baselines) of AlpacaEval's verdicts; rows as read_responses has them."""
-    rows, models, baselines = {}, [], set()
+    """({instruction: row}, models, baselines, labelers) of AlpacaEval's verdicts, a file a model."""
+    rows, models, baselines, labelers = {}, [], set(), set()
     for path in paths:
         try:
             entries = msgspec.convert(msgspec.json.decode(Path(path).read_bytes()), list[Annotation])
         except (OSError, ValueError, RecursionError, OverflowError) as error:
             fail(f"{path}: {error}")
-        instructions = {entry["instruction"] for entry in entries}
         names = {entry["generator_2"] for entry in entries}
-        if len(instructions) < len(entries) or len(names) != 1:
+        if len({entry["instruction"] for entry in entries}) < len(entries) or len(names) != 1:
             fail(f"{path}: expected verdicts on one model, one an instruction, found {sorted(names)}")
         models += names
         for entry in entries:
             p = entry["preference"]
             if p is not None:
-                p = p - 1 if p else 0.5  # 0 is an old spelling of a tie
-            baseline = {"text": entry["output_1"], "model": entry["generator_1"], "reward": None}
+                p = p - 1 if p else 0.5
+                if p < 0:
+                    fail(f"{path}: expected preferences from 1 to 2, or 0 for a tie, found {1 + p}")
+            baseline = {"text": entry["output_1"], "model": entry["generator_1"], "reward": None, "wins": {}}
             model = {"text": entry["output_2"], "model": entry["generator_2"], "reward": None}
             model["wins"] = {id(baseline): p}
             baselines.add(entry["generator_1"])
+            labelers |= {entry.get("annotator")} - {None}
             row = rows.setdefault(entry["instruction"], {"responses": [], "wins": [], "category": None})
             row["prompt"] = [{"role": "user", "content": entry["instruction"]}]
-            row["labeler"], row["category"] = entry.get("annotator"), row["category"] or entry.get("category")
+            row["category"] = row["category"] or entry.get("category")
             row["responses"] += [baseline, model]
-    return rows, models, baselines
+    if len(baselines) != 1 or len(baselines | set(models)) < 1 + len(paths):
+        fail(f"{', '.join(paths)}: expected one baseline and other models, found {baselines} and {models}")
+    return rows, models, baselines.pop(), labelers
 
 
 def read_reference(folder):
-    """({instruction: place}, gamma (805,), gamed rows), AlpacaEval's reference data."""
+    """({instruction: place}, gamma (805,), gamed rows {"x": (m, 3), "p": (m,)}) of --lc-data."""
     try:
-        text = Path(folder, "alpaca_eval_gpt4_baseline.json").read_bytes()
+        text = Path(folder, LC_FILES[0]).read_bytes()
         entries = msgspec.json.decode(text, type=list[TypedDict("Entry", {"instruction": str})])
         places = {entry["instruction"]: place for place, entry in enumerate(entries)}
         gamma, x, p = np.zeros(len(places)), [], []
-        with open(Path(folder, "df_gamed.csv"), newline="", encoding="utf-8") as file:
+        with open(Path(folder, LC_FILES[1]), newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 gamma[int(row["index"])] = float(row["instruction_difficulty"])
                 x.append([math.tanh(float(row["std_delta_len"])), float(row["instruction_difficulty"]), 0])
-                p.append(float(row["preference"] or "nan"))
+                p.append(float(row["preference"] or "nan"))  # in [0, 1] already
     except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         fail(f"--lc-data {folder}: expected AlpacaEval's two files, found {error!r}")
     return places, gamma, {"x": np.array(x), "p": np.array(p)}
@@ -223,34 +240,36 @@ def fit(x, p, weight, penalty, start=None):
         q = sigmoid(x @ theta)
         gradient = penalty * x.T @ (weight * (q - p))
         hessian = penalty * (x.T * (weight * q * (1 - q))) @ x
-        step = lasso(hessian.tolist(), (hessian @ theta - gradient).tolist(), theta.tolist()) - theta
+        hessian += (1e-12 * np.trace(hessian) + 1e-30) * np.eye(len(theta))  # columns may be the same
+        step = lasso(hessian, hessian @ theta - gradient) - theta
         while objective(theta + step) > objective(theta) * (1 + 1e-12):
             step = step / 2
         theta = theta + step
-        if np.abs(step).max() < 1e-7:
+        if np.abs(weight * (x @ step)).max() < 1e-8:
             break
     return theta
 
 
-def lasso(hessian, target, theta):
-    """argmin of |theta|_1 + theta.H.theta / 2 - target.theta, by coordinate descent from a first theta."""
-    for _ in range(1000):
-        change = 0.0
-        for j, row in enumerate(hessian):
-            pull = target[j] + row[j] * theta[j] - sum(h * t for h, t in zip(row, theta, strict=True))
-            new = math.copysign(max(abs(pull) - 1, 0), pull) / max(row[j], 1e-12)  # soft threshold
-            change = max(change, abs(new - theta[j]))
-            theta[j] = new
-        if change < 1e-10:
-            break
-    return np.array(theta)
+def lasso(hessian, linear):
+    """argmin over theta (k,) of |theta|_1 + theta.H.theta / 2 - linear.theta, H positive definite, k <= 3.
+
+    For each pattern of signs the minimum solves H.theta = linear - signs, without the rows and columns where
+    theta is 0. The best of those that have their pattern's signs is the minimum.
+    """
+    signs = np.array(list(itertools.product((-1, 0, 1), repeat=len(linear))))
+    used = np.abs(signs)
+    systems = hessian * used[:, :, None] * used[:, None, :] + np.eye(len(linear)) * (1 - used)[:, None]
+    right = used * linear - signs
+    minima = np.linalg.solve(systems, right[..., None])[..., 0]
+    values = -(right * minima).sum(axis=1)  # twice those of the objective
+    return minima[np.where((minima * signs >= 0).all(axis=1), values, np.inf).argmin()]
 
 
 def training_rows(prompts, gamed):
     """(x, p, weight) of the fit: prompts as arrays {name: (n,)}, then the gamed rows, if there are any.
 
-    x: tanh of the baseline's length minus the model's over its standard deviation; gamma, if it is known; 1,
-    or 0 in gamed rows. A prompt without a verdict has no weight.
+    x has tanh(d / std(d)), where d is the length of the baseline's answer minus that of the model's; gamma,
+    if it is known; and 1, but 0 in gamed rows, which tell nothing of this model. Unjudged prompts weigh 0.
     """
     difference = prompts["len_baseline"] - prompts["len"]
     spread = difference.std(ddof=1)
@@ -266,7 +285,7 @@ def training_rows(prompts, gamed):
 
 
 def choose_penalty(prompts, gamed):
-    """C by five folds, the smallest of equals. A fold is the place in the list of instructions modulo 5."""
+    """C by five folds, the smallest of equals. A row's place in AlpacaEval's files modulo 5 is its fold."""
     x, p, weight = training_rows(prompts, gamed)
     fold = np.concatenate([prompts["place"], np.arange(len(p) - len(prompts["place"]))]) % 5
     losses = []
@@ -281,7 +300,7 @@ def choose_penalty(prompts, gamed):
 
 
 def rates(prompts, gamed, penalty, start=None):
-    """(theta, MEASURES (3, g)) of groups; prompts: arrays (n,) and "members" (n, g), the first has all."""
+    """(theta, MEASURES (3, g)) of groups; prompts: arrays (n,), "members" (n, g). The first group has all."""
     members, p = prompts["members"], prompts["p"]
     wins, theta = group_means(p, members), None
     lc = np.full(len(wins), math.nan)
@@ -289,9 +308,8 @@ def rates(prompts, gamed, penalty, start=None):
         x, *rest = training_rows(prompts, gamed)
         theta = fit(x, *rest, penalty, start)
         logits, equal_length = x[: len(p)] @ theta, x[: len(p), 1:] @ theta[1:]
-        judged = members[:, 1:] & ~np.isnan(p)[:, None]
-        lc[0] = sigmoid(equal_length).mean()  # alpaca_eval's, of prompts without a verdict too
-        lc[1:] = adjusted_rates(wins[1:], logits, equal_length, judged)
+        lc[0] = sigmoid(equal_length).mean()  # as alpaca_eval does, of unjudged prompts too
+        lc[1:] = adjusted_rates(wins[1:], logits, equal_length, members[:, 1:] & ~np.isnan(p)[:, None])
     return theta, np.stack([100 * wins, 100 * lc, group_means(prompts["reward"], members)])
 
 
@@ -304,8 +322,8 @@ def group_means(values, members):
 def adjusted_rates(wins, logits, equal_length, members):
     """(g,) the length-controlled rates of groups with win rates (g,), in [0, 1].
 
-    The fit knows no groups. A shift b of its logits (n,) brings the mean chance of a group's prompts to the
-    group's win rate; their mean chance at equal lengths with the same shift is the group's rate.
+    The fit knows no groups. Its logits (n,), shifted by a number b (g,), give a group's prompts a mean chance
+    that is the group's win rate; their mean chance at equal lengths, with the same shift, is the result.
     """
     row, group = np.nonzero(members)
     size = members.sum(0)
@@ -318,7 +336,7 @@ def adjusted_rates(wins, logits, equal_length, members):
 
 
 def bootstrap(prompts, gamed, penalty):
-    """(1000, 3, g) rates of prompts drawn with replacement; the draws are the same for every model."""
+    """(1000, 3, g) rates of prompts drawn with replacement, C as it is; every model has the same draws."""
     n, draws = len(prompts["p"]), []
     theta, _ = rates(prompts, gamed, penalty)  # the fits of draws start here
     for counts in np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 1000):
@@ -337,14 +355,14 @@ def group_prompts(lengths, categories, edges, bins_of):
         members.append(categories == name)
     binned = np.isin(categories, bins_of) if bins_of else members[0]
     for k in range(4):
-        if edges[k] < edges[k + 1] or k == 3:  # of equal edges the last bin has all of that length
+        if edges[k] < edges[k + 1] or k == 3:  # a bin between equal edges is left out
             names.append(("length_bins", f"{edges[k]:.6g} to {edges[k + 1]:.6g}"))
             members.append(binned & (lengths >= edges[k]) & ((lengths < edges[k + 1]) | (k == 3)))
     return names, np.stack(members, axis=1)
 
 
 def counts_of(p):
-    """alpaca_eval's counts of preferences in [0, 1] (its own lie in [1, 2])."""
+    """Counts and standard error of preferences in [0, 1], by alpaca_eval's names."""
     n, wins, draws = len(p), int((p > 0.5).sum()), int((p == 0.5).sum())
     result = {"n_total": n, "n_wins": wins, "n_wins_base": n - wins - draws, "n_draws": draws}
     return result | {"standard_error": 100 * p.std(ddof=1) / math.sqrt(n) if n > 1 else None}
@@ -394,14 +412,12 @@ def main_winrate(args):
     started = time.time()
     names = [name for name in (args.annotations or args.model, args.minus) if name]
     if args.annotations:
-        files = where = names
-        rows, models, baselines = read_annotations(names)
-        if len(baselines) > 1:
-            fail(f"{' '.join(names)}: expected verdicts against one baseline, found {sorted(baselines)}")
-        baseline = baselines.pop()
+        files = names
+        rows, models, baseline, labelers = read_annotations(files)
     else:
         files, models, baseline = args.scored, names, args.baseline
         rows = read_responses(files)
+        labelers = {row["labeler"] for row in rows.values() if row.get("labeler")}
     where = ", ".join(files)
     answered = {response.get("model") for row in rows.values() for response in row["responses"]}
     for name in (*models, baseline):
@@ -422,13 +438,13 @@ def main_winrate(args):
         if None in places.values() or len(set(places.values())) < len(keys):
             fail(f"{where}: an instruction is not in --lc-data, or two ids have the same one")
         keys.sort(key=places.get)
-    n_others = n_prompts - len(keys)
+    n_unanswered = n_prompts - len(keys)
     n_without = sum(any(math.isnan(prompts[key]["p"]) for prompts in sets) for key in keys)
-    missing = f"of {n_prompts} prompts {n_others} lack an answer of a model and {n_without} a verdict"
+    missing = f"of {n_prompts} prompts {n_unanswered} lack an answer of a model and {n_without} a verdict"
     if n_without == len(keys):
         fail(f"{where}: nothing to compare {' and '.join(models)} with {baseline} by: {missing}")
-    if n_others + n_without > 0.01 * n_prompts and not args.allow_missing:
-        fail(f"{where}: {missing}, over 1 %; --allow-missing measures the others")
+    if n_unanswered + n_without > 0.01 * n_prompts and not args.allow_missing:
+        fail(f"{where}: {missing}, over 1 %; --allow-missing measures the rest")
     categories = np.array([str(rows[key].get("category")) for key in keys])
     for category in set(args.bins_of) - set(categories):
         fail(f"{where}: no prompt is of the category {category!r}")
@@ -448,19 +464,22 @@ def main_winrate(args):
     result, values, draws, counts = measured[0]
     if args.minus:
         other, other_values, other_draws, other_counts = measured[1]
-        for count, other_count in zip(counts, other_counts, strict=True):
-            count["n_total_minus"] = other_count["n_total"]
-        difference = with_intervals(values - other_values, draws - other_draws, groups, counts)
+        sizes = [{"n_total": count["n_total"]} for count in counts]
+        for size, count in zip(sizes, other_counts, strict=True):
+            size["n_total_minus"] = count["n_total"]
+        difference = with_intervals(values - other_values, draws - other_draws, groups, sizes)
         result["minus"] = {"model": models[1], **difference, "own": other}
     by = "annotations" if args.annotations else "wins" if any(with_wins) else "reward"
-    labelers = sorted({row["labeler"] for row in rows.values() if row.get("labeler")})
-    if args.lc_data and (baseline != "gpt4_1106_preview" or set(labelers) - OFFICIAL_JUDGES):
+    if args.lc_data and (baseline != "gpt4_1106_preview" or not labelers or labelers - OFFICIAL_JUDGES):
         result["formula"] = "length_controlled_v1, other judge"
         print("not the judge and baseline of --lc-data: not on the public scale", file=sys.stderr)
-    result |= {"kind": "winrate", "model": models[0], "baseline": baseline, "by": by, "labelers": labelers}
-    result |= {"n_without_verdict": n_without, "n_other_prompts": n_others, "bins_of": args.bins_of}
+    result |= {"kind": "winrate", "model": models[0], "baseline": baseline, "by": by}
+    result |= {"n_without_verdict": n_without, "n_unanswered": n_unanswered}
+    result |= {"bins_of": args.bins_of, "labelers": sorted(labelers)}
     text = json.dumps(result, default=np.generic.item)
-    write_output(args, files, [text], started, counts={"prompts": n_prompts, "compared": result["n_total"]})
+    inputs = files + [str(Path(args.lc_data, name)) for name in LC_FILES] if args.lc_data else files
+    counts = {"prompts": n_prompts, "compared": result["n_total"]}
+    write_output(args, inputs, [text], started, counts=counts)
     print(text)
 
 
@@ -493,7 +512,9 @@ def main_benchmarks(args):
     model, chat = Path(args.model), args.suite == "what-matters"
     if not (model / "config.json").exists() and (model.exists() or args.model.count("/") != 1):
         fail(f"{model}: expected a Hugging Face model folder or a hub id, found no config.json")
-    if chat and model.exists() and not (model / "chat_template.jinja").exists():
+    config = model / "tokenizer_config.json"  # where the template of older models is
+    in_config = config.exists() and '"chat_template"' in config.read_text()
+    if chat and model.exists() and not (in_config or (model / "chat_template.jinja").exists()):
         fail(f"{model}: what-matters asks in the model's chat template, and the tokenizer has none")
     model_args = {"pretrained": str(model.resolve()) if model.exists() else args.model, "dtype": "auto"}
     command = [sys.executable, "-m", "lm_eval", "run", "--model", args.backend, "--tasks", args.suite]
@@ -511,8 +532,8 @@ def main_benchmarks(args):
         command += ["--output_path", f"{folder}/results"]
         # lm-eval imports another `evaluate` than this file, so it runs in another folder and does not see it
         env = {**os.environ, "PYTHONSAFEPATH": "1"}
-        if args.data:
-            env["HF_DATASETS_CACHE"] = f"{folder}/cache"  # the rows of another run may have the same names
+        if args.data:  # its rows may have changed since they were cached under the same names
+            env["HF_DATASETS_CACHE"] = f"{folder}/cache"
         probe = "import lm_eval.tasks.ifeval.utils, nltk; nltk.data.find('tokenizers/punkt_tab')"
         probed = subprocess.run([sys.executable, "-c", probe], cwd=folder, env=env, capture_output=True)
         if probed.returncode:

@@ -45,7 +45,7 @@ def fastest(call, repeats):
 
 def read_prompts(annotations, lc_data):
     """AlpacaEval's prompts as the arrays that evaluate.py fits, and the gamed rows."""
-    rows, [model], [baseline] = evaluate.read_annotations([annotations])
+    rows, [model], baseline, _ = evaluate.read_annotations([annotations])
     places, gamma, gamed = evaluate.read_reference(lc_data)
     keys = sorted(rows, key=places.get)
     verdicts = evaluate.verdicts(rows, model, baseline, by_wins=True)

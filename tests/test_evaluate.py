@@ -79,6 +79,12 @@ def interval(numbers, draws=None):
     return pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-9)
 
 
+@pytest.fixture
+def one_draw(monkeypatch):
+    """In place of 1,000 draws, where a test asks for no interval."""
+    monkeypatch.setattr(evaluate, "bootstrap", lambda *args: evaluate.rates(*args)[1][None])
+
+
 def test_win_rate_by_hand(tmp_path, capsys):
     result = winrate(tmp_path, capsys, ROWS)
     mean = sum(VALUES) / 4
@@ -128,7 +134,7 @@ def test_equal_texts_tie_and_a_missing_reward_is_no_verdict(tmp_path, capsys):
     result = winrate(tmp_path, capsys, rows, flags=["--allow-missing"])
     # compared: 0 and 2; answered by both and not compared: 1; answered by one: 3
     assert (result["win_rate"], result["n_total"], result["n_draws"]) == (75.0, 2, 1)
-    assert (result["n_without_verdict"], result["n_other_prompts"]) == (1, 1)
+    assert (result["n_without_verdict"], result["n_unanswered"]) == (1, 1)
     assert result["ci"] == interval([50, None, 100])
     assert result["reward"] == 3.0 and result["reward_ci"] == interval([2.0, None, 4.0])
     assert result["reward_baseline"] == 1.0
@@ -136,7 +142,7 @@ def test_equal_texts_tie_and_a_missing_reward_is_no_verdict(tmp_path, capsys):
     assert (counts["prompts"], counts["compared"]) == (4, 2)
 
 
-def test_a_record_counts_what_was_left_out(tmp_path, capsys):
+def test_a_record_counts_what_was_left_out(tmp_path, capsys, one_draw):
     rows = [
         *ROWS,
         prompt_row(4, response("new", None), response("old", 1.0)),
@@ -147,7 +153,7 @@ def test_a_record_counts_what_was_left_out(tmp_path, capsys):
     assert sorted(counts.values()) == [1, 1, 4, 6]
 
 
-def test_one_prompt_has_no_interval(tmp_path, capsys):
+def test_one_prompt_has_no_interval(tmp_path, capsys, one_draw):
     result = winrate(tmp_path, capsys, ROWS[:1])
     names = ("win_rate", "standard_error", "ci", "reward", "reward_ci", "length_controlled_winrate", "lc_ci")
     assert [result[name] for name in names] == [100.0, None, None, 2.0, None, None, None]
@@ -162,7 +168,7 @@ def test_one_prompt_has_no_interval(tmp_path, capsys):
     )
 
 
-def test_a_group_without_any_verdict(tmp_path, capsys):
+def test_a_group_without_any_verdict(tmp_path, capsys, one_draw):
     rows = [{**row, "category": "a"} for row in ROWS]
     rows.append(prompt_row(4, response("new", None), response("old", 7.0), category="silent"))
     silent = winrate(tmp_path, capsys, rows, flags=["--allow-missing"])["categories"]["silent"]
@@ -202,7 +208,7 @@ def test_wins_of_a_pairwise_scorer(tmp_path, capsys):
     assert "some rows have wins and some have none" in refused(tmp_path, capsys, rows + ROWS[3:])
 
 
-def test_two_files_are_merged(tmp_path, capsys):
+def test_two_files_are_merged(tmp_path, capsys, one_draw):
     """A prompt has the answers of both files, in either order, and the category that one of them knows."""
     mine = [prompt_row(k, response("new", 2.0 * k, "abcde"), category=None) for k in range(3)]
     theirs = [prompt_row(k, response("old", 3.0, "abc"), category="facts") for k in (2, 0, 1)]
@@ -211,7 +217,7 @@ def test_two_files_are_merged(tmp_path, capsys):
     assert results[0]["categories"]["facts"]["n_total"] == 3
 
 
-def test_wins_that_one_of_two_files_has(tmp_path, capsys):
+def test_wins_that_one_of_two_files_has(tmp_path, capsys, one_draw):
     """The judge of one file did not see the answers of the other: there is no verdict between them."""
     wins = [[None, 0.8], [0.2, None]]
     judged = [prompt_row(k, response("new", 1.0), response("old", 2.0), wins=wins) for k in range(3)]
@@ -243,7 +249,7 @@ def test_a_result_beside_its_input_with_the_same_stem(tmp_path, capsys):
     assert (tmp_path / "x.jsonl").read_text().count("\n") == len(ROWS)
 
 
-def test_a_result_is_replaced(tmp_path, capsys):
+def test_a_result_is_replaced(tmp_path, capsys, one_draw):
     first = winrate(tmp_path, capsys, ROWS)
     second = winrate(tmp_path, capsys, ROWS[:3])
     assert (first["n_total"], second["n_total"]) == (4, 3)

@@ -2,8 +2,8 @@
 report/figure.py: results -> figures. What is drawn is read back from matplotlib's own objects.
 
 Covers  for each figure the points, intervals, names of series and rows, axes and legend; seeds, LC only if
-        all results have it; PNG and PDF; wrong kinds of files; files that evaluate.py and build_pairs.py
-        write.
+        all results have it; room for many and long names; PNG and PDF; wrong kinds of files; files that
+        evaluate.py and build_pairs.py write.
 Run     python -m pytest tests/test_figure.py
 """
 
@@ -303,9 +303,9 @@ def shaded(axis):
 def test_training(tmp_path, capsys):
     dpo = {"margin": 0.5, "margin_std": 0.25, "diversity": -3.0, "diversity_std": 2.0}
     files = []
+    (tmp_path / "dpo_seed0").mkdir()
     for name, more in (("dpo_seed0/metrics", dpo), ("sft.metrics", {"margin": None})):
         steps = [{"step": k, "tokens": 8, "loss": 0.75 - k, **more} for k in range(2)]
-        put(tmp_path / f"{name}.jsonl", "")
         files.append(write_rows(tmp_path / f"{name}.jsonl", steps))
     drawn = draw(tmp_path, capsys, "training", *files)
     names = ["loss", "margin", "intra-diversity (eq. 12), nats"]
@@ -405,7 +405,13 @@ def test_rewards_of_different_labelers(tmp_path, capsys):
 # ----- series, names and files
 def test_series_are_told_apart():
     styles = [tuple(figure.style_of(k).values()) for k in range(28)]
-    assert len(set(styles)) == 28 and len({colour for colour, _ in styles}) == 7
+    assert len(set(styles)) == 28 and len({colour for colour, _ in styles[:7]}) == 7
+    assert [{style for _, style in styles[k : k + 7]} for k in (0, 7, 14, 21)] == [
+        {"-"},
+        {"--"},
+        {"-."},
+        {":"},
+    ]
 
 
 def test_a_series_looks_the_same_in_all_panels(tmp_path, capsys):
@@ -485,8 +491,9 @@ def test_long_names_have_room(tmp_path, capsys, name, count):
             files.append(put(tmp_path / f"{LONG}_{k}.winrate.json", result))
     drawn = draw(tmp_path, capsys, name, *files)
     assert crowded(drawn) == []
-    names = row_names(drawn) if name == "settings" else legend(drawn)
-    assert all(text.replace(" ", "").startswith(f"{LONG}_{k}") for k, text in zip(range(count), names[:1]))
+    names = "".join(row_names(drawn) if name == "settings" else legend(drawn)).replace(" ", "")
+    assert all(f"{LONG}_{k}" in names for k in range(count))
+    assert (f"_0minus{LONG}" in names) == (name in ("categories", "lengths"))
 
 
 @bug("a row is half an inch high, and this label of four lines is more")

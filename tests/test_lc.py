@@ -74,37 +74,43 @@ def problem(p, deltas, gamma=None, gamed=None):
     return features, np.nan_to_num(targets), weights
 
 
-def group_by_hand(p, features, theta, inside):
-    """A group's rate: where its mean chance is its win rate, its mean chance at equal lengths, times 100."""
+def adjusted(p, logits, equal, inside):
+    """(B,) rates of a group, arrays (B, n): b makes its mean chance its win rate, found by bisection."""
     inside = inside & ~np.isnan(p)
-    if not inside.any():
-        return math.nan
-    logits = (features[: len(p)] @ theta)[inside]
-    equal = (features[: len(p), 1:] @ theta[1:])[inside]
-    low, high = -60.0, 60.0
-    while high - low > 1e-10:
+    size = inside.sum(1)
+    wins = np.where(inside, p, 0).sum(1)
+    low, high = np.full(len(p), -60.0), np.full(len(p), 60.0)
+    for _ in range(50):
         b = (low + high) / 2
-        below = logistic(logits + b).mean() < p[inside].mean()
-        low, high = (b, high) if below else (low, b)
-    return 100 * logistic(equal + low).mean()
+        below = np.where(inside, logistic(logits + b[:, None]), 0).sum(1) < wins
+        low, high = np.where(below, b, low), np.where(below, high, b)
+    sums = np.where(inside, logistic(equal + low[:, None]), 0).sum(1)
+    return np.where(size > 0, 100 * sums / np.maximum(size, 1), math.nan)
+
+
+def group_by_hand(p, features, theta, inside):
+    """The length-controlled rate of one group, in percent."""
+    logits, equal = features[: len(p)] @ theta, features[: len(p), 1:] @ theta[1:]
+    return adjusted(p[None], logits[None], equal[None], inside[None])[0]
 
 
 def rates_by_hand(p, deltas, groups, penalty, gamma=None, gamed=None, n_draws=1000):
-    """{"win_rate", "length_controlled_winrate", and each group's by its name}: an array over draws each."""
+    """{"win_rate", "length_controlled_winrate", and each group's by its name}: an array over draws."""
     n = len(p)
-    draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, 1000)[:n_draws]
-    places = [np.repeat(np.arange(n), counts) for counts in draws]
+    counts = np.random.default_rng(0).multinomial(n, [1 / n] * n, 1000)[:n_draws]
+    drawn = np.array([np.repeat(np.arange(n), row) for row in counts])
     problems = []
-    for drawn in places:
-        problems.append(problem(p[drawn], deltas[drawn], None if gamma is None else gamma[drawn], gamed))
-    thetas = slow_fits(*(np.stack(part) for part in zip(*problems)), penalty)
-    result = {name: [] for name in ("win_rate", "length_controlled_winrate", *groups)}
-    for drawn, (features, _, _), theta in zip(places, problems, thetas):
-        result["win_rate"].append(100 * np.nanmean(p[drawn]))
-        result["length_controlled_winrate"].append(100 * logistic(features[:n, 1:] @ theta[1:]).mean())
-        for name, inside in groups.items():
-            result[name].append(group_by_hand(p[drawn], features, theta, inside[drawn]))
-    return {name: np.array(values) for name, values in result.items()}
+    for row in drawn:
+        problems.append(problem(p[row], deltas[row], None if gamma is None else gamma[row], gamed))
+    features, *rest = (np.stack(part) for part in zip(*problems))
+    theta = slow_fits(features, *rest, penalty)[..., None]
+    logits = (features[:, :n] @ theta)[..., 0]
+    equal = (features[:, :n, 1:] @ theta[:, 1:])[..., 0]
+    result = {"win_rate": 100 * np.nanmean(p[drawn], axis=1)}
+    result["length_controlled_winrate"] = 100 * logistic(equal).mean(1)
+    for name, inside in groups.items():
+        result[name] = adjusted(p[drawn], logits, equal, inside[drawn])
+    return result
 
 
 def percentiles(draws, tolerance=1e-4):
@@ -206,34 +212,34 @@ def test_fit_of_a_draw_of_few_prompts_under_a_weak_penalty(p, deltas, counts):
     assert off_optimum(*rows, 1e4, evaluate.fit(*rows, 1e4)) < 1e-4
 
 
-def test_fits_of_answers_that_are_all_longer_are_quick():
-    """tanh is then near 1 for every prompt, and so the column of lengths near the column of ones."""
+@pytest.mark.parametrize("spread", [300, 100, 50])
+def test_fits_of_answers_that_are_all_longer_are_quick(monkeypatch, spread):
+    """tanh is then near 1 for every prompt: the column of lengths is nearly the column of ones."""
     rng = np.random.default_rng(1)
-    for spread in (300, 100):
-        rows = evaluate.training_rows(
-            table(rng.random(400) < 0.6, -1000 + spread * rng.normal(size=400)), None
-        )
-        calls = []
-        evaluate_lasso = evaluate.lasso
-
-        def counted(*args, calls=calls, lasso=evaluate_lasso):
-            calls.append(1)
-            return lasso(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate, "lasso", counted)
-            theta = evaluate.fit(*rows, evaluate.MINIMAL_PENALTY)
-        assert off_optimum(*rows, evaluate.MINIMAL_PENALTY, theta) < 1e-6 and len(calls) < 20
+    prompts = table(rng.random(400) < 0.6, -1000 + spread * rng.normal(size=400))
+    rows = evaluate.training_rows(prompts, None)
+    sigmoid, steps = evaluate.sigmoid, []
+    monkeypatch.setattr(evaluate, "sigmoid", lambda x: steps.append(1) or sigmoid(x))  # once a step
+    theta = evaluate.fit(*rows, evaluate.MINIMAL_PENALTY)
+    assert off_optimum(*rows, evaluate.MINIMAL_PENALTY, theta) < 1e-6 and len(steps) < 20
 
 
 # ----- the choice of C
-def test_cross_validation_by_hand():
-    features, noise, _ = random_problem(12, n=53)
+@pytest.mark.parametrize(
+    "places, index",
+    [
+        (np.arange(53), 7),
+        (np.where(np.arange(53) < 40, 0, np.arange(53)), 5),  # a large fold counts as one that is small
+    ],
+)
+def test_cross_validation_by_hand(places, index):
+    features, noise, _ = random_problem(29, n=53)
     prompts = table(logistic(-0.8 * np.tanh(features[:, 0]) - 0.4 + 6 * (noise - 0.5)), 100 * features[:, 0])
+    prompts |= {"place": places}
     prompts["p"][11] = math.nan
     x, targets, weights = evaluate.training_rows(prompts, None)
     assert weights[11] == 0 and weights.sum() == 52
-    folds = np.arange(53) % 5
+    folds = places % 5
     scores = []
     for penalty in 10.0 ** (-4 + 8 * np.arange(10) / 9):
         means = []
@@ -247,12 +253,10 @@ def test_cross_validation_by_hand():
                     losses.append(targets[i] * math.log(q) + (1 - targets[i]) * math.log(1 - q))
             means.append(sum(losses) / len(losses))
         scores.append(sum(means) / 5)
-    best = 10 ** (-4 + 8 * np.argmax(scores) / 9)
-    assert 1e-3 < best < 1e3 and evaluate.choose_penalty(prompts, None) == pytest.approx(best)
+    assert np.argmax(scores) == index
+    assert evaluate.choose_penalty(prompts, None) == pytest.approx(10 ** (-4 + 8 * index / 9))
     alike = prompts | {"p": np.full(53, 0.5)}  # every C is as good: the smallest
     assert evaluate.choose_penalty(alike, None) == pytest.approx(1e-4)
-    moved = prompts | {"place": np.arange(53) // 11}  # a fold is a place modulo 5
-    assert evaluate.choose_penalty(moved, None) != pytest.approx(best)
 
 
 def test_cross_validation_of_chances_that_round_to_one():
@@ -420,13 +424,23 @@ def quick_bootstrap(prompts, gamed, penalty):
     return evaluate.rates(prompts, gamed, penalty)[1][None]
 
 
+WHOLE_BOOTSTRAP, DRAWN = evaluate.bootstrap, {}
+
+
+def remembered_bootstrap(prompts, gamed, penalty):
+    """evaluate.bootstrap, once for the same prompts."""
+    key = (penalty, gamed is None, *(column.tobytes() for column in prompts.values()))
+    if key not in DRAWN:
+        DRAWN[key] = WHOLE_BOOTSTRAP(prompts, gamed, penalty)
+    return DRAWN[key]
+
+
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """run(*flags): the result of a command, which prints it and nothing else, without NaN."""
-    whole = evaluate.bootstrap
 
     def winrate(*flags, intervals=False, said=""):
-        monkeypatch.setattr(evaluate, "bootstrap", whole if intervals else quick_bootstrap)
+        monkeypatch.setattr(evaluate, "bootstrap", remembered_bootstrap if intervals else quick_bootstrap)
         out = tmp_path / "result.json"
         evaluate.main(evaluate.parse_args(["winrate", *map(str, flags), "--out", str(out)]))
         result = json.loads(out.read_text(), parse_constant=pytest.fail)
@@ -506,7 +520,15 @@ def test_leaderboard_in_groups(alpaca, run):
     """Vicuna's 80 prompts: win rate 62.5, mean chance at equal lengths 53.9, length-adjusted 67.3."""
     name = "FuseChat-Llama-3.2-3B-Instruct"
     folder, models = alpaca
-    result = run("--annotations", folder / f"{name}.json", "--lc-data", folder, intervals=True)
+    result = run(
+        "--annotations",
+        folder / f"{name}.json",
+        "--lc-data",
+        folder,
+        "--lc-c",
+        evaluate.PENALTIES[6],
+        intervals=True,
+    )
     cells, theta = result["categories"], np.array(result["theta"])
     assert list(cells) == ["helpful_base", "koala", "oasst", "selfinstruct", "vicuna"]
     p, deltas, gamma, gamed = columns_of(models[name], folder)
@@ -539,7 +561,7 @@ def test_a_missing_row_keeps_the_others_difficulties(alpaca, run, tmp_path):
         rate[name] = values[1, 0]
     assert result["length_controlled_winrate"] == pytest.approx(rate["by instruction"], abs=1e-9)
     assert abs(rate["by instruction"] - 28.155) < 0.1 < 1 < abs(rate["by place in the file"] - 28.155)
-    assert result["win_rate"] == pytest.approx(100 * p[1:].mean()) and result["n_other_prompts"] == 1
+    assert result["win_rate"] == pytest.approx(100 * p[1:].mean()) and result["n_unanswered"] == 1
 
 
 # ----- annotations
@@ -627,7 +649,7 @@ def test_annotations_by_hand(tmp_path, lc, run):
     known = p[~np.isnan(p)]
     assert len(known) == 38 and result["by"] == "annotations"
     assert (result["model"], result["baseline"], result["labelers"]) == ("new", "base", [JUDGE])
-    assert (result["n_total"], result["n_without_verdict"], result["n_other_prompts"]) == (38, 2, 0)
+    assert (result["n_total"], result["n_without_verdict"], result["n_unanswered"]) == (38, 2, 0)
     counts = (known > 0.5).sum(), (known < 0.5).sum(), 2
     assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == counts
     assert result["win_rate"] == pytest.approx(100 * known.mean(), abs=1e-9)
@@ -652,7 +674,8 @@ def test_annotations_by_hand(tmp_path, lc, run):
     assert sum(cell["n_total"] for cell in result["categories"].values()) == 38
 
     minimal = run(*files, "--lc-c", 3, "--allow-missing")  # without the reference data
-    assert minimal["formula"] == "length_controlled_minimal" and minimal["win_rate"] == result["win_rate"]
+    assert minimal["formula"] == "length_controlled_minimal"
+    assert minimal["win_rate"] == pytest.approx(result["win_rate"])
     assert off_optimum(*problem(p, deltas), 3, np.array(minimal["theta"])) < 1e-8
 
 
@@ -660,7 +683,7 @@ def test_annotations_by_hand(tmp_path, lc, run):
     "judge, base, formula",
     [
         (JUDGE, "gpt4_1106_preview", "length_controlled_v1"),
-        (None, "gpt4_1106_preview", "length_controlled_v1"),
+        (None, "gpt4_1106_preview", "length_controlled_v1, other judge"),
         ("judge:gpt-4-1106-preview", "gpt4_1106_preview", "length_controlled_v1"),
         ("judge:another", "gpt4_1106_preview", "length_controlled_v1, other judge"),
         (JUDGE, "text_davinci_003", "length_controlled_v1, other judge"),
@@ -772,7 +795,7 @@ def test_groups_stay_inside_zero_and_one_hundred(tmp_path, run):
         outputs = {"output_1": "b" * lengths[0], "output_2": "m" * lengths[1]}
         names = {"generator_1": "base", "generator_2": "new", "category": "odd" if odd else "usual"}
         preference = 1.97 + 0.03 * (i % 2) if odd else 1.95 if longer else 1.05
-        rows.append({"instruction": QUESTIONS[i], **outputs, **names, "preference": preference})
+        rows.append({"instruction": f"q{i:02}", **outputs, **names, "preference": preference})
     result = run("--annotations", annotate(tmp_path / "a.json", rows), "--lc-c", 3, intervals=True)
     p, deltas = arrays(rows)
     features, theta = problem(p, deltas)[0], np.array(result["theta"])
@@ -807,20 +830,19 @@ def test_difference_of_prompts_that_both_models_have(tmp_path, lc, run, refused)
         run("--annotations", annotate(tmp_path / "c.json", rows[1:]), *lc[2], "--allow-missing", said=OTHER)
         for rows in (first, second)
     )
-    assert (both["n_total"], both["n_other_prompts"], both["avg_length"]) == (39, 1, alone["avg_length"])
+    assert (both["n_total"], both["n_unanswered"], both["avg_length"]) == (39, 1, alone["avg_length"])
     for name in ("win_rate", "length_controlled_winrate"):
         assert both[name] == pytest.approx(alone[name], abs=1e-9)
         assert both["minus"][name] == pytest.approx(alone[name] - other[name], abs=1e-9)
     # prompts of one model alone are counted once each
     annotate(tmp_path / "a.json", first[:-1])
     both = run(*files, *lc[2], "--allow-missing", said=OTHER)
-    assert (both["n_total"], both["n_other_prompts"]) == (38, 2)
+    assert (both["n_total"], both["n_unanswered"]) == (38, 2)
 
 
-@pytest.mark.parametrize("change", [{"generator_2": "new"}, {"output_1": "another answer of the baseline"}])
-def test_each_file_is_one_side(tmp_path, lc, run, change):
-    """Two files may have one model's name, judged twice, or two answers of the baseline."""
-    second = [{**row, **change} for row in entries(5, name="other")]
+def test_each_file_is_one_side(tmp_path, lc, run):
+    """The baseline's answers may be others in the second file."""
+    second = [{**row, "output_1": "another answer of the baseline"} for row in entries(5, name="other")]
     files = [annotate(tmp_path / f"{k}.json", rows) for k, rows in enumerate((entries(0), second))]
     both = run("--annotations", files[0], "--minus", files[1], *lc[2], said=OTHER)
     one, other = (run("--annotations", path, *lc[2], said=OTHER) for path in files)
@@ -929,9 +951,16 @@ def test_length_bins_of_two_models_have_the_same_edges(tmp_path, run):
         assert cell["n_total_minus"] == swapped["length_bins"][name]["n_total"]
 
 
-def test_equal_lengths_fill_one_bin(tmp_path, run):
-    result = run("--annotations", annotate(tmp_path / "a.json", of_lengths([5] * 8)))
-    assert [(name, cell["n_total"]) for name, cell in result["length_bins"].items()] == [("5 to 5", 8)]
+@pytest.mark.parametrize(
+    "lengths, bins",
+    [
+        ([5] * 8, {"5 to 5": 8}),
+        ([5, 5, 5, 5, 5, 7, 9, 20], {"5 to 7.5": 6, "7.5 to 20": 2}),  # quartiles 5, 5 and 7.5
+    ],
+)
+def test_bins_of_equal_lengths(tmp_path, run, lengths, bins):
+    result = run("--annotations", annotate(tmp_path / "a.json", of_lengths(lengths)))
+    assert {name: cell["n_total"] for name, cell in result["length_bins"].items()} == bins
 
 
 def test_a_constant_difference_of_lengths_is_no_effect_of_length(tmp_path, run):
@@ -1056,7 +1085,7 @@ def test_scored_prompts_of_one_model_alone_are_counted_once_each(tmp_path, run):
     for row in rows[:3]:
         row["responses"] = row["responses"][:2]
     both = run(*scored_flags(tmp_path, rows), "--minus", "third", "--allow-missing")
-    assert (both["n_total"], both["n_other_prompts"]) == (37, 3)
+    assert (both["n_total"], both["n_unanswered"]) == (37, 3)
 
 
 def test_several_responses_are_the_mean_over_their_pairs(tmp_path, run):
@@ -1162,7 +1191,7 @@ def without(number, key):
             changed(1, generator_2="other"),
             "expected verdicts on one model, one an instruction, found ['new', 'other']",
         ),
-        (changed(1, generator_1="older"), "expected verdicts against one baseline, found ['base', 'older']"),
+        (changed(1, generator_1="older"), "expected one baseline and other models, found "),
         (
             changed(1, instruction="whence?"),
             "an instruction is not in --lc-data, or two ids have the same one",
@@ -1256,10 +1285,14 @@ def test_the_record_has_the_reference_data(tmp_path, lc, run):
     assert {path.rsplit("/", 1)[1] for path in inputs} == {"a.json", "df_gamed.csv", BASELINE}
 
 
-def test_two_baselines(tmp_path, refused):
+def test_two_baselines_and_two_files_of_one_model(tmp_path, refused):
     files = [annotate(tmp_path / f"{base}.json", entries(0, base=base)) for base in ("base", "older")]
     err = refused("--annotations", files[0], "--minus", files[1])
-    assert f"{files[0]} {files[1]}: expected verdicts against one baseline, found ['base', 'older']" in err
+    assert f"{files[0]}, {files[1]}: expected one baseline and other models, found " in err
+    assert "'base'" in err and "'older'" in err
+    again = annotate(tmp_path / "again.json", entries(5))
+    err = refused("--annotations", files[0], "--minus", again)
+    assert "expected one baseline and other models, found {'base'} and ['new', 'new']" in err
 
 
 @pytest.mark.parametrize("missing", [2, 3])
@@ -1282,10 +1315,10 @@ def test_missing_verdicts_up_to_one_percent(tmp_path, run, refused, missing):
             sentence = (
                 f"of 200 prompts {n_absent} lack an answer of a model and {n_silent} a verdict, over 1 %"
             )
-            assert f"{sentence}; --allow-missing measures the others" in refused(*flags)
+            assert f"{sentence}; --allow-missing measures the rest" in refused(*flags)
             flags = *flags, "--allow-missing"
         result = run(*flags)
-        counts = result["n_without_verdict"], result["n_other_prompts"], result["n_total"]
+        counts = result["n_without_verdict"], result["n_unanswered"], result["n_total"]
         assert counts == (n_silent, n_absent, 200 - missing)
 
 

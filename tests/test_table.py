@@ -230,8 +230,8 @@ def test_the_baseline_has_50_against_itself(tmp_path, capsys):
     assert cells(lines[0], *columns) == ["50.00", "50.00", "", "", "-8.25", "2000", "801", ""]
     assert cells(lines[1], *columns) == ["", "50.00", "", "", "", "2000", "805", ""]
     # a baseline that is a setting keeps what was measured
-    own = put(tmp_path / "gpt4.winrate.json", winrate(48.0, 47.0, baseline="davinci"))
-    lines = by_setting(report(tmp_path, capsys, *files, own)["settings"])
+    measured = put(tmp_path / "gpt4.winrate.json", winrate(48.0, 47.0, baseline="davinci"))
+    lines = by_setting(report(tmp_path, capsys, *files, measured)["settings"])
     assert list(lines) == ["davinci", "a", "b", "gpt4"] and lines["gpt4"]["LC"] == "48.00"
 
 
