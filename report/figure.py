@@ -28,6 +28,7 @@ Prints one JSON object: the files and the number of series.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -46,7 +47,7 @@ import table
 from evaluate import fail, read_jsonl, read_responses
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-STYLES = ("-", "--", "-.", ":")
+STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # lines and markers
 
 
 class Labelled(TypedDict, total=False):
@@ -64,28 +65,34 @@ def parse_args(argv=None):
 
 # ----- three ways to draw: panels of series
 def style_of(k):
-    """Colour, line and marker of series k, the same in all panels."""
-    return {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k // len(COLOURS) % len(STYLES)]}
+    """Colour, line and marker of series k of a panel."""
+    line, marker = STYLES[k // len(COLOURS) % len(STYLES)]
+    return {"color": COLOURS[k % len(COLOURS)], "linestyle": line, "marker": marker}
+
+
+def subplots(n, width, height, **options):
+    """Figure and axes of n panels in a row; a height and the widths are in inches."""
+    options |= {"layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(1, n, figsize=(1 + n * width, height), **options)
+    return figure, axes[0]
 
 
 def bars(panels, rows):
     """Figure with panels (label, reference line, {series: [(middle, low, high) or None for each row]})."""
-    names = list(dict.fromkeys(name for _, _, series in panels for name in series))
+    if not any(point for _, _, series in panels for points in series.values() for point in points):
+        fail("expected results with intervals over prompts, found none")
     rows = ["\n".join(textwrap.fill(line, 30) for line in row.split("\n")) for row in rows]
-    height = 1 + len(rows) * max(0.5, 0.2 * len(names))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2 + 2.8 * len(panels), height), layout="constrained", squeeze=False
-    )
-    for axis, (label, reference, series) in zip(axes[0], panels, strict=True):
-        step = 0.8 / len(names)
-        for name, points in series.items():
-            k = names.index(name)
-            places = [row + step * (k - (len(names) - 1) / 2) for row, point in enumerate(points) if point]
-            numbers = np.array([point for point in points if point]).reshape(-1, 3)
-            middle, low, high = numbers.T
-            style = {"color": style_of(k)["color"], "label": name}
-            errors = [middle - low, high - middle]
-            axis.errorbar(middle, places, xerr=errors, fmt="o", capsize=3, markersize=4, **style)
+    n_series = max(len(series) for _, _, series in panels)
+    n_lines = max(row.count("\n") + 1 for row in rows)
+    figure, axes = subplots(len(panels), 3, 1 + len(rows) * max(0.5, 0.15 * n_series, 0.17 * n_lines + 0.1))
+    for axis, (label, reference, series) in zip(axes, panels, strict=True):
+        step = 0.8 / len(series)
+        for k, (name, points) in enumerate(series.items()):
+            places = [row + step * (k - (len(series) - 1) / 2) for row, point in enumerate(points) if point]
+            middle, low, high = np.array([point for point in points if point]).reshape(-1, 3).T
+            style = style_of(k) | {"linestyle": "", "label": name}
+            errors = np.array([middle - low, high - middle])
+            axis.errorbar(middle, places, xerr=errors, capsize=3, markersize=4, **style)
             if reference is not None:
                 axis.barh(places, middle, 0.6 * step, color=style["color"], alpha=0.3)
             for x, y, value in zip(high, places, middle, strict=True):
@@ -93,49 +100,43 @@ def bars(panels, rows):
                 axis.annotate(number, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
         axis.margins(x=0.2)
         if reference is not None and axis.get_xlim()[0] <= reference <= axis.get_xlim()[1]:
-            axis.axvline(reference, color="grey", linestyle="--", linewidth=1)
+            axis.axvline(reference, color="grey", linestyle="--", linewidth=1, zorder=0)
         axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
         axis.grid(axis="x", alpha=0.3)
-        axis.set_yticks(range(len(rows)), rows if axis is axes[0][0] else [""] * len(rows))
+        axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [""] * len(rows))
     return figure
 
 
 def curves(panels):
     """Figure with panels (x label, y label, {series: [(x, middle, low, high)]}, shaded or not)."""
     names = list(dict.fromkeys(name for _, _, series, _ in panels for name in series))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), layout="constrained", squeeze=False
-    )
-    for axis, (x_label, y_label, series, shaded) in zip(axes[0], panels, strict=True):
+    figure, axes = subplots(len(panels), 3.6, 3.6)
+    for axis, (x_label, y_label, series, shaded) in zip(axes, panels, strict=True):
         for name, points in series.items():
             x, middle, low, high = np.array(sorted(points), float).T
-            style = style_of(names.index(name))
+            style = style_of(names.index(name))  # the same in all panels
             if shaded:
-                axis.plot(x, middle, label=name, **style)
+                axis.plot(x, middle, label=name, **style | {"marker": ""})
                 axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             else:
-                axis.errorbar(
-                    x, middle, yerr=[middle - low, high - middle], marker="o", capsize=3, label=name, **style
-                )
+                errors = np.array([middle - low, high - middle])
+                axis.errorbar(x, middle, yerr=errors, capsize=3, markersize=4, label=name, **style)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
     return figure
 
 
-def histograms(panels):
-    """Figure with panels (label, {series: values}), on common edges; a curve is the share of its values."""
-    values = np.concatenate([values for _, series in panels for values in series.values()])
-    edges = np.histogram_bin_edges(values, 40)
-    names = list(dict.fromkeys(name for _, series in panels for name in series))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), layout="constrained", squeeze=False, sharey=True
-    )
-    for axis, (label, series) in zip(axes[0], panels, strict=True):
-        for name, values in series.items():
-            shares = np.histogram(values, edges)[0] / len(values)
-            axis.stairs(shares, edges, label=name, linewidth=1.5, **style_of(names.index(name)))
-        axis.set(xlabel=label, ylabel="share of the responses")
-        axis.grid(alpha=0.3)
+def histogram(label, series):
+    """Figure of {series: values}, on common edges; a curve is the share of its values."""
+    edges = np.histogram_bin_edges(np.concatenate(list(series.values())), 40)
+    figure, [axis] = subplots(1, 5, 3.6)
+    for k, (name, values) in enumerate(series.items()):
+        shares = np.histogram(values, edges)[0] / len(values)
+        style = style_of(k)
+        del style["marker"]
+        axis.stairs(shares, edges, label=name, linewidth=1.5, **style)
+    axis.set(xlabel=label, ylabel="share of the responses")
+    axis.grid(alpha=0.3)
     return figure
 
 
@@ -156,12 +157,11 @@ def rate_key(settings):
 
 
 def settings_figure(settings):
-    rows, panels = [], []
-    runs = {
-        name: list(results["winrate"].values()) for name, results in settings.items() if "winrate" in results
-    }
-    for name in runs:
-        rows.append(f"{name}\nn = {runs[name][0]['n_total']}")
+    rows, panels, runs = [], [], {}
+    for name, results in settings.items():
+        if "winrate" in results:
+            runs[name] = list(results["winrate"].values())
+            rows.append(f"{name}\nn = {runs[name][0]['n_total']}")
     measures = (
         ("reward", "reward_ci", "mean reward", None),
         ("win_rate", "ci", "win rate (%)", 50),
@@ -171,15 +171,17 @@ def settings_figure(settings):
         points = [point(table.over_runs(runs[name], key, interval)) for name in runs]
         if any(points):
             panels.append((label, reference, {"": points}))
+    if not panels:
+        fail("expected results of evaluate.py winrate with intervals, found none")
     return bars(panels, rows)
 
 
 def categories_figure(settings):
     key, interval, label = rate_key(settings)
-    own, minus, sizes = {}, {}, {}
+    rates, minus, sizes = {}, {}, {}
     for name, results in settings.items():
         for run in results.get("winrate", {}).values():
-            own.setdefault(name, []).append(run)
+            rates.setdefault(name, []).append(run)
             if "minus" in run:
                 minus.setdefault(f"{name} minus {Path(run['minus']['model']).name}", []).append(run["minus"])
             for category, group in run.get("categories", {}).items():
@@ -189,7 +191,7 @@ def categories_figure(settings):
     categories = sorted(sizes, key=lambda category: -sizes[category])
     panels = []
     for series, text, reference in (
-        (own, f"{label} (%)", 50),
+        (rates, f"{label} (%)", 50),
         (minus, f"difference of {label}s (points)", 0),
     ):
         points = {}
@@ -203,17 +205,21 @@ def categories_figure(settings):
 
 def lengths_figure(settings):
     key, interval, label = rate_key(settings)
-    own, minus = {}, {}
+    rates, minus = {}, {}
     for name, results in settings.items():
         for seed, run in results.get("winrate", {}).items():
             run_name = name if seed is None else f"{name}_seed{seed}"
-            own[run_name] = bin_points(run, key, interval)
+            rates[run_name] = bin_points(run, key, interval)
             if "minus" in run:
                 other = Path(run["minus"]["model"]).name
                 minus[f"{run_name} minus {other}"] = bin_points(run["minus"], key, interval)
-    panels = [("characters of the answer", f"{label} (%)", own, False)]
-    if minus:
-        panels.append(("characters of the answer", f"difference of {label}s (points)", minus, False))
+    panels = []
+    for series, text in ((rates, f"{label} (%)"), (minus, f"difference of {label}s (points)")):
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            panels.append(("characters of the answer", text, series, False))
+    if not panels:
+        fail("expected length bins with intervals over prompts, found none")
     return curves(panels)
 
 
@@ -249,8 +255,9 @@ def sweep(settings, place):
 
 def ratio_figure(settings):
     def place(name, meta):
-        counts = meta["counts"]
-        return re.sub(r"[\d.]+$", "", name), counts["on"] / (counts["on"] + counts["off"])
+        on, off = meta["counts"].get("on", 0), meta["counts"].get("off", 0)
+        series = re.sub(r"[-_]?[\d.]+$", "", name)
+        return (series, on / (on + off)) if on + off else None
 
     panel = ("on-policy share of the pairs", f"{rate_key(settings)[2]} (%)", sweep(settings, place), False)
     return curves([panel])
@@ -286,9 +293,8 @@ def training_figure(settings):
 
 def step_points(steps, key):
     """[(step, mean, mean - std, mean + std)] over the pairs of a step; at most 60 points, means of steps."""
-    numbers = [
-        (step["step"], step[key], step.get(f"{key}_std") or 0) for step in steps if step.get(key) is not None
-    ]
+    known = [step for step in steps if step.get(key) is not None]
+    numbers = [(step["step"], step[key], step.get(f"{key}_std") or 0) for step in known]
     width = math.ceil(len(numbers) / 60)
     points = []
     for first in range(0, len(numbers), width or 1):
@@ -297,11 +303,17 @@ def step_points(steps, key):
     return points
 
 
+def short_names(paths):
+    """{path: the name of its file}, or the path itself where two files have one name."""
+    counts = Counter(Path(path).name for path in paths)
+    return {path: Path(path).name if counts[Path(path).name] == 1 else path for path in paths}
+
+
 def shares_figure(paths):
     series, rows = {}, Counter()
-    for path in paths:
+    for path, name in short_names(paths).items():
         counts = Counter(str(row["category"]) for _, row in read_jsonl(path, Labelled))
-        series[f"{Path(path).name} (n = {counts.total()})"] = counts
+        series[f"{name} (n = {counts.total()})"] = counts
         rows += counts
     categories = [category for category, _ in rows.most_common()]
     points = {}
@@ -312,17 +324,20 @@ def shares_figure(paths):
 
 
 def rewards_figure(paths):
-    rewards = {}
-    for path in paths:
+    rewards, labelers = {}, set()
+    for path, name in short_names(paths).items():
         for row in read_responses([path]).values():
             for response in row["responses"]:
                 if response["reward"] is not None:
-                    name = f"{Path(path).name}, {response['source']}-policy"
-                    rewards.setdefault(name, []).append(response["reward"])
+                    labelers.add(str(row.get("labeler")))
+                    series = f"{name}, {response['source']}-policy"
+                    rewards.setdefault(series, []).append(response["reward"])
     if not rewards:
         fail(f"{', '.join(paths)}: no response has a reward")
+    if len(labelers) > 1:
+        fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     series = {f"{name} (mean {np.mean(values):.2f})": values for name, values in rewards.items()}
-    return histograms([("reward", series)])
+    return histogram("reward", series)
 
 
 FIGURES = {
@@ -337,25 +352,35 @@ FIGURES = {
 }
 
 
-def main(args):
-    of_rows = args.figure in ("shares", "rewards")
-    figure = FIGURES[args.figure](args.results if of_rows else table.read_results(args.results))
+def add_legend(figure):
+    """A legend below the panels, for which the figure grows; the number of its entries."""
     handles = {}
     for axis in figure.axes:
-        handles |= {
-            label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True) if label
-        }
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    handles.pop("", None)
     if handles:
         labels = [textwrap.fill(label, 50) for label in handles]
-        columns = min(2, len(figure.axes))
-        figure.legend(
-            handles.values(), labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-        )
-    out = Path(args.out).with_suffix("")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for ending in (".png", ".pdf"):
-        figure.savefig(out.with_suffix(ending), dpi=150)
-    print(json.dumps({"out": [f"{out}.png", f"{out}.pdf"], "series": len(handles)}))
+        columns = min(2, len(figure.axes), len(labels))
+        lines = sum(label.count("\n") + 1 for label in labels) / columns
+        figure.set_figheight(figure.get_figheight() + 0.16 * lines + 0.1)
+        options = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8}
+        figure.legend(handles.values(), labels, **options)
+    return len(handles)
+
+
+def main(args):
+    from_rows = args.figure in ("shares", "rewards")
+    figure = FIGURES[args.figure](args.results if from_rows else table.read_results(args.results))
+    n_series = add_legend(figure)
+    out = re.sub(r"\.(png|pdf)$", "", args.out)
+    try:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        for ending in (".png", ".pdf"):
+            figure.savefig(f"{out}.tmp{ending}", dpi=150)
+            os.replace(f"{out}.tmp{ending}", f"{out}{ending}")
+    except OSError as error:
+        fail(f"--out {args.out}: {error}")
+    print(json.dumps({"out": [f"{out}.png", f"{out}.pdf"], "series": n_series}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Reads   RESULT ...   NAME.winrate.json and NAME.benchmarks.json (evaluate.py), N
 Writes  --out DIR    report.md, which also shows the figures (PNG) that lie in DIR, and a CSV file per table
 
 NAME is the setting. NAME_seed0, NAME_seed1, ... are its runs: a number is their mean, "sd" their standard
-deviation, and "95 %" the interval over prompts (the mean of its ends), which is another thing.
+deviation, and "95 %" the interval over prompts (the mean of its ends), which is another thing. Tokens and
+seconds are sums over the runs; groups, boundary and pair_sets have a line per run.
 
     python report/table.py out/*.json out/*/metrics.jsonl --start policy --out out/report
 
@@ -26,22 +27,24 @@ Prints the report, then one JSON object.
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal, Required, TypedDict
+from typing import Annotated, Literal, Required, TypedDict
 
 import msgspec
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import fail  # noqa: E402
+from evaluate import fail, read_jsonl  # noqa: E402
 
 Interval = tuple[float, float] | None
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class Group(TypedDict, total=False):
-    n_total: Required[int]
+    n_total: Required[Count]
     win_rate: float | None
     ci: Interval
     length_controlled_winrate: float | None
@@ -71,35 +74,58 @@ class Winrate(Difference, total=False):
 
 class Benchmarks(TypedDict):
     kind: Literal["benchmarks"]
-    suite: str
+    suite: Literal["simplemix", "what-matters"]
     average: float | None
-    tasks: dict[str, TypedDict("Task", {"score": float, "stderr": float | None, "n": int})]
+    tasks: dict[str, TypedDict("Task", {"score": float, "stderr": float | None, "n": Count})]
 
 
 class Boundary(TypedDict, total=False):
     kind: Required[Literal["boundary"]]
     v_on: Required[float]
     v_off: Required[float]
-    ties: Required[int]
+    ties: Required[Count]
     score: Required[float]
     ci: Required[tuple[float, float]]
-    n_prompts: Required[int]
+    n_prompts: Required[Count]
     stage: Required[str]
     use: Required[str]
     length_matched: TypedDict("Score", {"score": float, "ci": tuple[float, float]}) | None
-    distinct: dict[str, float] | None
+    distinct: TypedDict("Distinct", {"sum": float}) | None
+
+
+class Arguments(TypedDict, total=False):
+    filter: tuple[str, float] | None  # of build_pairs.py
+
+
+class Counts(TypedDict, total=False):
+    pairs: Count
+    on: Count
+    off: Count
+    cross: Count
+    tokens_sampled: Count
+    tokens_scored: Count
+    tokens_trained: Count
+
+
+NUMBERS = dict.fromkeys(("mean", "std", "min", "25%", "median", "75%", "max"), float)
+Statistics = TypedDict("Statistics", {"n": Count, **NUMBERS}, total=False)
 
 
 class Meta(TypedDict, total=False):
-    args: Required[dict[str, Any]]
-    counts: dict[str, Any]
-    stats: dict[str, dict[str, float]]  # of build_pairs.py alone
+    args: Required[Arguments]
+    counts: Required[Counts]
+    stats: dict[str, Statistics]  # of pairs
     seconds: float
 
 
-class Step(TypedDict):
-    step: int
-    tokens: int
+class Step(TypedDict, total=False):
+    step: Required[Count]
+    tokens: Required[Count]
+    loss: float | None
+    margin: float | None
+    margin_std: float | None
+    diversity: float | None
+    diversity_std: float | None
 
 
 def parse_args(argv=None):
@@ -118,7 +144,7 @@ def name_and_seed(path):
     """("on50", 1) of out/on50_seed1.winrate.json and of out/on50_seed1/metrics.jsonl; or no seed, None."""
     path = Path(path)
     if path.name in ("metrics.jsonl", "metrics.meta.json"):
-        name = path.parent.name
+        name = path.resolve().parent.name
     else:
         name = re.sub(r"(\.[a-z]+)?(\.meta)?\.jsonl?$", "", path.name)
     run = re.fullmatch(r"(.+)_seed(\d+)", name)
@@ -129,9 +155,7 @@ def read_result(path):
     """(kind, content) of a file."""
     try:
         if path.endswith("metrics.jsonl"):
-            steps = [msgspec.json.decode(line) for line in Path(path).read_bytes().splitlines()]
-            msgspec.convert(steps, list[Step])
-            return "metrics", steps
+            return "metrics", [step for _, step in read_jsonl(path, Step)]
         result = msgspec.json.decode(Path(path).read_bytes())
         if path.endswith(".meta.json"):
             meta = msgspec.convert(result, Meta)
@@ -173,8 +197,8 @@ def over_runs(runs, key, interval="ci"):
 
 
 def add_baselines(settings):
-    """Before the settings, the baselines of their win rates, each against itself: 50 by definition."""
-    first = {}
+    """The settings after the baselines of their win rates, which have 50 against themselves by definition."""
+    baselines = {}
     for results in settings.values():
         for run in results.get("winrate", {}).values():
             name = Path(run["baseline"]).name
@@ -182,9 +206,9 @@ def add_baselines(settings):
             line |= {"avg_length": run.get("avg_length_baseline"), "reward": run.get("reward_baseline")}
             if run.get("length_controlled_winrate") is not None:
                 line["length_controlled_winrate"] = 50.0
-            if name not in settings:
-                first[name] = {"winrate": {None: line}}
-    return first | settings
+            if "winrate" not in settings.get(name, {}):
+                baselines[name] = {**settings.get(name, {}), "winrate": {None: line}}
+    return baselines | {name: results for name, results in settings.items() if name not in baselines}
 
 
 def gain(settings, name, start):
@@ -220,7 +244,7 @@ def compute(results):
     metas = [meta for kind in ("meta", "pairs") for meta in results.get(kind, {}).values()]
     line = {}
     for name in ("tokens_sampled", "tokens_scored", "tokens_trained"):
-        counts = [meta.get("counts", {}).get(name, 0) for meta in metas]
+        counts = [meta["counts"].get(name, 0) for meta in metas]
         line[name.replace("_", " ")] = text(sum(counts) or None, ",")
     if not line["tokens trained"]:
         steps = [step for steps in results.get("metrics", {}).values() for step in steps]
@@ -234,7 +258,9 @@ def settings_table(settings, start):
     for name, results in settings.items():
         runs = list(results.get("winrate", {}).values())
         pairs = list(results.get("pairs", {}).values())
-        line = {"setting": name, "runs": text(max(len(runs), len(pairs)) or None, "d")}
+        measured = [kind for kind in results if kind not in ("meta", "metrics", "boundary")]
+        n_runs = max((len(results[kind]) for kind in measured), default=None)
+        line = {"setting": name, "runs": text(n_runs, "d")}
         line |= spread(runs, "length_controlled_winrate", "lc_ci", "LC")
         line |= spread(runs, "win_rate", "ci", "win rate")
         line["standard error"] = mean_of(runs, "standard_error")
@@ -266,11 +292,11 @@ def add_paper(lines, path):
     by_setting = {line["setting"]: line for line in lines}
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                line = by_setting.setdefault(row["setting"], {"setting": row["setting"]})
-                line[f"{row['column']} (paper)"] = row["value"]
-    except (OSError, KeyError, UnicodeError, csv.Error) as error:
-        fail(f"--paper {path}: expected the columns setting, column and value: {error!r}")
+            for row in csv.DictReader(file, strict=True):
+                setting, column, value = (row[name].strip() for name in ("setting", "column", "value"))
+                by_setting.setdefault(setting, {"setting": setting})[f"{column} (paper)"] = value
+    except (OSError, KeyError, AttributeError, UnicodeError, csv.Error) as error:
+        fail(f"--paper {path}: expected the columns setting, column and value in each line: {error!r}")
     return list(by_setting.values())
 
 
@@ -290,9 +316,9 @@ def groups_table(settings):
 
 def group_lines(name, run):
     lines = []
-    for of in ("all", "categories", "length_bins"):
-        for group, cell in run.get(of, {}).items():
-            line = {"setting": name, "of": of.replace("_", " "), "group": group, "n": str(cell["n_total"])}
+    for kind in ("all", "categories", "length_bins"):
+        for group, cell in run.get(kind, {}).items():
+            line = {"setting": name, "of": kind.replace("_", " "), "group": group, "n": str(cell["n_total"])}
             line["LC"] = text(cell.get("length_controlled_winrate"))
             line["LC 95 %"] = text(cell.get("lc_ci"), ".1f")
             line["win rate"] = text(cell.get("win_rate"))
@@ -308,10 +334,10 @@ def benchmarks_table(settings, kind):
         if not runs:
             continue
         line = {"setting": name, "runs": str(len(runs))}
-        for task, cell in runs[0]["tasks"].items():
+        for task in dict.fromkeys(task for run in runs for task in run["tasks"]):
             cells = [run["tasks"][task] for run in runs if task in run["tasks"]]
             score = over_runs(cells, "score")
-            line[f"{task} (n = {cell['n']})"] = text(score["mean"])
+            line[f"{task} (n = {cells[0]['n']})"] = text(score["mean"])
             line[f"{task} se"] = mean_of(cells, "stderr")
             line[f"{task} sd"] = text(score["sd"])
         line["average"] = mean_of(runs, "average")
@@ -326,10 +352,8 @@ def delta_table(settings, asked):
         gains = [gain(settings, name, start) for name in (off, on)]
         if None in gains:
             fail(f"--delta {start} {off} {on}: expected win rates of all three, found {', '.join(settings)}")
-        line = {
-            "start": start,
-            "boundary score": mean_of(settings[start].get("boundary", {}).values(), "score"),
-        }
+        line = {"start": start}
+        line["boundary score"] = mean_of(settings[start].get("boundary", {}).values(), "score")
         line |= {"off-trained": off, "gain off": text(gains[0], "+.2f")}
         line |= {"on-trained": on, "gain on": text(gains[1], "+.2f"), "delta": delta(*gains)}
         lines.append(line)
@@ -362,14 +386,14 @@ def pair_sets_table(settings):
     lines = []
     for name, results in settings.items():
         for meta in results.get("pairs", {}).values():
-            counts = {
-                column: str(meta["counts"].get(column, "")) for column in ("pairs", "on", "off", "cross")
-            }
+            first = {"setting": name}
+            for column in ("pairs", "on", "off", "cross"):
+                first[column] = str(meta["counts"].get(column, ""))
             for what, numbers in meta["stats"].items():
-                row = {
-                    column: text(value, "," if column == "n" else ".2f") for column, value in numbers.items()
-                }
-                lines.append({"setting": name, **counts, "of": what, **row})
+                line = {**first, "of": what}
+                for column, value in numbers.items():
+                    line[column] = text(value, "," if column == "n" else ".2f")
+                lines.append(line)
     return lines
 
 
@@ -381,8 +405,9 @@ def write_table(lines, path):
     ours = [column.removesuffix(" (paper)") for column in columns]
     columns.sort(key=lambda column: ours.index(column.removesuffix(" (paper)")))
     rows = [columns] + [[line.get(column, "") for column in columns] for line in lines]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
+    os.replace(f"{path}.tmp", path)
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     markdown = []
     for row in rows:
@@ -409,18 +434,23 @@ def main(args):
     tables["pair_sets"] = pair_sets_table(settings)
 
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     report = ["# Report"]
-    for name, lines in tables.items():
-        if lines:
-            report += ["", f"## {name}", "", *write_table(lines, out / f"{name}.csv")]
-    for figure in sorted(out.glob("*.png")):
-        report += ["", f"![{figure.stem}]({figure.name})"]
-    (out / "report.md").write_text("\n".join(report) + "\n", encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, lines in tables.items():
+            if lines:
+                report += ["", f"## {name}", "", *write_table(lines, out / f"{name}.csv")]
+            else:
+                (out / f"{name}.csv").unlink(missing_ok=True)  # of an earlier report
+        for figure in sorted(out.glob("*.png")):
+            report += ["", f"![{figure.stem}]({figure.name})"]
+        (out / "report.md.tmp").write_text("\n".join(report) + "\n", encoding="utf-8")
+        os.replace(out / "report.md.tmp", out / "report.md")
+    except OSError as error:
+        fail(f"--out {args.out}: {error}")
     print("\n".join(report))
-    print(
-        json.dumps({"out": args.out, "tables": {name: len(lines) for name, lines in tables.items() if lines}})
-    )
+    counts = {name: len(lines) for name, lines in tables.items() if lines}
+    print(json.dumps({"out": args.out, "tables": counts}))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def multiple_choice(row):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Four rows a task, as in ../shared/data/benchmarks; MMLU has subjects of 3 and of 1 question."""
+    """Four rows a task, two of IFEval, as in ../shared/data/benchmarks; MMLU has 3 and 1 of two subjects."""
     folder = tmp_path_factory.mktemp("files")
     write_rows(folder / "arc_challenge_test_4.jsonl", STEMS)
     write_rows(folder / "openbookqa_test_4.jsonl", STEMS)
@@ -129,9 +129,9 @@ def files(tmp_path_factory):
             "instruction_id_list": ["punctuation:no_comma"],
             "kwargs": [{}],
         }
-        for i, row in enumerate(STEMS)
+        for i, row in enumerate(STEMS[:2])  # 1,280 tokens each
     ]
-    write_rows(folder / "ifeval_input_4.jsonl", ifeval)
+    write_rows(folder / "ifeval_input_2.jsonl", ifeval)
     with gzip.open(folder / "truthfulqa_mc_4.jsonl.gz", "wt") as file:
         for i in range(4):
             row = {"question": f"What does ice do {i}?", "mc1_targets": {}, "mc2_targets": MC2}
@@ -164,7 +164,8 @@ def test_files_for_lm_eval(files, tmp_path, capsys):
     """lm-eval's own tasks by their names: nothing of them changes but the examples and where the rows are."""
     convert("simplemix", files, tmp_path)
     said = capsys.readouterr().out.splitlines()
-    assert json.loads(said[-1]) == dict.fromkeys(evaluate.SUITES["simplemix"], 4)
+    counts = dict.fromkeys(evaluate.SUITES["simplemix"], 4) | {"ifeval": 2}
+    assert json.loads(said[-1]) == counts
     assert said[:-1] == ["hellaswag: the rows have no activity label, with which lm-eval's own prompts begin"]
     group = json.loads((tmp_path / "simplemix.yaml").read_text())
     tasks = {task.get("task", "mmlu"): task for task in group["task"]}
@@ -206,7 +207,7 @@ def test_files_for_lm_eval(files, tmp_path, capsys):
     record = json.loads((tmp_path / "simplemix.meta.json").read_text())
     used = {path.name for path in files.iterdir()} - {"truthfulqa_mc_4.jsonl.gz", "gsm8k_test_4.jsonl"}
     assert {Path(path).name for path in record["inputs"]} == used
-    assert record["counts"] == dict.fromkeys(evaluate.SUITES["simplemix"], 4)
+    assert record["counts"] == counts
 
 
 def test_a_second_suite_and_a_second_run_in_one_folder(files, tmp_path, capsys):
@@ -267,7 +268,7 @@ PIQA_COLUMNS = "piqa_valid_4.jsonl:2: expected a row of piqa with goal, sol1, so
         ("piqa_valid_4.jsonl", (GOOD_PIQA + "[1]").encode(), PIQA_COLUMNS + "TypeError"),
         ("piqa_valid_4.jsonl", (GOOD_PIQA + "{torn").encode(), PIQA_COLUMNS + "JSONDecodeError"),
         ("piqa_valid_4.jsonl", GOOD_PIQA.encode() + b"\xff", PIQA_COLUMNS + "UnicodeDecodeError"),
-        ("ifeval_input_4.jsonl", b"[" * 100_000, "ifeval_input_4.jsonl:1: expected a row of ifeval"),
+        ("ifeval_input_2.jsonl", b"[" * 100_000, "ifeval_input_2.jsonl:1: expected a row of ifeval"),
         (
             "mmlu_dev_5.jsonl",
             json.dumps({**HUB_ROWS["mmlu"], "subject": "anatomy"}).encode(),
@@ -564,7 +565,7 @@ def test_simplemix(files, long_policy, punkt, tmp_path):
         mmlu.append(([(f"{context}Answer:", f" {letter}") for letter in "ABCD"], row["label"]))
     assert tasks["mmlu"]["score"] == accuracy(model, mmlu)
     counts = {name: (task["n"], task["shots"]) for name, task in tasks.items()}
-    assert counts == dict.fromkeys(evaluate.SUITES["simplemix"], (4, 0))
+    assert counts == dict.fromkeys(evaluate.SUITES["simplemix"], (4, 0)) | {"ifeval": (2, 0)}
     assert tasks["ifeval"]["metric"] == "prompt_level_loose_acc,none"
     assert tasks["piqa"]["metric"] == "acc,none"
     mean = sum(task["score"] for task in tasks.values()) / 8
