@@ -54,8 +54,8 @@ from typing import Annotated, Literal, Required, TypedDict
 import msgspec
 import numpy as np
 
-PENALTIES = np.logspace(-4, 4, 10)  # alpaca_eval: scikit-learn's LogisticRegressionCV(Cs=10)
-MINIMAL_PENALTY = PENALTIES[6]  # without gamma: on few prompts cross-validation shrinks every rate to 50
+CS = np.logspace(-4, 4, 10)  # alpaca_eval: scikit-learn's LogisticRegressionCV(Cs=10)
+MINIMAL_C = CS[6]  # without gamma: on few prompts cross-validation shrinks every rate to 50
 GAMED_WEIGHT = 0.1  # alpaca_eval: a fifth, shared by the two gamed models
 LC_FILES = ("alpaca_eval_gpt4_baseline.json", "df_gamed.csv")  # of --lc-data
 OFFICIAL_JUDGES = {"weighted_alpaca_eval_gpt4_turbo", "judge:gpt-4-1106-preview"}
@@ -106,9 +106,7 @@ def parse_args(argv=None):
     )
     flag("--minus", metavar="NAME", help="a second model, or its annotations file, to subtract")
     flag("--lc-data", metavar="DIR", help="AlpacaEval's difficulties, instructions and gamed rows")
-    flag(
-        "--lc-c", type=float, metavar="C", help="of the LC fit (default: by cross-validation, with --lc-data)"
-    )
+    flag("--lc-c", type=float, metavar="C", help="of the LC fit (default with --lc-data: cross-validation)")
     flag("--bins-of", nargs="+", default=[], metavar="CATEGORY", help="length bins of these categories alone")
     flag("--allow-missing", action="store_true", help="over 1 %% of prompts may lack a verdict or an answer")
     flag("--out", required=True, metavar="FILE", help="the result, JSON")
@@ -116,7 +114,7 @@ def parse_args(argv=None):
     flag("--model", required=True, metavar="MODEL", help="a folder, or a name on the hub")
     flag("--suite", required=True, choices=list(SUITES))
     flag("--backend", choices=["hf", "vllm"], default="hf", help="what lm-eval runs the model with")
-    flag("--batch-size", default="8", metavar="N", help="of the backend hf (default %(default)s)")
+    flag("--batch-size", metavar="N", help="of the backend hf (default 8)")
     flag("--limit", type=int, metavar="N", help="the first N questions of each task alone")
     flag("--data", metavar="DIR", help="folder of data/offline_benchmarks.py, for machines without internet")
     flag("--out", required=True, metavar="FILE", help="the result, JSON")
@@ -131,6 +129,8 @@ def parse_args(argv=None):
             parser.error(f"--lc-c must be above 0, found {args.lc_c}")
     elif args.limit is not None and args.limit < 1:
         parser.error(f"--limit must be at least 1, found {args.limit}")
+    elif args.batch_size and args.backend != "hf":
+        parser.error("--batch-size belongs to --backend hf; vLLM makes its own batches")
     return args
 
 
@@ -169,36 +169,29 @@ def verdicts(rows, model, baseline, by_wins):
     return prompts
 
 
-def read_annotations(paths):
-    """({instruction: row}, models, baselines, labelers) of AlpacaEval's verdicts, a file a model."""
-    rows, models, baselines, labelers = {}, [], set(), set()
-    for path in paths:
-        try:
-            entries = msgspec.convert(msgspec.json.decode(Path(path).read_bytes()), list[Annotation])
-        except (OSError, ValueError, RecursionError, OverflowError) as error:
-            fail(f"{path}: {error}")
-        names = {entry["generator_2"] for entry in entries}
-        if len({entry["instruction"] for entry in entries}) < len(entries) or len(names) != 1:
-            fail(f"{path}: expected verdicts on one model, one an instruction, found {sorted(names)}")
-        models += names
-        for entry in entries:
-            p = entry["preference"]
-            if p is not None:
-                p = p - 1 if p else 0.5
-                if p < 0:
-                    fail(f"{path}: expected preferences from 1 to 2, or 0 for a tie, found {1 + p}")
-            baseline = {"text": entry["output_1"], "model": entry["generator_1"], "reward": None, "wins": {}}
-            model = {"text": entry["output_2"], "model": entry["generator_2"], "reward": None}
-            model["wins"] = {id(baseline): p}
-            baselines.add(entry["generator_1"])
-            labelers |= {entry.get("annotator")} - {None}
-            row = rows.setdefault(entry["instruction"], {"responses": [], "wins": [], "category": None})
-            row["prompt"] = [{"role": "user", "content": entry["instruction"]}]
-            row["category"] = row["category"] or entry.get("category")
-            row["responses"] += [baseline, model]
-    if len(baselines) != 1 or len(baselines | set(models)) < 1 + len(paths):
-        fail(f"{', '.join(paths)}: expected one baseline and other models, found {baselines} and {models}")
-    return rows, models, baselines.pop(), labelers
+def read_annotations(path):
+    """({instruction: row}, model, baseline) of AlpacaEval's verdicts; rows as read_responses has them."""
+    try:
+        entries = msgspec.convert(msgspec.json.decode(Path(path).read_bytes()), list[Annotation])
+    except (OSError, ValueError, RecursionError, OverflowError) as error:
+        fail(f"{path}: {error}")
+    names = {(entry["generator_2"], entry["generator_1"]) for entry in entries}
+    if len({entry["instruction"] for entry in entries}) < len(entries) or len(names) != 1:
+        fail(f"{path}: expected one verdict an instruction, on one model and baseline, found {sorted(names)}")
+    [(model, baseline)] = names
+    rows = {}
+    for entry in entries:
+        p = entry["preference"]
+        if p is not None:
+            p = p - 1 if p else 0.5
+            if p < 0:
+                fail(f"{path}: expected preferences from 1 to 2, or 0 for a tie, found {1 + p}")
+        theirs = {"text": entry["output_1"], "model": baseline, "reward": None, "wins": {}}
+        mine = {"text": entry["output_2"], "model": model, "reward": None, "wins": {id(theirs): p}}
+        row = {"responses": [theirs, mine], "wins": [], "category": entry.get("category")}
+        row["prompt"] = [{"role": "user", "content": entry["instruction"]}]
+        rows[entry["instruction"]] = row | {"labeler": entry.get("annotator")}
+    return rows, model, baseline
 
 
 def read_reference(folder):
@@ -207,15 +200,19 @@ def read_reference(folder):
         text = Path(folder, LC_FILES[0]).read_bytes()
         entries = msgspec.json.decode(text, type=list[TypedDict("Entry", {"instruction": str})])
         places = {entry["instruction"]: place for place, entry in enumerate(entries)}
-        gamma, x, p = np.zeros(len(places)), [], []
+        names = ("index", "instruction_difficulty", "std_delta_len", "preference")
         with open(Path(folder, LC_FILES[1]), newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                gamma[int(row["index"])] = float(row["instruction_difficulty"])
-                x.append([math.tanh(float(row["std_delta_len"])), float(row["instruction_difficulty"]), 0])
-                p.append(float(row["preference"] or "nan"))  # in [0, 1] already
-    except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
-        fail(f"--lc-data {folder}: expected AlpacaEval's two files, found {error!r}")
-    return places, gamma, {"x": np.array(x), "p": np.array(p)}
+            table = [[float(row[name] or "nan") for name in names] for row in csv.DictReader(file)]
+        index, difficulty, delta, p = np.array(table).reshape(-1, 4).T  # p is in [0, 1]
+        if len(places) < len(entries) or set(index) != set(range(len(entries))):
+            raise ValueError("an instruction twice, or without gamed rows")
+        if not np.isfinite([difficulty, delta]).all() or ((p < 0) | (p > 1)).any():
+            raise ValueError("numbers that are not finite, or preferences outside of [0, 1]")
+    except (OSError, csv.Error, KeyError, TypeError, ValueError, RecursionError) as error:
+        fail(f"--lc-data {folder}: expected AlpacaEval's two files, found {type(error).__name__}: {error}")
+    gamma = np.zeros(len(places))
+    gamma[index.astype(int)] = difficulty
+    return places, gamma, {"x": np.stack([np.tanh(delta), difficulty, 0 * delta], axis=1), "p": p}
 
 
 # ----- the length-controlled win rate: alpaca_eval's length_controlled_v1
@@ -229,17 +226,17 @@ def log_losses(theta, x, p, weight):
     return weight * (np.logaddexp(0, logits) - p * logits)
 
 
-def fit(x, p, weight, penalty, start=None):
-    """argmin over theta (k,) of |theta|_1 + C sum(log_losses), C the penalty: Newton with an L1 term."""
+def fit(x, p, weight, C, start=None):
+    """argmin over theta (k,) of |theta|_1 + C sum(log_losses), by Newton: 1 / C is the L1 penalty's weight."""
 
     def objective(theta):
-        return np.abs(theta).sum() + penalty * log_losses(theta, x, p, weight).sum()
+        return np.abs(theta).sum() + C * log_losses(theta, x, p, weight).sum()
 
     theta = np.zeros(x.shape[1]) if start is None else start
     for _ in range(200):
         q = sigmoid(x @ theta)
-        gradient = penalty * x.T @ (weight * (q - p))
-        hessian = penalty * (x.T * (weight * q * (1 - q))) @ x
+        gradient = C * x.T @ (weight * (q - p))
+        hessian = C * (x.T * (weight * q * (1 - q))) @ x
         hessian += (1e-12 * np.trace(hessian) + 1e-30) * np.eye(len(theta))  # columns may be the same
         step = lasso(hessian, hessian @ theta - gradient) - theta
         while objective(theta + step) > objective(theta) * (1 + 1e-12):
@@ -273,7 +270,7 @@ def training_rows(prompts, gamed):
     """
     difference = prompts["len_baseline"] - prompts["len"]
     spread = difference.std(ddof=1)
-    columns = [np.tanh(difference / spread) if spread > 0 else difference, np.ones(len(difference))]
+    columns = [np.tanh(difference / spread) if spread > 0 else 0 * difference, np.ones(len(difference))]
     if gamed is not None:
         columns.insert(1, prompts["gamma"])
     x, p, weight = np.stack(columns, axis=1), prompts["p"], np.ones(len(difference))
@@ -284,29 +281,29 @@ def training_rows(prompts, gamed):
     return x, np.nan_to_num(p), weight * ~np.isnan(p)
 
 
-def choose_penalty(prompts, gamed):
+def choose_C(prompts, gamed):
     """C by five folds, the smallest of equals. A row's place in AlpacaEval's files modulo 5 is its fold."""
     x, p, weight = training_rows(prompts, gamed)
     fold = np.concatenate([prompts["place"], np.arange(len(p) - len(prompts["place"]))]) % 5
     losses = []
-    for penalty in PENALTIES:
+    for C in CS:
         held_out = []
         for k in np.unique(fold[weight > 0]):
             train, test = fold != k, (fold == k) & (weight > 0)
-            theta = fit(x[train], p[train], weight[train], penalty)
+            theta = fit(x[train], p[train], weight[train], C)
             held_out.append(log_losses(theta, x[test], p[test], weight[test]).mean())
         losses.append(np.mean(held_out))
-    return PENALTIES[np.argmin(losses)]
+    return CS[np.argmin(losses)]
 
 
-def rates(prompts, gamed, penalty, start=None):
+def rates(prompts, gamed, C, start=None):
     """(theta, MEASURES (3, g)) of groups; prompts: arrays (n,), "members" (n, g). The first group has all."""
     members, p = prompts["members"], prompts["p"]
     wins, theta = group_means(p, members), None
     lc = np.full(len(wins), math.nan)
     if (~np.isnan(p)).sum() >= 5:  # of fewer verdicts there is nothing to fit
         x, *rest = training_rows(prompts, gamed)
-        theta = fit(x, *rest, penalty, start)
+        theta = fit(x, *rest, C, start)
         logits, equal_length = x[: len(p)] @ theta, x[: len(p), 1:] @ theta[1:]
         lc[0] = sigmoid(equal_length).mean()  # as alpaca_eval does, of unjudged prompts too
         lc[1:] = adjusted_rates(wins[1:], logits, equal_length, members[:, 1:] & ~np.isnan(p)[:, None])
@@ -335,14 +332,14 @@ def adjusted_rates(wins, logits, equal_length, members):
     return np.bincount(group, sigmoid(equal_length[row] + b[group]), len(size)) / size
 
 
-def bootstrap(prompts, gamed, penalty):
+def bootstrap(prompts, gamed, C):
     """(1000, 3, g) rates of prompts drawn with replacement, C as it is; every model has the same draws."""
     n, draws = len(prompts["p"]), []
-    theta, _ = rates(prompts, gamed, penalty)  # the fits of draws start here
+    theta, _ = rates(prompts, gamed, C)  # the fits of draws start here
     for counts in np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 1000):
         drawn = np.repeat(np.arange(n), counts)
         sample = {name: column[drawn] for name, column in prompts.items()}
-        draws.append(rates(sample, gamed, penalty, theta)[1])
+        draws.append(rates(sample, gamed, C, theta)[1])
     return np.array(draws)
 
 
@@ -376,10 +373,11 @@ def with_intervals(values, draws, names, counts):
     result = {"categories": {}, "length_bins": {}}
     for k, (kind, group) in enumerate(names):
         cell = dict(counts[k])
+        sizes = [cell["n_total"], cell.get("n_total_minus", math.inf)]
         for m, (name, interval) in enumerate(MEASURES.items()):
             known = draws[~np.isnan(draws[:, m, k]), m, k]
             cell[name] = None if np.isnan(values[m, k]) else values[m, k]
-            enough = len(known) and cell["n_total"] > 1
+            enough = len(known) and cell[name] is not None and min(sizes) > 1
             cell[interval] = np.percentile(known, [2.5, 97.5]).tolist() if enough else None
         if kind:
             result[kind][group] = cell
@@ -388,15 +386,16 @@ def with_intervals(values, draws, names, counts):
     return result
 
 
-def measure(prompts, names, gamed, penalty):
+def measure(prompts, names, gamed, C):
     """(result of a model, its rates (3, g), their bootstrap draws (1000, 3, g), counts of the groups)."""
-    if penalty is None:
-        penalty = MINIMAL_PENALTY if gamed is None else choose_penalty(prompts, gamed)
     judged = ~np.isnan(prompts["p"])
+    if C is None:
+        fits = gamed is not None and judged.sum() >= 5
+        C = choose_C(prompts, gamed) if fits else MINIMAL_C
     counts = [counts_of(prompts["p"][judged & inside]) for inside in prompts["members"].T]
     with np.errstate(invalid="ignore"):  # nan: a draw left a group empty
-        theta, values = rates(prompts, gamed, penalty)
-        draws = bootstrap(prompts, gamed, penalty)
+        theta, values = rates(prompts, gamed, C)
+        draws = bootstrap(prompts, gamed, C)
     result = with_intervals(values, draws, names, counts)
     result["avg_length"] = int(prompts["len"].mean())
     result["avg_length_baseline"] = int(prompts["len_baseline"].mean())
@@ -404,7 +403,7 @@ def measure(prompts, names, gamed, penalty):
     result["reward_baseline"] = rewards.mean() if len(rewards) else None
     if theta is not None:
         formula = "length_controlled_minimal" if gamed is None else "length_controlled_v1"
-        result |= {"formula": formula, "C": penalty, "theta": theta.tolist()}
+        result |= {"formula": formula, "C": C, "theta": theta.tolist()}
     return result, values, draws, counts
 
 
@@ -413,28 +412,34 @@ def main_winrate(args):
     names = [name for name in (args.annotations or args.model, args.minus) if name]
     if args.annotations:
         files = names
-        rows, models, baseline, labelers = read_annotations(files)
+        rows_of, models, baselines = zip(*map(read_annotations, files), strict=True)
+        if len(set(models)) < len(files) or len(set(baselines)) > 1:
+            fail(f"{' and '.join(files)}: expected two models and one baseline, found {models}, {baselines}")
+        baseline = baselines[0]
     else:
         files, models, baseline = args.scored, names, args.baseline
-        rows = read_responses(files)
-        labelers = {row["labeler"] for row in rows.values() if row.get("labeler")}
-    where = ", ".join(files)
-    answered = {response.get("model") for row in rows.values() for response in row["responses"]}
-    for name in (*models, baseline):
+        rows_of = [read_responses(files)] * len(models)
+    rows, where = rows_of[-1] | rows_of[0], ", ".join(files)
+    labelers = {row["labeler"] for rows in rows_of for row in rows.values() if row.get("labeler")}
+    answered = sorted({str(response.get("model")) for row in rows.values() for response in row["responses"]})
+    for name in (*models, baseline) if not args.annotations else ():
         if name not in answered:
-            fail(f"{where}: no response is of the model {name!r}; there are {', '.join(map(str, answered))}")
+            fail(f"{where}: no response is of the model {name!r}; there are {', '.join(answered)}")
     with_wins = [row.get("wins") is not None for row in rows.values()]
     if any(with_wins) and not all(with_wins):
         fail(f"{where}: some rows have wins and some have none: score all with one scorer")
-    sets = [verdicts(rows, name, baseline, any(with_wins)) for name in models]
+    sets = []
+    for model, rows_of_model in zip(models, rows_of, strict=True):
+        sets.append(verdicts(rows_of_model, model, baseline, any(with_wins)))
     keys = [key for key in sorted(rows) if all(key in prompts for prompts in sets)]
 
     n_prompts, places, gamma, gamed = len(rows), {}, None, None
     if args.lc_data:
-        official, gamma, gamed = read_reference(args.lc_data)
-        n_prompts = len(official)
+        place_of, gamma, gamed = read_reference(args.lc_data)
+        n_prompts = len(place_of)
         for key in keys:
-            places[key] = official.get(rows[key]["prompt"][-1]["content"])
+            turns = rows[key]["prompt"]
+            places[key] = place_of.get(turns[-1]["content"]) if len(turns) == 1 else None
         if None in places.values() or len(set(places.values())) < len(keys):
             fail(f"{where}: an instruction is not in --lc-data, or two ids have the same one")
         keys.sort(key=places.get)
@@ -470,15 +475,16 @@ def main_winrate(args):
         difference = with_intervals(values - other_values, draws - other_draws, groups, sizes)
         result["minus"] = {"model": models[1], **difference, "own": other}
     by = "annotations" if args.annotations else "wins" if any(with_wins) else "reward"
-    if args.lc_data and (baseline != "gpt4_1106_preview" or not labelers or labelers - OFFICIAL_JUDGES):
+    official = baseline == "gpt4_1106_preview" and labelers and labelers <= OFFICIAL_JUDGES
+    if args.lc_data and "formula" in result and not official:
         result["formula"] = "length_controlled_v1, other judge"
         print("not the judge and baseline of --lc-data: not on the public scale", file=sys.stderr)
     result |= {"kind": "winrate", "model": models[0], "baseline": baseline, "by": by}
-    result |= {"n_without_verdict": n_without, "n_unanswered": n_unanswered}
-    result |= {"bins_of": args.bins_of, "labelers": sorted(labelers)}
+    dropped = {"n_without_verdict": n_without, "n_unanswered": n_unanswered}
+    result |= {**dropped, "bins_of": args.bins_of, "labelers": sorted(labelers)}
     text = json.dumps(result, default=np.generic.item)
     inputs = files + [str(Path(args.lc_data, name)) for name in LC_FILES] if args.lc_data else files
-    counts = {"prompts": n_prompts, "compared": result["n_total"]}
+    counts = {"prompts": n_prompts, "compared": result["n_total"], **dropped}
     write_output(args, inputs, [text], started, counts=counts)
     print(text)
 
@@ -516,10 +522,12 @@ def main_benchmarks(args):
     in_config = config.exists() and '"chat_template"' in config.read_text()
     if chat and model.exists() and not (in_config or (model / "chat_template.jinja").exists()):
         fail(f"{model}: what-matters asks in the model's chat template, and the tokenizer has none")
+    if args.data and not Path(args.data, f"{args.suite}.yaml").exists():
+        fail(f"--data {args.data}: expected {args.suite}.yaml, which data/offline_benchmarks.py writes")
     model_args = {"pretrained": str(model.resolve()) if model.exists() else args.model, "dtype": "auto"}
     command = [sys.executable, "-m", "lm_eval", "run", "--model", args.backend, "--tasks", args.suite]
     command += ["--model_args", json.dumps(model_args)]
-    command += ["--batch_size", args.batch_size if args.backend == "hf" else "auto"]
+    command += ["--batch_size", args.batch_size or ("8" if args.backend == "hf" else "auto")]
     command += ["--apply_chat_template", "--fewshot_as_multiturn", "true"] if chat else []
     command += ["--limit", str(args.limit)] if args.limit else []
     with tempfile.TemporaryDirectory() as folder:
@@ -537,9 +545,10 @@ def main_benchmarks(args):
         probe = "import lm_eval.tasks.ifeval.utils, nltk; nltk.data.find('tokenizers/punkt_tab')"
         probed = subprocess.run([sys.executable, "-c", probe], cwd=folder, env=env, capture_output=True)
         if probed.returncode:
-            last = probed.stderr.decode().strip().splitlines()[-1]
+            lines = probed.stderr.decode().splitlines()
+            reason = [line.strip() for line in lines if "Error" in line or "not found" in line][-1]
             advice = 'pip install "lm-eval[ifeval]==0.4.13"; without internet NLTK_DATA=DIR with punkt_tab'
-            fail(f"lm-eval does not start ({last}): {advice}")
+            fail(f"lm-eval does not start ({reason}): {advice}")
         done = subprocess.run(command, cwd=folder, env=env, stdout=sys.stderr)
         files = list(Path(folder).glob("results/**/results_*.json"))
         if done.returncode or not files:

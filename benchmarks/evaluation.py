@@ -45,7 +45,7 @@ def fastest(call, repeats):
 
 def read_prompts(annotations, lc_data):
     """AlpacaEval's prompts as the arrays that evaluate.py fits, and the gamed rows."""
-    rows, [model], baseline, _ = evaluate.read_annotations([annotations])
+    rows, model, baseline = evaluate.read_annotations(annotations)
     places, gamma, gamed = evaluate.read_reference(lc_data)
     keys = sorted(rows, key=places.get)
     verdicts = evaluate.verdicts(rows, model, baseline, by_wins=True)
@@ -71,13 +71,13 @@ def compare_fits(prompts, gamed):
     def rate(theta):
         return round(100 * evaluate.sigmoid(x[:n, 1:] @ theta[1:]).mean(), 4)
 
-    penalty = evaluate.MINIMAL_PENALTY
+    penalty = evaluate.MINIMAL_C
     seconds, theta = fastest(lambda: evaluate.fit(x, p, weight, penalty), 20)
     library = LogisticRegression(C=penalty, fit_intercept=False, **SETTINGS)
     library_seconds, _ = fastest(lambda: library.fit(features, labels, weights), 5)
     result = {"fit": [seconds, library_seconds, rate(theta), rate(library.coef_[0])]}
 
-    seconds, penalty = fastest(lambda: evaluate.choose_penalty(prompts, gamed), 5)
+    seconds, penalty = fastest(lambda: evaluate.choose_C(prompts, gamed), 5)
     theta = evaluate.fit(x, p, weight, penalty)
     library = LogisticRegressionCV(Cs=10, cv=folds, scoring="neg_log_loss", fit_intercept=False, **SETTINGS)
     library_seconds, _ = fastest(lambda: library.fit(features, labels, weights), 5)
@@ -138,7 +138,7 @@ def main():
     args = parser.parse_args()
     prompts, gamed = read_prompts(args.annotations, args.lc_data)
     result = compare_fits(prompts, gamed)
-    seconds, _ = fastest(lambda: evaluate.bootstrap(prompts, gamed, evaluate.MINIMAL_PENALTY), 1)
+    seconds, _ = fastest(lambda: evaluate.bootstrap(prompts, gamed, evaluate.MINIMAL_C), 1)
     result["bootstrap"] = {"seconds": seconds}
     print(json.dumps(result | {"report": report_seconds()}))
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPO
 
 # Formatted lines. evaluate.py is above its plan's 540: the trial had no row types, record and benchmarks.
-SIZES = {"build_pairs": 390, "boundary": 325, "evaluate": 660}
+SIZES = {"build_pairs": 390, "boundary": 325, "evaluate": 670}
 REWRITTEN_LATER = ["generate", "score", "train_dpo"]  # by the next issues; left out in ruff.toml too
 TOP = [*SIZES, *REWRITTEN_LATER]
 FOLDERS = ("data", "scorers", "recipes", "report")
