@@ -317,7 +317,7 @@ def write_output(args, inputs, lines, started, **facts):
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in text)
             os.replace(f"{path}.tmp", path)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"--out {args.out}: {error}")
 
 

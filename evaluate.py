@@ -227,7 +227,7 @@ def log_losses(theta, x, p, weight):
 
 
 def fit(x, p, weight, C, start=None):
-    """argmin over theta (k,) of |theta|_1 + C sum(log_losses), by Newton: 1 / C is the L1 penalty's weight."""
+    """argmin over theta (k,) of |theta|_1 + C sum(log_losses) by Newton; C is the inverse of the penalty."""
 
     def objective(theta):
         return np.abs(theta).sum() + C * log_losses(theta, x, p, weight).sum()
@@ -658,7 +658,7 @@ def write_output(args, inputs, lines, started, **facts):
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in text)
             os.replace(f"{path}.tmp", path)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"--out {args.out}: {error}")
 
 
