@@ -622,7 +622,7 @@ def finish_run(args: argparse.Namespace, facts: dict, started: float, **more: fl
         counts["skipped_context_too_long"] = counts["rows"] * args.n - counts["responses"]
     shares = {"truncated_share": round(counts["truncated"] / counts["responses"], 4), "equal_samples_share": round(equal, 4)}
     quantiles = np.percentile(lengths, (0, 25, 50, 75, 100)).tolist() if lengths else None
-    facts.update(counts={**counts, "tokens": sum(lengths), "tokens_min_25_50_75_max": quantiles, **shares, **more},
+    facts.update(counts={**counts, "tokens": sum(lengths), "tokens_sampled": sum(lengths), "tokens_min_25_50_75_max": quantiles, **shares, **more},
                  seconds=round(time.time() - started, 2))
     write_meta(args.out, facts)
     print(json.dumps({"out": args.out, **facts["counts"], "seconds": facts["seconds"]}))

@@ -964,7 +964,8 @@ def main(args: argparse.Namespace) -> None:
             append_rows(args.out, rows)
     facts["counts"] = summary(args.out, args)
     if seen["padded"]:
-        facts["counts"]["padding"] = round(1 - seen.pop("real") / seen.pop("padded"), 4)
+        facts["counts"]["tokens_scored"] = seen.pop("real")
+        facts["counts"]["padding"] = round(1 - facts["counts"]["tokens_scored"] / seen.pop("padded"), 4)
     facts["counts"].update(seen, **({"reasons": dict(reasons)} if reasons else {}))
     facts["seconds"] = round(time.time() - started, 2)
     write_meta(args.out, facts)

@@ -117,7 +117,8 @@ def curves(panels):
             style = style_of(names.index(name))  # the same in all panels
             if shaded:
                 axis.plot(x, middle, label=name, **style | {"marker": ""})
-                axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+                if len(series) <= 4:  # more bands are one grey
+                    axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             else:
                 errors = np.array([middle - low, high - middle])
                 axis.errorbar(x, middle, yerr=errors, capsize=3, markersize=4, label=name, **style)

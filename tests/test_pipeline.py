@@ -5,6 +5,7 @@ and the numbers that can be known beforehand come out.
 Run     python -m pytest tests/test_pipeline.py
 """
 
+import csv
 import json
 
 import pytest
@@ -77,20 +78,30 @@ def test_the_whole_pipeline(folder):
     assert said["steps"] == 6 and said["first_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert said["last_loss"] < said["first_loss"]
 
-    for model, out in (("policy", "base"), ("on50", "trained")):
+    for model, out in (("policy", "base"), ("on50", "on50.answers")):
         run(f"generate.py --greedy --model {model} --prompts prompts.jsonl --out {out}.jsonl {sampling}")
-    run("score.py --model reward --responses base.jsonl trained.jsonl --out eval.jsonl --backend hf")
+    run(
+        "score.py --model reward --responses base.jsonl on50.answers.jsonl --out on50.eval.jsonl --backend hf"
+    )
     said = run(
-        "evaluate.py winrate --scored eval.jsonl --model on50 --baseline policy --out on50.winrate.json"
+        "evaluate.py winrate --scored on50.eval.jsonl --model on50 --baseline policy --out on50.winrate.json"
     )
     assert said["n_total"] == 12 and set(said["categories"]) == {"a", "b"}
     assert said["n_wins"] + said["n_wins_base"] + said["n_draws"] == 12
     figure = "report/figure.py settings on50.winrate.json --out report/settings.png"
     assert run(figure)["out"] == ["report/settings.png", "report/settings.pdf"]
     assert (folder / "report" / "settings.png").read_bytes()[:4] == b"\x89PNG"
-    results = "on50.winrate.json on50.pairs.meta.json on50/metrics.jsonl policy.boundary.json"
+    results = "on50.winrate.json on50.pairs.meta.json on50/metrics.jsonl policy.boundary.json "
+    results += "on50.answers.meta.json on50.eval.meta.json"
     assert run(f"report/table.py {results} --start policy --out report")["tables"]["settings"] == 2
     report = (folder / "report" / "report.md").read_text()
     assert f"{said['win_rate']:.2f}" in report and "![settings](settings.png)" in report
+    with open(folder / "report" / "settings.csv", newline="") as file:
+        line = {row["setting"]: row for row in csv.DictReader(file)}["on50"]
+    answers = [row["responses"][0] for row in read_rows(folder / "on50.answers.jsonl")]
+    assert line["tokens sampled"] == f"{sum(answer['tokens'] for answer in answers):,}"
+    steps = read_rows(folder / "on50" / "metrics.jsonl")
+    assert line["tokens trained"] == f"{sum(step['tokens'] for step in steps):,}"
+    assert int(line["tokens scored"].replace(",", "")) > int(line["tokens sampled"].replace(",", ""))
     meta = json.loads((folder / "on50" / "metrics.meta.json").read_text())
     assert {"on50.pairs.jsonl", "token ids", "policy/model.safetensors"} < set(meta["inputs"])
