@@ -2,7 +2,7 @@
 What the documents tell people to type is understood, and `--help` is quick.
 
 Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, demo.sh, recipes/ and the
-        scripts' docstrings goes through that script's parse_args, side scripts included; `--help` imports no engine.
+        docstrings of the scripts goes through the parse_args of its script; `--help` imports no engine.
 Run     python -m pytest tests/test_commands.py
 """
 
