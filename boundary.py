@@ -126,8 +126,11 @@ def boundary(prompts, verdicts, tie):
 def bootstrap_interval(numerators, denominators):
     """95 % interval of sum(numerators) / sum(denominators), each (P,), over 1,000 draws of the prompts."""
     rng = np.random.default_rng(0)
-    draws = [rng.integers(0, len(numerators), len(numerators)) for _ in range(1000)]
-    ratios = [numerators[i].sum() / denominators[i].sum() for i in draws if denominators[i].sum()]
+    ratios = []
+    for _ in range(1000):
+        drawn = rng.integers(0, len(numerators), len(numerators))
+        if denominators[drawn].sum():
+            ratios.append(numerators[drawn].sum() / denominators[drawn].sum())
     return np.percentile(ratios, [2.5, 97.5]).tolist()
 
 
@@ -268,8 +271,8 @@ def read_responses(paths, needs_reward=True):
                 continue
             if first["prompt"] != row["prompt"]:
                 fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
-            known = {key: value for key, value in first.items() if value is not None}
-            rows[row["id"]] = row | known | {"responses": first["responses"] + row["responses"]}
+            given = {key: value for key, value in first.items() if value is not None}
+            rows[row["id"]] = row | given | {"responses": first["responses"] + row["responses"]}
     if len(labelers) > 1:
         fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     return rows
@@ -295,8 +298,8 @@ def normalise(row, where, needs_reward):
             response["token_ids"] = array("I", response["token_ids"])  # a tenth of a list's memory
 
 
-def write_output(args, inputs, lines, started, **facts):
-    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+def check_output(args, inputs):
+    """The paths of --out and of its record; they must not be inputs or records of inputs, nor folders."""
     outputs = [args.out, os.path.splitext(args.out)[0] + ".meta.json"]
     taken = [*inputs, *(os.path.splitext(path)[0] + ".meta.json" for path in inputs)]
     for path in outputs:
@@ -304,6 +307,12 @@ def write_output(args, inputs, lines, started, **facts):
             fail(f"--out {args.out}: {path} would replace an input or the record of one")
         if Path(path).exists() and not Path(path).is_file():
             fail(f"--out {args.out}: {path} is there and is not a file")
+    return outputs
+
+
+def write_output(args, inputs, lines, started, **facts):
+    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+    outputs = check_output(args, inputs)
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     meta = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
     for path in inputs:

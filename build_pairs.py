@@ -10,7 +10,8 @@ Selection, per prompt and source, among responses that are scored, not empty and
     best-worst  the highest against the lowest reward, the first of equals (S1 section 3.1, S2 section 4)
     relabel     off-policy: the data set's own pair, its first two responses, ordered by reward (S2's PC_off)
     given       off-policy: the same two as they are, with or without rewards
-On-policy samples then take best-worst. Equal texts, and but for `given` equal rewards, make no pair.
+With relabel and given, on-policy samples take best-worst. Equal texts make no pair, nor, but for given, do
+equal rewards.
 
 Mixing is SimpleMix (S1 sections 4.1, 5.2): each prompt gives one pair. Prompts are ordered by a hash of
 --seed and id. Of the first --total the first round(R * total), halves up, give their on-policy pair and the
@@ -24,7 +25,7 @@ files hold both sources, only prompts with a pair of each take part: but for --f
                               on-policy pairs of the other prompts are added until their share is R
 
     python build_pairs.py --scored out/scored.jsonl --out out/on50.pairs.jsonl --on-ratio 0.5
-    python build_pairs.py --scored out/scored.jsonl --out out/tasks.pairs.jsonl --on-ratio-of math=1 poems=0
+    python build_pairs.py --scored out/scored.jsonl --out out/code.pairs.jsonl --on-ratio-of coding=1
 
 Prints one JSON object last, which counts what was made and dropped. The papers are S1 SimpleMix, S2 "Is
 On-Policy Data always the Best Choice [...]?", S3 "What Matters in Data for DPO?".
@@ -35,6 +36,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -96,6 +98,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="seed of every random choice (default %(default)s)")
     flag("--stats", action="store_true", help="print S3's Table 5 of the pairs")
     args = parser.parse_args(argv)
+    if len(dict(args.on_ratio_of)) < len(args.on_ratio_of):
+        parser.error("--on-ratio-of names a category twice")
     args.on_ratio_of = dict(args.on_ratio_of)
     if not 0 <= args.on_ratio <= 1 or args.total is not None and args.total < 1:
         parser.error("--on-ratio must lie in [0, 1], and --total must be at least 1")
@@ -108,10 +112,10 @@ def parse_args(argv=None):
 
 def named_share(text):
     """("quality", 0.4) from "quality:0.4", and ("math", 1.0) from "math=1"."""
-    name, _, share = text.rpartition("=" if "=" in text else ":")
-    if not name or not 0 <= float(share) <= 1:
+    match = re.fullmatch(r"(.+)[:=](\d*\.?\d+)", text)
+    if not match or not 0 <= float(match[2]) <= 1:
         raise argparse.ArgumentTypeError(f"expected a name and a share in [0, 1], found {text!r}")
-    return name, float(share)
+    return match[1], float(match[2])
 
 
 # ----- selection: the responses of one prompt and source -> a pair
@@ -197,7 +201,8 @@ def mix(candidates, ratio, ratio_of, total, seed):
     order = sorted(candidates, key=lambda prompt_id: (stable_hash(seed, "mix", prompt_id), prompt_id))
     group_of = {}
     for prompt_id in order:
-        [category, *_] = [pair.get("category") for pair in candidates[prompt_id].values()]
+        first = next(iter(candidates[prompt_id].values()))
+        category = first.get("category")
         group_of[prompt_id] = category if category in ratio_of else None
     wanted = Counter()  # pairs by group, which is a category of ratio_of or None, and source
     for group, n in Counter(group_of[prompt_id] for prompt_id in order[:total]).items():
@@ -239,10 +244,15 @@ def main(args):
     rows = read_responses(args.scored, needs_reward=args.select != "given" and not args.reward)
     samples = [response for row in rows.values() for response in row["responses"]]
     sources = sorted({response["source"] for response in samples})
-    if 0 < args.on_ratio < 1 and len(sources) < 2:
-        fail(f"{files}: --on-ratio {args.on_ratio} needs both sources, found {sources}")
-    for category in args.on_ratio_of.keys() - {row.get("category") for row in rows.values()}:
-        fail(f"{files}: no prompt is of the category {category!r}")
+    ratios = {args.on_ratio, *args.on_ratio_of.values()}
+    needed = {"on"} if min(ratios) == 1 else {"off"}
+    if 0 < max(ratios) and min(ratios) < 1:
+        needed = {"off", "on"}
+    if needed - set(sources):
+        fail(f"{files}: --on-ratio needs responses of {sorted(needed)}, found {sources}")
+    unknown = args.on_ratio_of.keys() - {row.get("category") for row in rows.values()}
+    if unknown:
+        fail(f"{files}: no prompt is of the category {min(unknown)!r}")
     candidates, dropped = {}, Counter()
     for prompt_id, row in rows.items():
         set_rewards(row, args.reward)
@@ -268,7 +278,7 @@ def main(args):
     total = args.total or total
     mixed = mix(candidates, args.on_ratio, args.on_ratio_of, total, args.seed)
     if len(mixed) < total or not mixed:
-        fail(f"{files}: expected {max(total, 1)} pairs, found {len(mixed)}: {json.dumps(counts)}")
+        fail(f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {json.dumps(counts)}")
 
     pairs = [mixed[prompt_id] for prompt_id in rows if prompt_id in mixed]  # in the order of the input
     counts |= {"pairs": len(pairs), "on": 0, "off": 0} | Counter(pair["source"] for pair in pairs)
@@ -333,8 +343,8 @@ def read_responses(paths, needs_reward=True):
                 continue
             if first["prompt"] != row["prompt"]:
                 fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
-            known = {key: value for key, value in first.items() if value is not None}
-            rows[row["id"]] = row | known | {"responses": first["responses"] + row["responses"]}
+            given = {key: value for key, value in first.items() if value is not None}
+            rows[row["id"]] = row | given | {"responses": first["responses"] + row["responses"]}
     if len(labelers) > 1:
         fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     return rows
@@ -360,8 +370,8 @@ def normalise(row, where, needs_reward):
             response["token_ids"] = array("I", response["token_ids"])  # a tenth of a list's memory
 
 
-def write_output(args, inputs, lines, started, **facts):
-    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+def check_output(args, inputs):
+    """The paths of --out and of its record; they must not be inputs or records of inputs, nor folders."""
     outputs = [args.out, os.path.splitext(args.out)[0] + ".meta.json"]
     taken = [*inputs, *(os.path.splitext(path)[0] + ".meta.json" for path in inputs)]
     for path in outputs:
@@ -369,6 +379,12 @@ def write_output(args, inputs, lines, started, **facts):
             fail(f"--out {args.out}: {path} would replace an input or the record of one")
         if Path(path).exists() and not Path(path).is_file():
             fail(f"--out {args.out}: {path} is there and is not a file")
+    return outputs
+
+
+def write_output(args, inputs, lines, started, **facts):
+    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+    outputs = check_output(args, inputs)
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     meta = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
     for path in inputs:

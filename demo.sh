@@ -77,5 +77,6 @@ $python report/figure.py settings $winrates --out $out/settings.png
 $python report/figure.py ratio $winrates $pairs --out $out/ratio.png
 $python report/figure.py rewards $out/scored.jsonl --out $out/rewards.png
 $python report/figure.py training $metrics --out $out/training.png
-$python report/table.py $winrates $pairs $metrics $out/policy.boundary.json --start policy --out $out
+costs=$(echo $out/models/on{0,50,100}/metrics.meta.json $out/on{0,50,100}.answers.meta.json)
+$python report/table.py $winrates $pairs $metrics $costs $out/policy.boundary.json --start policy --out $out
 say "done: $out/report.md and the figures beside it"

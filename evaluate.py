@@ -19,14 +19,14 @@ winrate     Reads   --scored FILE ...   a Row (below) per prompt, as score.py wr
     itself, which show what length alone does) exist for AlpacaEval's 805 prompts: --lc-data is a folder with
     df_gamed.csv and alpaca_eval_gpt4_baseline.json of the data set tatsu-lab/alpaca_eval. Without it, the
     formula is "length_controlled_minimal", on another scale. Public numbers are of the judge
-    gpt-4-1106-preview (reported shut down in 2026) against gpt4_1106_preview, and gamma was fitted to them:
-    with another judge or baseline the formula says "other judge". "labelers" names the judge of a result.
+    gpt-4-1106-preview (reported shut down in 2026) with AlpacaEval's prompt against gpt4_1106_preview, and
+    gamma was fitted to its verdicts: otherwise the formula says "other judge". "labelers" names the judge.
 
 benchmarks  Reads   --model             a folder, or a name on the hub
             Writes  --out FILE          JSON: {"average", "tasks": {task: {"score", "stderr", "n", ...}}, ...}
-    Runs lm-eval (pip install "lm-eval[ifeval]==0.4.13"). simplemix (S1 appendix D, Tables 4, 5): 8 tasks
-    without examples or chat template, accuracies without length normalisation, for IFEval the share of
-    prompts whose instructions are all followed ("loose"); average is their plain mean. what-matters (S3 Table
+    Runs lm-eval (pip install "lm-eval[ifeval]==0.4.13"). simplemix (S1 section 4.1, Tables 4, 5): 8 tasks
+    and their plain mean, for IFEval the share of prompts whose instructions are all followed ("loose"). S1
+    does not name examples, template and normalisation; its numbers fit none of them. what-matters (S3 Table
     7, as Tulu 3): chat template, examples as turns of the conversation, no average.
 
     python evaluate.py winrate --scored eval.jsonl --model out/on50 --baseline out/sft --out on50.winrate.json
@@ -58,7 +58,8 @@ CS = np.logspace(-4, 4, 10)  # alpaca_eval: scikit-learn's LogisticRegressionCV(
 MINIMAL_C = CS[6]  # without gamma: on few prompts cross-validation shrinks every rate to 50
 GAMED_WEIGHT = 0.1  # alpaca_eval: a fifth, shared by the two gamed models
 LC_FILES = ("alpaca_eval_gpt4_baseline.json", "df_gamed.csv")  # of --lc-data
-OFFICIAL_JUDGES = {"weighted_alpaca_eval_gpt4_turbo", "judge:gpt-4-1106-preview"}
+# Labelers that are AlpacaEval 2's judge and prompt begin so, in its own files and in those of score.py.
+OFFICIAL_JUDGES = ("weighted_alpaca_eval_gpt4_turbo", "judge:gpt-4-1106-preview:alpaca_eval_clf.txt@")
 MEASURES = {"win_rate": "ci", "length_controlled_winrate": "lc_ci", "reward": "reward_ci"}  # and intervals
 
 
@@ -148,8 +149,8 @@ def preference(one, other, by_wins):
 
 def mean(numbers):
     """The mean of the numbers that are not None; nan if there is none."""
-    known = [number for number in numbers if number is not None]
-    return sum(known) / len(known) if known else math.nan
+    numbers = [number for number in numbers if number is not None]
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def verdicts(rows, model, baseline, by_wins):
@@ -375,10 +376,10 @@ def with_intervals(values, draws, names, counts):
         cell = dict(counts[k])
         sizes = [cell["n_total"], cell.get("n_total_minus", math.inf)]
         for m, (name, interval) in enumerate(MEASURES.items()):
-            known = draws[~np.isnan(draws[:, m, k]), m, k]
+            rates = draws[~np.isnan(draws[:, m, k]), m, k]
             cell[name] = None if np.isnan(values[m, k]) else values[m, k]
-            enough = len(known) and cell[name] is not None and min(sizes) > 1
-            cell[interval] = np.percentile(known, [2.5, 97.5]).tolist() if enough else None
+            enough = len(rates) and cell[name] is not None and min(sizes) > 1
+            cell[interval] = np.percentile(rates, [2.5, 97.5]).tolist() if enough else None
         if kind:
             result[kind][group] = cell
         else:
@@ -422,9 +423,9 @@ def main_winrate(args):
     rows, where = rows_of[-1] | rows_of[0], ", ".join(files)
     labelers = {row["labeler"] for rows in rows_of for row in rows.values() if row.get("labeler")}
     answered = sorted({str(response.get("model")) for row in rows.values() for response in row["responses"]})
-    for name in (*models, baseline) if not args.annotations else ():
-        if name not in answered:
-            fail(f"{where}: no response is of the model {name!r}; there are {', '.join(answered)}")
+    unknown = set() if args.annotations else {*models, baseline} - set(answered)
+    if unknown:
+        fail(f"{where}: no response is of the model {min(unknown)!r}; there are {', '.join(answered)}")
     with_wins = [row.get("wins") is not None for row in rows.values()]
     if any(with_wins) and not all(with_wins):
         fail(f"{where}: some rows have wins and some have none: score all with one scorer")
@@ -451,8 +452,9 @@ def main_winrate(args):
     if n_unanswered + n_without > 0.01 * n_prompts and not args.allow_missing:
         fail(f"{where}: {missing}, over 1 %; --allow-missing measures the rest")
     categories = np.array([str(rows[key].get("category")) for key in keys])
-    for category in set(args.bins_of) - set(categories):
-        fail(f"{where}: no prompt is of the category {category!r}")
+    unknown = set(args.bins_of) - set(categories)
+    if unknown:
+        fail(f"{where}: no prompt is of the category {min(unknown)!r}")
 
     tables = []
     for prompts in sets:
@@ -473,10 +475,10 @@ def main_winrate(args):
         for size, count in zip(sizes, other_counts, strict=True):
             size["n_total_minus"] = count["n_total"]
         difference = with_intervals(values - other_values, draws - other_draws, groups, sizes)
-        result["minus"] = {"model": models[1], **difference, "own": other}
+        result["minus"] = {"model": models[1], **difference, "result": other}
     by = "annotations" if args.annotations else "wins" if any(with_wins) else "reward"
-    official = baseline == "gpt4_1106_preview" and labelers and labelers <= OFFICIAL_JUDGES
-    if args.lc_data and "formula" in result and not official:
+    official = [baseline == "gpt4_1106_preview" and name.startswith(OFFICIAL_JUDGES) for name in labelers]
+    if args.lc_data and "formula" in result and not (official and all(official)):
         result["formula"] = "length_controlled_v1, other judge"
         print("not the judge and baseline of --lc-data: not on the public scale", file=sys.stderr)
     result |= {"kind": "winrate", "model": models[0], "baseline": baseline, "by": by}
@@ -516,6 +518,7 @@ def task_scores(suite, results):
 def main_benchmarks(args):
     started = time.time()
     model, chat = Path(args.model), args.suite == "what-matters"
+    check_output(args, [])  # before lm-eval has run for hours
     if not (model / "config.json").exists() and (model.exists() or args.model.count("/") != 1):
         fail(f"{model}: expected a Hugging Face model folder or a hub id, found no config.json")
     config = model / "tokenizer_config.json"  # where the template of older models is
@@ -546,21 +549,26 @@ def main_benchmarks(args):
         probed = subprocess.run([sys.executable, "-c", probe], cwd=folder, env=env, capture_output=True)
         if probed.returncode:
             lines = probed.stderr.decode().splitlines()
-            reason = [line.strip() for line in lines if "Error" in line or "not found" in line][-1]
+            reasons = [line.strip() for line in lines if "Error" in line or "not found" in line]
             advice = 'pip install "lm-eval[ifeval]==0.4.13"; without internet NLTK_DATA=DIR with punkt_tab'
-            fail(f"lm-eval does not start ({reason}): {advice}")
+            fail(f"lm-eval does not start ({', '.join(reasons[-1:])}): {advice}")
         done = subprocess.run(command, cwd=folder, env=env, stdout=sys.stderr)
         files = list(Path(folder).glob("results/**/results_*.json"))
         if done.returncode or not files:
             fail(f"lm-eval ended with status {done.returncode}; what it says is above")
-        scores = task_scores(args.suite, json.loads(files[0].read_text()))
+        results = json.loads(files[0].read_text())
+        scores = task_scores(args.suite, results)
     average = None if chat else sum(task["score"] for task in scores.values()) / len(scores)
     result = {"kind": "benchmarks", "suite": args.suite, "model": args.model, "average": average}
     result |= {"tasks": scores, "chat_template": chat, "backend": args.backend, "limit": args.limit}
     if chat:
         result["note"] = "UltraFeedback has prompts of TruthfulQA, so trained models may know its answers"
     text = json.dumps(result)
-    write_output(args, [], [text], started, command=command, counts={"tasks": len(scores)})
+    facts = {name: results.get(name) for name in ("lm_eval_version", "transformers_version")}
+    facts["model_sha"] = results["config"].get("model_sha")  # the commit of a model on the hub
+    data = sorted(str(path) for path in Path(args.data).iterdir()) if args.data else []
+    data = [path for path in data if path.endswith((".yaml", ".jsonl"))]
+    write_output(args, data, [text], started, command=command, counts={"tasks": len(scores)}, **facts)
     print(text)
 
 
@@ -609,8 +617,8 @@ def read_responses(paths, needs_reward=True):
                 continue
             if first["prompt"] != row["prompt"]:
                 fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
-            known = {key: value for key, value in first.items() if value is not None}
-            rows[row["id"]] = row | known | {"responses": first["responses"] + row["responses"]}
+            given = {key: value for key, value in first.items() if value is not None}
+            rows[row["id"]] = row | given | {"responses": first["responses"] + row["responses"]}
     if len(labelers) > 1:
         fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     return rows
@@ -636,8 +644,8 @@ def normalise(row, where, needs_reward):
             response["token_ids"] = array("I", response["token_ids"])  # a tenth of a list's memory
 
 
-def write_output(args, inputs, lines, started, **facts):
-    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+def check_output(args, inputs):
+    """The paths of --out and of its record; they must not be inputs or records of inputs, nor folders."""
     outputs = [args.out, os.path.splitext(args.out)[0] + ".meta.json"]
     taken = [*inputs, *(os.path.splitext(path)[0] + ".meta.json" for path in inputs)]
     for path in outputs:
@@ -645,6 +653,12 @@ def write_output(args, inputs, lines, started, **facts):
             fail(f"--out {args.out}: {path} would replace an input or the record of one")
         if Path(path).exists() and not Path(path).is_file():
             fail(f"--out {args.out}: {path} is there and is not a file")
+    return outputs
+
+
+def write_output(args, inputs, lines, started, **facts):
+    """Write the lines to --out and how they were made to its record, x.meta.json for x.jsonl or x.json."""
+    outputs = check_output(args, inputs)
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     meta = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
     for path in inputs:

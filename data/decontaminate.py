@@ -4,7 +4,7 @@ Leaves out prompts that another file holds: questions of benchmarks, or what a m
 Reads   --prompts FILE   one row per line with a "prompt": prompts, responses, scored responses or pairs
         --seen FILE ...  rows whose user turns must not be trained on, under "prompt", "messages", "question"
                          or "instruction": text, or messages {"role", "content"}
-Writes  --out FILE       the rows of --prompts whose user turns none of these files holds, in the same order
+Writes  --out FILE       the rows of --prompts, without those of which a user turn is in one of these files
 
 Two turns are equal if their letters and digits are, whatever their case, spaces and punctuation.
 

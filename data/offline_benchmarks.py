@@ -5,7 +5,7 @@ Reads   --files SRC  a folder with one .jsonl or .jsonl.gz file for each task of
             arc_challenge_test   question, choices {text, label}, answerKey       stem, choices, label
             commonsenseqa_dev    question, choices {text, label}, answerKey       as its authors publish it
             hellaswag            activity_label, ctx_a, ctx_b, endings, label     ctx, choices, label
-            mmlu_test, mmlu_dev  subject, question, choices, answer               the answer as text
+            mmlu_test, mmlu_dev  subject, question, choices, answer               answer: a digit as text
             openbookqa_test      question_stem, choices {text, label}, answerKey  stem, choices, label
             piqa_valid           goal, sol1, sol2, label                          stem, choices, label
             winogrande_xl_valid  sentence, option1, option2, answer               stem, choices, label
@@ -95,8 +95,8 @@ def read_rows(folder, task):
     name, columns = TASKS[task]
     paths = sorted([*Path(folder).glob(f"{name}*.jsonl"), *Path(folder).glob(f"{name}*.jsonl.gz")])
     if len(paths) != 1:
-        found = ", ".join(path.name for path in paths) or "none"
-        evaluate.fail(f"{folder}: expected one file {name}*.jsonl or {name}*.jsonl.gz, found {found}")
+        names = ", ".join(path.name for path in paths) or "none"
+        evaluate.fail(f"{folder}: expected one file {name}*.jsonl or {name}*.jsonl.gz, found {names}")
     path, rows = str(paths[0]), []
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -147,9 +147,12 @@ def main(args):
         if task == "hellaswag" and not all(row["activity_label"] for row in rows):
             tasks[-1]["doc_to_text"] = "{{query.removeprefix(': ')}}"
             print("hellaswag: the rows have no activity label, with which lm-eval's own prompts begin")
-    os.makedirs(folder, exist_ok=True)
-    for path, rows in outputs.items():
-        Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for path, rows in outputs.items():
+            Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    except OSError as error:
+        evaluate.fail(f"--out {args.out}: {error}")
     args.out = f"{folder}/{args.suite}.yaml"
     suite = json.dumps({"group": args.suite, "task": tasks})
     evaluate.write_output(args, inputs, [suite], started, counts=counts)

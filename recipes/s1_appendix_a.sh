@@ -28,4 +28,4 @@ for beta in 0.01 0.1 0.5 1 5; do
       --out "$model.winrate.json"
   done
 done
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*/metrics.* --out "$OUT"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 ALPACA=${ALPACA:-alpaca_eval}  # as in s1_table2.sh
 RUN=${RUN:-out/s1_table2/ultrafeedback/Llama-3.1-8B-Instruct}
 OUT=${OUT:-out/s1_fig3}
-on=$RUN/eval/dpo_1_judged.jsonl off=$RUN/eval/dpo_0_judged.jsonl
+on=$RUN/eval/dpo_1.judged.jsonl off=$RUN/eval/dpo_0.judged.jsonl
 
 python evaluate.py winrate --scored "$on" "$off" --model "$RUN/dpo_1" --minus "$RUN/dpo_0" \
   --baseline gpt4_1106_preview --lc-data "$ALPACA" --bins-of "mathematical reasoning or calculation" coding --out "$OUT/objective.winrate.json"

@@ -30,4 +30,4 @@ for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prom
   done
 done
 python report/figure.py ratio "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json --out "$OUT/fig4.png"
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

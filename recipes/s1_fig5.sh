@@ -34,4 +34,4 @@ for p in 0.1 0.2 0.3 0.4 0.5; do
   done
 done
 python report/figure.py filters "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json --out "$OUT/fig5.png"
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

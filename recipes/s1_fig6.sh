@@ -34,4 +34,4 @@ for model in "$MODEL" "$OUT/dpo_mix" "$OUT/dpo_high" "$OUT/dpo_same_size"; do
     --out "$name.winrate.json"
 done
 python report/figure.py settings "$OUT"/eval/*.winrate.json --out "$OUT/fig6.png"
-python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --start "${MODEL##*/}" --out "$OUT"
+python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --start "${MODEL##*/}" --out "$OUT"

@@ -53,5 +53,5 @@ for model in "$MODEL" "$OUT/dpo_0" "$OUT/dpo_0.5" "$OUT/dpo_1" "$OUT/hypo" "$OUT
   python evaluate.py benchmarks --model "$model" --suite simplemix --out "$name.benchmarks.json"
 done
 python report/figure.py categories "$OUT"/eval/*.winrate.json --out "$OUT/fig8.png"
-python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/eval/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl \
+python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/eval/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* \
   --start "${MODEL##*/}" --out "$OUT"

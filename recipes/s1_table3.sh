@@ -35,6 +35,8 @@ for name in prompting tau_1 tau_2 tau_3; do
     --out "$model.winrate.json"
   python evaluate.py benchmarks --model "$model" --suite simplemix --out "$model.benchmarks.json"
 done
-python report/figure.py rewards "$OUT"/scored_prompting.jsonl "$OUT"/scored_tau_0.7.jsonl --out "$OUT/fig10.png"
-python report/figure.py rewards "$OUT"/scored_tau_{0.7,2,3}.jsonl --out "$OUT/fig11.png"
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/figure.py rewards "$OUT"/scored_{prompting,tau_0.7,tau_2,tau_3}.jsonl --out "$OUT/fig10.png"
+for name in prompting tau_0.7 tau_2 tau_3; do
+  python report/figure.py rewards "$OUT/scored_$name.jsonl" --out "$OUT/fig11_$name.png"
+done
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

@@ -5,7 +5,7 @@
 # PC_off, and "score" is the share that it wins ("length_matched": among similar lengths). 4 x 80 GB; not run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full}  # Fig. 3 also: Qwen/Qwen2.5-1.5B behind s2_sft.sh, Qwen/Qwen3-4B
+MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full}  # Fig. 3 also: Qwen/Qwen2.5-1.5B after s2_sft.sh, Qwen/Qwen3-4B
 LLAMA=${LLAMA:-meta-llama/Meta-Llama-3-8B-Instruct}
 JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
 ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
@@ -43,5 +43,5 @@ python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_e
   --responses "$OUT/c5_llama.jsonl" "$OUT/off.jsonl" --out "$OUT/c5_judged.jsonl"
 python boundary.py --scored "$OUT/c5_judged.jsonl" --out "$OUT/c5.boundary.json"
 python report/figure.py training "$OUT"/dpo_*/metrics.jsonl --out "$OUT/fig3.png"
-python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/dpo_*/metrics.jsonl "$OUT/c5.boundary.json" \
+python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/dpo_*/metrics.* "$OUT/c5.boundary.json" \
   --start "${MODEL##*/}" --out "$OUT"

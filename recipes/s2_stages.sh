@@ -55,6 +55,6 @@ for model in "$MODEL" "$base"-{off,on,off-off,off-on,on-off,on-on}; do
 done
 name=${base##*/}
 python report/figure.py training "$base"-*/metrics.jsonl --out "$OUT/fig3.png"
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$OUT"/*.pairs.meta.json "$base"-*/metrics.jsonl --start "$name" \
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$OUT"/*.pairs.meta.json "$base"-*/metrics.* --start "$name" \
   --delta "$name" "$name-off" "$name-on" --delta "$name-off" "$name-off-off" "$name-off-on" \
   --delta "$name-on" "$name-on-off" "$name-on-on" --out "$OUT"

@@ -33,4 +33,4 @@ for name in reward judge; do
     python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

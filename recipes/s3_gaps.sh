@@ -40,4 +40,4 @@ for name in lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv; do
     python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

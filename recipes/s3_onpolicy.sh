@@ -51,4 +51,4 @@ for name in hq_0 hq_0.1 hq_0.2 hq_0.1_rejected hq_0.2_rejected lq_0 lq_0.1 lq_0.
     python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
   done
 done
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.jsonl --out "$OUT"
+python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

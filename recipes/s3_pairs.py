@@ -5,11 +5,13 @@ Reads   --scored FILE ...  a Row per prompt, as build_pairs.py reads it; several
 Writes  --out FILE         pairs as build_pairs.py writes them; "source" is "cross" if the sides differ in it
 
 One rule chooses a pair among a prompt's usable off-policy responses, sorted by reward:
-    --tiers A/B           section 5.1, Table 1: best, high, medium, low, worst are ranks floor(i(k-1)/4 + 1/2)
-                          of k responses. A prompt with fewer than five responses or with equal tiers is left
-                          out whatever A and B are, so that all sets have the same prompts
-    --ranks A B           two ranks, 1 is the best. The rule of Table 3's sets is unpublished: 1 3 (LG-HQ)
-                          and 2 4 (LG-LQ) with --gap 1.5 inf, 1 2 (SG-HQ), 3 4 (SG-LQ) come near its means
+    --tiers A/B           section 5.1, Table 1: best, high, medium, low, worst are i = 0, ..., 4, and take the
+                          rank floor(i(k-1)/4 + 1/2) of k responses, counted from 0. A prompt with fewer than
+                          five responses or with equal tiers is left out whatever A and B are, so that all
+                          sets have the same prompts
+    --ranks A B           two ranks, counted from 1, the best. The rule of Table 3's sets is unpublished:
+                          1 3 (LG-HQ) and 2 4 (LG-LQ) with --gap 1.5 inf, 1 2 (SG-HQ), 3 4 (SG-LQ) come near
+                          its means
     --gap LOW HIGH        besides, only pairs whose rewards are that far apart
 Then, for the prompts with a pair:
     --disagree NAME       B.1: only pairs that "scores"[NAME] orders the other way
@@ -173,9 +175,8 @@ def replace_share(pairs, rows, args, counts):
         if usable and len(new) < wanted:
             chosen, best = pairs[prompt_id][0], max(usable, key=itemgetter("reward"))  # line 11
             if chosen["wins"] and id(best) not in chosen["wins"]:
-                fail(
-                    f"{prompt_id}: wins of several files give rewards that differ in scale: score all at once"
-                )
+                files = ", ".join(args.scored)
+                fail(f"{files}: {prompt_id}: its wins are of several runs of a scorer; score all in one run")
             new[prompt_id] = replace(chosen, best, args.replace_rule)
     if len(new) < wanted:
         fail(f"--replace {args.replace} needs {wanted} prompts with a usable on-policy one, found {len(new)}")

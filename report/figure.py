@@ -6,8 +6,9 @@ Reads   FIGURE       which one, see below
 Writes  --out FILE   FILE.png and FILE.pdf
 
 settings     NAME.winrate.json: rewards, win rates, length-controlled (LC) win rates (S1 Fig. 6)
-categories   NAME.winrate.json: rates by category, and differences of evaluate.py --minus (S1 Figs. 2, 8)
-lengths      NAME.winrate.json: rates by the length of the answer (S1 Fig. 3), a point mid-bin
+categories   NAME.winrate.json: rates by category (S1 Figs. 2, 8); with evaluate.py --minus also the second
+             model's, and the differences
+lengths      the same by the length of the answer (S1 Fig. 3), a point mid-bin; every run has its own curve
 ratio        NAME.winrate.json and NAME.pairs.meta.json: rates over the on-policy share of the pairs (S1 Fig.
              4); settings whose names differ in the last number (on0, on50) make a curve
 filters      the same over the share that a filter kept, a curve per filter (S1 Fig. 5)
@@ -184,7 +185,10 @@ def categories_figure(settings):
         for run in results.get("winrate", {}).values():
             rates.setdefault(name, []).append(run)
             if "minus" in run:
-                minus.setdefault(f"{name} minus {Path(run['minus']['model']).name}", []).append(run["minus"])
+                other, _ = table.name_and_seed(run["minus"]["model"])
+                minus.setdefault(f"{name} minus {other}", []).append(run["minus"])
+                if other not in settings:
+                    rates.setdefault(other, []).append(run["minus"]["result"])
             for category, group in run.get("categories", {}).items():
                 sizes[category] = group["n_total"]
     if not sizes:
@@ -214,6 +218,8 @@ def lengths_figure(settings):
             if "minus" in run:
                 other = Path(run["minus"]["model"]).name
                 minus[f"{run_name} minus {other}"] = bin_points(run["minus"], key, interval)
+                if other not in settings:
+                    rates[other] = bin_points(run["minus"]["result"], key, interval)
     panels = []
     for series, text in ((rates, f"{label} (%)"), (minus, f"difference of {label}s (points)")):
         series = {name: points for name, points in series.items() if points}

@@ -3,15 +3,16 @@ Results -> tables: one line per setting, and the tables of the papers, in Markdo
 
 Reads   RESULT ...   NAME.winrate.json and NAME.benchmarks.json (evaluate.py), NAME.boundary.json
                      (boundary.py), NAME.pairs.meta.json (build_pairs.py), NAME.metrics.jsonl or
-                     NAME/metrics.jsonl (train_dpo.py), other NAME.STAGE.meta.json for tokens and seconds
+                     NAME/metrics.jsonl (train_dpo.py), other records for tokens and seconds
         --paper CSV  lines of setting,column,value: the paper's numbers, in columns beside ours
 Writes  --out DIR    report.md, which also shows the figures (PNG) that lie in DIR, and a CSV file per table
 
 NAME is the setting. NAME_seed0, NAME_seed1, ... are its runs: a number is their mean, "sd" their standard
 deviation, and "95 %" the interval over prompts (the mean of its ends), which is another thing. Tokens and
-seconds are sums over the runs; groups, boundary and pair_sets have a line per run.
+seconds are sums over the records that are given, NAME/metrics.meta.json and NAME.STAGE.meta.json (not of
+pairs); groups, boundary and pair_sets have a line per run.
 
-    python report/table.py out/*.json out/*/metrics.jsonl --start policy --out out/report
+    python report/table.py out/*.json out/*/metrics.* --start policy --out out/report
 
 settings      a line each (S1 Tables 2, 3; S2 Table 1; S3 Tables 1 to 4): win rates, gain over --start, mean
               of the benchmarks, rewards and gap of the pairs, compute. The baseline has 50 against itself
@@ -54,14 +55,19 @@ class Group(TypedDict, total=False):
     reward_ci: Interval
 
 
-class Difference(Group, total=False):
-    model: Required[str]
+class Rates(Group, total=False):
     categories: dict[str, Group]
     length_bins: dict[str, Group]
 
 
-class Winrate(Difference, total=False):
+class Difference(Rates, total=False):
+    model: Required[str]  # the second one
+    result: Required[Rates]  # its own rates
+
+
+class Winrate(Rates, total=False):
     kind: Required[Literal["winrate"]]
+    model: Required[str]
     baseline: Required[str]
     avg_length: float
     avg_length_baseline: float
@@ -241,7 +247,7 @@ def spread(runs, key, interval, name):
 
 def compute(results):
     """Columns of what a setting cost, from the meta files that are given: tokens by stage, and seconds."""
-    metas = [meta for kind in ("meta", "pairs") for meta in results.get(kind, {}).values()]
+    metas = list(results.get("meta", {}).values())
     line = {}
     for name in ("tokens_sampled", "tokens_scored", "tokens_trained"):
         counts = [meta["counts"].get(name, 0) for meta in metas]
@@ -256,6 +262,8 @@ def compute(results):
 def settings_table(settings, start):
     lines = []
     for name, results in settings.items():
+        if set(results) == {"meta"}:
+            continue  # the record of a stage whose output many settings share
         runs = list(results.get("winrate", {}).values())
         pairs = list(results.get("pairs", {}).values())
         measured = [kind for kind in results if kind not in ("meta", "metrics", "boundary")]
@@ -419,9 +427,9 @@ def write_table(lines, path):
 
 def main(args):
     settings = add_baselines(read_results(args.results))
-    for name in [args.start] if args.start else []:
-        if name not in settings:
-            fail(f"--start {name}: no setting or baseline has this name; there are {', '.join(settings)}")
+    if args.start and args.start not in settings:
+        names = ", ".join(settings)
+        fail(f"--start {args.start}: no setting or baseline has this name; there are {names}")
     tables = {"settings": settings_table(settings, args.start)}
     if args.paper:
         tables["settings"] = add_paper(tables["settings"], args.paper)

@@ -13,7 +13,7 @@ from conftest import REPO
 from test_style import REWRITTEN_LATER, SIZES
 
 # Every script has a main, arguments and science of its own; these names mean the same thing in all of them.
-SHARED = {"fail", "read_jsonl", "read_responses", "normalise", "write_output"}
+SHARED = {"fail", "read_jsonl", "read_responses", "normalise", "check_output", "write_output"}
 SHARED_LATER = {"fail", "read_jsonl", "check_prompt", "write_meta", "run_facts", "check_out"}
 
 

@@ -169,6 +169,10 @@ MINUS = {
     **group(4.0, [2.0, 6.5], 3.0, [1.0, 5.0], 805),
     "model": "out/off",
     "categories": {"math": group(5.5, [1.0, 9.0], -2.0, [-6.0, 2.0], 30)},
+    "result": {
+        **group(18.0, [15.0, 24.0], 12.0, [8.0, 16.0], 805),
+        "categories": {"math": group(24.5, [21.0, 29.0], 25.0, [20.0, 30.0], 30)},
+    },
 }
 
 
@@ -200,7 +204,7 @@ def test_categories_of_seeds_without_length_control(tmp_path, capsys):
     drawn = draw(tmp_path, capsys, "categories", *files)
     assert labels(drawn) == [("win rate (%)", ""), ("difference of win rates (points)", "")]
     rates, differences = (rows_of(axis, ["math"]) for axis in drawn.axes)
-    assert rates == {"on": {"math": (18.0, 13.0, 21.0)}}
+    assert rates == {"on": {"math": (18.0, 13.0, 21.0)}, "off": {"math": (25.0, 20.0, 30.0)}}
     assert differences == {"on minus off": {"math": (-2.0, -6.0, 2.0)}}
 
 
@@ -214,6 +218,8 @@ BINS = {
 
 def test_lengths(tmp_path, capsys):
     minus = {**MINUS, "length_bins": {"10 to 110": group(-3.0, [-8.0, 1.0], 7.0, [6.0, 8.0], 200)}}
+    cell = group(25.0, [20.0, 31.0], 27.0, [26.0, 28.0], 200)
+    minus["result"] = {**cell, "length_bins": {"10 to 110": cell}}
     files = [put(tmp_path / "on_seed1.winrate.json", winrate(22.0, length_bins=BINS, minus=minus))]
     files.append(put(tmp_path / "off.winrate.json", winrate(21.0, length_bins=BINS)))
     drawn = draw(tmp_path, capsys, "lengths", *files)
@@ -224,6 +230,8 @@ def test_lengths(tmp_path, capsys):
     assert rates == {"on_seed1": curve, "off": curve}
     assert differences == {"on_seed1 minus off": [(60.0, -3.0, -8.0, 1.0)]}
     assert legend(drawn) == ["on_seed1", "off", "on_seed1 minus off"]
+    drawn = draw(tmp_path, capsys, "lengths", files[0])  # the second model without a result of its own
+    assert points(drawn.axes[0]) == {"on_seed1": curve, "off": [(60.0, 25.0, 20.0, 31.0)]}
     files.append(put(tmp_path / "x.winrate.json", winrate(None, length_bins=BINS)))
     drawn = draw(tmp_path, capsys, "lengths", *files)
     assert points(drawn.axes[0])["off"] == [(60.0, 3.0, 2.0, 5.0), (400.25, 1.0, 0.0, 2.0)]
@@ -624,8 +632,12 @@ def test_files_that_the_scripts_write(tmp_path, capsys, tmp_path_factory):
     assert rows_of(drawn.axes[1], ["on50"])[""]["on50"] == approx([(result["win_rate"], *result["ci"])])[0]
     drawn = draw(tmp_path, capsys, "categories", *files)
     assert row_names(drawn) == ["math n = 12", "poems n = 4"]
-    for axis, content in zip(drawn.axes, (result, result["minus"]), strict=True):
-        (series,) = rows_of(axis, ["math", "poems"]).values()
+    drawn_rates, drawn_differences = (rows_of(axis, ["math", "poems"]) for axis in drawn.axes)
+    for series, content in (
+        (drawn_rates["on50"], result),
+        (drawn_rates["other"], result["minus"]["result"]),
+        (drawn_differences["on50 minus other"], result["minus"]),
+    ):
         for name, cell in content["categories"].items():
             key = "length_controlled_winrate"
             assert series[name] == pytest.approx((cell[key], *cell["lc_ci"]))

@@ -21,6 +21,9 @@ import evaluate
 SHARED = REPO.parent / "shared" / "data" / "alpaca_lc"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data")
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"
+JUDGE_LABEL = (
+    "judge:gpt-4-1106-preview:alpaca_eval_clf.txt@0a1b2c3d:gpt4_1106_preview"  # as score.py names it
+)
 # leaderboard row (win rate, standard error, LC, length), index of its C, LC with our cross-validation
 PUBLISHED = {
     "claude-2": (17.188240356708075, 1.17482825615589, 28.155196141629148, 1069, 5, 28.156),
@@ -684,7 +687,12 @@ def test_annotations_by_hand(tmp_path, lc, run):
     [
         (JUDGE, "gpt4_1106_preview", "length_controlled_v1"),
         (None, "gpt4_1106_preview", "length_controlled_v1, other judge"),
-        ("judge:gpt-4-1106-preview", "gpt4_1106_preview", "length_controlled_v1"),
+        (JUDGE_LABEL, "gpt4_1106_preview", "length_controlled_v1"),
+        (
+            "judge:gpt-4-1106-preview:gpt4_1106_preview",
+            "gpt4_1106_preview",
+            "length_controlled_v1, other judge",
+        ),
         ("judge:another", "gpt4_1106_preview", "length_controlled_v1, other judge"),
         (JUDGE, "text_davinci_003", "length_controlled_v1, other judge"),
     ],
@@ -769,8 +777,8 @@ def test_intervals_and_the_difference_of_two_models_against_a_slow_bootstrap(tmp
 
     minus = both["minus"]
     assert minus["model"] == "other" and both["n_without_verdict"] == 2
-    shared_keys = [key for key in minus["own"] if key != "formula"]  # the formula is of both
-    assert {key: minus["own"][key] for key in shared_keys} == {key: swapped[key] for key in shared_keys}
+    shared_keys = [key for key in minus["result"] if key != "formula"]  # the formula is of both
+    assert {key: minus["result"][key] for key in shared_keys} == {key: swapped[key] for key in shared_keys}
     for name, ci in (("win_rate", "ci"), ("length_controlled_winrate", "lc_ci")):
         assert minus[name] == pytest.approx(both[name] - swapped[name], abs=1e-9)
         assert minus[ci] == percentiles(mine[name] - theirs[name])
@@ -1058,9 +1066,11 @@ def test_scored_and_annotated_verdicts_are_one(tmp_path, lc, run):
     theta = np.array(first["theta"])
     fit = problem(*arrays(as_annotations(rows)), gamma, gamed)
     assert off_optimum(*fit, first["C"], theta) < 1e-8 * max(1, first["C"])
-    other = np.array(first["minus"]["own"]["theta"])
+    other = np.array(first["minus"]["result"]["theta"])
     fit = problem(*arrays(as_annotations(rows, "third")), gamma, gamed)
-    assert off_optimum(*fit, first["minus"]["own"]["C"], other) < 1e-8 * max(1, first["minus"]["own"]["C"])
+    assert off_optimum(*fit, first["minus"]["result"]["C"], other) < 1e-8 * max(
+        1, first["minus"]["result"]["C"]
+    )
 
 
 def test_difference_by_reward_is_paired(tmp_path, run):

@@ -267,7 +267,7 @@ def test_rewards_by_wins_must_be_of_one_run(build):
     samples = [row("p", *on(0.8, 0.2), wins=wins(2))]
     flags = "--ranks", 1, 2, "--replace", 1
     err = build(rows, *flags, files=[samples], expect=2)
-    assert "p: wins of several files give rewards that differ in scale: score all at once" in err
+    assert "p: its wins are of several runs of a scorer; score all in one run" in err
     pairs, _ = build([row("p", *off(0.9, 0.1), *on(0.8, 0.2), wins=wins(4))], *flags)
     assert texts(pairs) == {"p:cross": ("r0", "s0")}
 

@@ -12,8 +12,8 @@ import ast
 import pytest
 from conftest import REPO
 
-# Formatted lines. evaluate.py is above its plan's 540: the trial had no row types, record and benchmarks.
-SIZES = {"build_pairs": 390, "boundary": 325, "evaluate": 670}
+# Formatted lines. All are above their plans (380, 320, 540): the trials had no row types and no record.
+SIZES = {"build_pairs": 407, "boundary": 335, "evaluate": 680}
 REWRITTEN_LATER = ["generate", "score", "train_dpo"]  # by the next issues; left out in ruff.toml too
 TOP = [*SIZES, *REWRITTEN_LATER]
 FOLDERS = ("data", "scorers", "recipes", "report")

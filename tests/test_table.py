@@ -383,6 +383,7 @@ MINUS = {
     "model": "out/off",
     "categories": {"math": group(5.72, [1.0, 9.0], -2.0, [-6.0, 2.0], 29)},
     "length_bins": {},
+    "result": group(18.0, [15.0, 24.0], 12.0, [8.0, 16.0], 805),
 }
 
 
@@ -544,8 +545,8 @@ def test_compute(tmp_path, capsys):
     ]
     columns = ("tokens sampled", "tokens scored", "tokens trained", "seconds")
     (line,) = report(tmp_path, capsys, *files)["settings"]
-    # 1000 + 1001 + 1002 tokens by the steps; 100.25 + 100.25 + 2 seconds
-    assert cells(line, *columns) == ["1,234,577", "2,000", "3,003", "202"]
+    # 1000 + 1001 + 1002 tokens by the steps; 100.25 + 100.25 seconds, the 2 of the pairs left out
+    assert cells(line, *columns) == ["1,234,577", "2,000", "3,003", "200"]
     # the trainer's record is taken before its steps, and runs are added up
     (tmp_path / "a_seed1").mkdir()
     files += [
@@ -554,7 +555,7 @@ def test_compute(tmp_path, capsys):
         write_rows(tmp_path / "a_seed1" / "metrics.jsonl", steps),
     ]
     (line,) = report(tmp_path, capsys, *files)["settings"]
-    assert cells(line, *columns) == ["1,234,577", "2,000", "11,000", "403"]
+    assert cells(line, *columns) == ["1,234,577", "2,000", "11,000", "401"]
     steps_alone = files[4], files[-1]
     (line,) = report(tmp_path, capsys, *steps_alone)["settings"]
     assert line == {"setting": "a", "tokens trained": "6,006"}
@@ -610,17 +611,13 @@ def test_figures_in_the_folder_are_shown(tmp_path, capsys):
 
 
 def test_what_a_wildcard_takes_along(tmp_path, capsys):
-    """out/*.json has every script's records; a record alone makes a setting, not a table of its own."""
+    """out/*.json has every script's records; a record alone makes no setting."""
     meta = {"argv": ["x"], "args": {"model": "m"}, "git": None, "inputs": {"a": "0f"}, "counts": {}}
     files = [put(tmp_path / "a.winrate.json", winrate(20.0))]
     files += [put(tmp_path / f"a.{stage}.meta.json", meta) for stage in ("winrate", "on", "boundary")]
     tables = report(tmp_path, capsys, *files, put(tmp_path / "b.meta.json", meta))
     assert set(tables) == {"settings"}
-    assert [cells(line, "setting", "runs") for line in tables["settings"]] == [
-        ["gpt4", "1"],
-        ["a", "1"],
-        ["b", ""],
-    ]
+    assert [cells(line, "setting", "runs") for line in tables["settings"]] == [["gpt4", "1"], ["a", "1"]]
 
 
 # ----- files of a wrong shape, generated from the TypedDicts
@@ -669,10 +666,10 @@ def places(annotation, value, path=()):
             yield from places(hint, value[key], (*path, key))
 
 
-def full_difference(**more):
+def full_rates(**more):
     cell = group(30.0, [21.0, 37.0], 31.0, [22.5, 39.0], 30)
     cell |= {"standard_error": 1.0, "reward": 2.0, "reward_ci": [1.0, 3.0]}
-    return {**cell, "model": "m", "categories": {"math": cell}, "length_bins": {"1 to 5": cell}} | more
+    return {**cell, "categories": {"math": cell}, "length_bins": {"1 to 5": cell}} | more
 
 
 def full_meta():
@@ -687,7 +684,8 @@ FILES = {  # the name's ending, the shape, a file that has every key
     "winrate": (
         ".winrate.json",
         table.Winrate,
-        full_difference(
+        full_rates(
+            model="m",
             kind="winrate",
             baseline="gpt4",
             avg_length=1900.5,
@@ -696,7 +694,7 @@ FILES = {  # the name's ending, the shape, a file that has every key
             labelers=["judge"],
             by="wins",
             formula="minimal",
-            minus=full_difference(),
+            minus=full_rates(model="n", result=full_rates()),
         ),
     ),
     "benchmarks": (".benchmarks.json", table.Benchmarks, benchmarks(65.0, arc=(50.0, 1.25))),
