@@ -1,39 +1,48 @@
 """
-generate.py --import-format: other people's files become our rows, merged by prompt, with their scores.
+data/import_responses.py: other people's files become our rows, merged by prompt, with their scores.
 
-Covers  each format on a small file of its true shape (JSONL, parquet, a JSON list); several files; ratings that are no
-        numbers; what is left out, counted; bad files in one sentence with file and row; the hub's parquet.
+Covers  each format on a small file of its true shape (JSONL, a JSON list, parquet); several files; ratings
+        that are no numbers; what is left out, counted; numbers, dates and texts that must stay as they are;
+        bad files in one sentence with file and row; every key of every format missing, null and of each
+        wrong type; the hub; the record; the script as a user starts it.
 Run     python -m pytest tests/test_imports.py
 """
 
+import copy
 import hashlib
 import json
 
-import generate
+import pyarrow
+import pyarrow.parquet
 import pytest
-from conftest import REPO, read_rows, write_rows
+from conftest import REPO, read_rows, run_script, write_rows
+
+from data import import_responses
 
 
-def import_file(tmp_path, capsys, data, form="rows", *flags, out="off.jsonl"):
-    files = map(str, data if isinstance(data, list) else [data])
-    generate.main(generate.parse_args(["--import-format", form, "--import-data", *files, "--out", str(tmp_path / out), *flags]))
-    return read_rows(tmp_path / out), json.loads(capsys.readouterr().out.splitlines()[-1])
+def run_import(tmp_path, capsys, data, form="rows", *flags, out="off.jsonl"):
+    """(rows, last line of standard output), and standard output has no other line."""
+    files = list(map(str, data if isinstance(data, list) else [data]))
+    flags = ["--format", form, "--data", *files, "--out", str(tmp_path / out), *flags]
+    import_responses.main(import_responses.parse_args(flags))
+    [line] = capsys.readouterr().out.splitlines()
+    rows = (tmp_path / out).read_bytes().split(b"\n")[:-1]
+    return [json.loads(row) for row in rows], json.loads(line)
 
 
-def import_refused(tmp_path, capsys, data, form="rows", *flags):
+def refused(tmp_path, capsys, data, form="rows", *flags):
+    """The one sentence of a run that must be refused and write nothing."""
     with pytest.raises(SystemExit) as exit_status:
-        import_file(tmp_path, capsys, data, form, *flags)
+        run_import(tmp_path, capsys, data, form, *flags)
     assert exit_status.value.code == 2 and not (tmp_path / "off.jsonl").exists()
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    return err
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.out == ""
+    return said.err
 
 
 def write_table(path, rows):
     """The rows as parquet, a JSON list or JSONL, by the file's name."""
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=4))
@@ -46,309 +55,609 @@ def texts_and_scores(row):
     return [(response["text"], response["scores"]) for response in row["responses"]]
 
 
+def prompt_hash(text):
+    return hashlib.sha256(f'[{{"content": "{text}", "role": "user"}}]'.encode()).hexdigest()[:16]
+
+
+# ----- our own form
 def test_rows_in_both_forms(tmp_path, capsys):
-    data = write_rows(tmp_path / "data.jsonl", [
-        {"prompt": "one", "response": "a", "model": "m1", "answer": "1"},
+    given = [
+        {"prompt": "one", "response": "a", "model": "m1", "answer": "1", "extra": None},
         {"id": 7, "prompt": "two", "responses": ["b", {"text": "c", "model": "m2"}]},
-        {"prompt": [{"role": "user", "content": "one"}], "response": "d", "model": "m3"}])
-    rows, printed = import_file(tmp_path, capsys, data)
+        {"prompt": [{"content": "one", "role": "user"}], "response": "d", "model": "m3"},
+    ]
+    data = write_rows(tmp_path / "data.jsonl", given)
+    rows, printed = run_import(tmp_path, capsys, data)
     unknown = {"finish": None, "tokens": None, "token_ids": None, "tokenizer": None, "scores": None}
-    one = hashlib.sha256(b'[{"content": "one", "role": "user"}]').hexdigest()[:16]
-    assert rows == [
-        {"prompt": [{"role": "user", "content": "one"}], "answer": "1", "id": one, "responses": [
-            {"text": "a", "source": "off", "model": "m1", **unknown},
-            {"text": "d", "source": "off", "model": "m3", **unknown}]},
-        {"prompt": [{"role": "user", "content": "two"}], "id": "7", "responses": [
-            {"text": "b", "source": "off", "model": None, **unknown},
-            {"text": "c", "source": "off", "model": "m2", **unknown}]}]
+    one = {"prompt": [{"role": "user", "content": "one"}], "answer": "1", "extra": None}
+    one["id"] = prompt_hash("one")
+    one["responses"] = [{"text": "a", "source": "off", "model": "m1", **unknown}]
+    one["responses"].append({"text": "d", "source": "off", "model": "m3", **unknown})
+    two = {"id": "7", "prompt": [{"role": "user", "content": "two"}]}
+    two["responses"] = [{"text": "b", "source": "off", "model": None, **unknown}]
+    two["responses"].append({"text": "c", "source": "off", "model": "m2", **unknown})
+    written = (tmp_path / "off.jsonl").read_text()
+    assert written == "".join(json.dumps(row) + "\n" for row in (one, two))  # the order of keys too
     assert (printed["rows"], printed["responses"], printed["rows_merged_into_others"]) == (2, 4, 1)
-    on, _ = import_file(tmp_path, capsys, data, "rows", "--source", "on", "--limit", "1", out="on.jsonl")
+    on, printed = run_import(tmp_path, capsys, data, "rows", "--source", "on", "--limit", "1", out="on.jsonl")
     assert len(on) == 1 and [response["source"] for response in on[0]["responses"]] == ["on", "on"]
+    assert (printed["rows"], printed["responses"]) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_rows_in_other_files(tmp_path, capsys, kind):
+    answers = [{"text": f"t{k}", "model": "m", "scores": {"x": k / 3, "y": None}} for k in range(2)]
+    given = [{"id": f"p{k}", "prompt": f"q{k}", "n": k, "responses": answers} for k in range(3)]
+    expected, _ = run_import(tmp_path, capsys, write_table(tmp_path / "data.jsonl", given))
+    rows, _ = run_import(tmp_path, capsys, write_table(tmp_path / f"data.{kind}", given), out="other.jsonl")
+    assert rows == expected and texts_and_scores(rows[2])[1] == ("t1", {"x": 1 / 3, "y": None})
 
 
 def test_the_demo_data_imports(tmp_path, capsys):
-    rows, printed = import_file(tmp_path, capsys, REPO / "data" / "demo_train.jsonl")
+    rows, printed = run_import(tmp_path, capsys, REPO / "data" / "demo_train.jsonl")
     lines = (REPO / "data" / "demo_train.jsonl").read_text().splitlines()
     assert len(rows) == len(lines) == printed["rows"] and all(len(row["responses"]) >= 2 for row in rows)
 
 
-ULTRA = [{"prompt": "x", "prompt_id": f"id{k % 3}", "score_chosen": 8.0 + k, "score_rejected": 5.5,
-          "chosen": [{"role": "user", "content": f"q{k % 3}"}, {"role": "assistant", "content": f"good {k}"}],
-          "rejected": [{"role": "user", "content": f"q{k % 3}"}, {"role": "assistant", "content": f"bad {k}"}]}
-         for k in range(4)]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_ultrafeedback_binarized(tmp_path, capsys, kind):
-    data = write_table(tmp_path / f"train_prefs.{kind}", ULTRA)
-    rows, printed = import_file(tmp_path, capsys, data, "ultrafeedback_binarized")
-    assert [row["id"] for row in rows] == ["id0", "id1", "id2"] and printed["rows_merged_into_others"] == 1
-    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": f"q{k}"}] for k in range(3)]
-    assert [response["text"] for response in rows[0]["responses"]] == ["good 0", "bad 0", "good 3", "bad 3"]
-    assert [response["scores"] for response in rows[0]["responses"]] == [{"ultrafeedback": score}
-                                                                         for score in (8.0, 5.5, 11.0, 5.5)]
-    assert {response["source"] for row in rows for response in row["responses"]} == {"off"}
-
-
-@pytest.mark.parametrize("change, sentence", [
-    (lambda row: row.pop("rejected"), ":3: expected the key 'rejected'"),
-    (lambda row: row["rejected"][0].update(content="another"), ":3: chosen and rejected answer different prompts"),
-    (lambda row: row["chosen"].pop(), ":3: expected chosen to be messages that end with the assistant's"),
-    (lambda row: row.update(chosen="text"), ":3: expected chosen to be messages that end with the assistant's"),
-    (lambda row: row.update(chosen=["a", "b"]), ":3: expected chosen to be messages that end with the assistant's"),
-    (lambda row: row["chosen"][1].update(content=None), ":3: expected a response in text"),
-])
-def test_bad_rows_of_ultrafeedback(tmp_path, capsys, change, sentence):
-    rows = json.loads(json.dumps(ULTRA))
-    change(rows[2])
-    err = import_refused(tmp_path, capsys, write_rows(tmp_path / "bad.jsonl", rows), "ultrafeedback_binarized")
-    assert f"bad.jsonl{sentence}" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("row, sentence", [
-    ({"prompt": "q"}, ':2: expected "response" or a list "responses", found prompt'),
-    ({"response": "a"}, ":2: expected the key 'prompt'"),
-    ({"prompt": "q", "response": None}, ":2: expected a response in text"),
-    ({"prompt": "q", "responses": []}, ':2: expected "response" or a list'),
-    ({"prompt": "q", "responses": [{"model": "m"}]}, ":2: expected a response in text"),
-    ({"prompt": [{"role": "assistant", "content": "q"}], "response": "a"},
-     ":2: expected a prompt that ends with a user turn"),
-    ({"prompt": "q", "responses": [{"text": "a", "scores": 7}]}, ":2: expected a response's scores to be an object, found 7"),
-    ({"id": "same", "prompt": "other", "response": "a"}, ":2: the id same stands for two prompts"),
-])
-def test_bad_rows_to_import(tmp_path, capsys, row, sentence):
-    data = write_rows(tmp_path / "bad.jsonl", [{"id": "same", "prompt": "q", "response": "a"}, row])
-    assert f"{sentence}" in import_refused(tmp_path, capsys, data)
-
-
-def test_a_parquet_file_that_is_none(tmp_path, capsys):
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    assert "bad.parquet: expected a parquet file" in import_refused(tmp_path, capsys, tmp_path / "bad.parquet",
-                                                                    "ultrafeedback_binarized")
-    data = write_table(tmp_path / "short.parquet", [{"chosen": "a"}])
-    err = import_refused(tmp_path, capsys, data, "ultrafeedback_binarized")
-    assert "short.parquet: expected the column 'rejected', found chosen" in err
-
-
 def test_what_the_rows_carry_stays(tmp_path, capsys):
-    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "q", "source": "web", "dataset": "d", "responses": [
-        {"text": "a", "model": "m", "finish": "length", "scores": {"x": 1, "y": "N/A", "z": "2.5", "w": float("nan")}}, "b"]}])
-    rows, printed = import_file(tmp_path, capsys, data)
+    scores = {"x": 1, "y": "N/A", "z": "2.5", "w": "nan", "v": "1e999"}
+    answer = {"text": "a", "model": "m", "finish": "length", "scores": scores, "tokens": 5}
+    row = {"prompt": "q", "source": "web", "dataset": "d", "responses": [answer, "b"], "labeler": "rm:x"}
+    row |= {"wins": [[None, 1], [0, None]], "cosine": [[1, 0], [0, 1]]}  # of other rewards
+    rows, printed = run_import(tmp_path, capsys, write_rows(tmp_path / "data.jsonl", [row]))
+    assert rows[0].keys() == {"id", "prompt", "source", "dataset", "responses"}
     assert (rows[0]["source"], rows[0]["dataset"]) == ("web", "d")  # a row's source is no response's source
-    assert texts_and_scores(rows[0]) == [("a", {"x": 1.0, "y": None, "z": 2.5, "w": None}), ("b", None)]
-    assert [response["finish"] for response in rows[0]["responses"]] == ["length", None] and printed["truncated"] == 1
+    expected = {"x": 1.0, "y": None, "z": 2.5, "w": None, "v": None}
+    assert texts_and_scores(rows[0]) == [("a", expected), ("b", None)]
+    finishes = [(response["finish"], response["tokens"]) for response in rows[0]["responses"]]
+    assert finishes == [("length", None), (None, None)] and printed["truncated"] == 1
+
+
+VALUES = ["2020-01-01", '{"a": 1}', "7", "null", "\u00fc\u2028\x85\r\nx", "</b>\x00", "\U0001f600"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("value", VALUES)
+def test_a_text_stays_as_it_is(tmp_path, capsys, kind, value):
+    """Readers that guess types turn a column of dates into dates, and JSON in texts into objects."""
+    given = [{"instruction": f"{value}{k}", "output": value, "generator": value} for k in range(3)]
+    rows, _ = run_import(tmp_path, capsys, write_table(tmp_path / f"data.{kind}", given), "alpaca_eval")
+    assert [row["prompt"][0]["content"] for row in rows] == [f"{value}{k}" for k in range(3)]
+    responses = [response for row in rows for response in row["responses"]]
+    assert [(one["text"], one["model"]) for one in responses] == [(value, value)] * 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_score_keeps_all_its_digits(tmp_path, capsys, kind):
+    scores = [1.2345678901234567, 0.1 + 0.2, 1e-12, 1e300]
+    given = [{**copy.deepcopy(ULTRA[0]), "prompt_id": None, "score_chosen": score} for score in scores]
+    rows, _ = run_import(tmp_path, capsys, write_table(tmp_path / f"d.{kind}", given), FORM_OF_PAIRS)
+    assert [response["scores"]["ultrafeedback"] for response in rows[0]["responses"][::2]] == scores
+
+
+def test_dates_and_missing_numbers_of_a_parquet_file(tmp_path, capsys):
+    import datetime
+
+    given = [{"prompt": "q", "response": "a", "day": datetime.date(2024, 5, 17), "n": float("nan")}]
+    rows, _ = run_import(tmp_path, capsys, write_table(tmp_path / "data.parquet", given))
+    assert (rows[0]["day"], rows[0]["n"]) == ("2024-05-17", None)
     assert "NaN" not in (tmp_path / "off.jsonl").read_text()
 
 
 def test_files_are_merged_by_prompt(tmp_path, capsys):
-    one = write_rows(tmp_path / "one.jsonl", [{"id": "a", "prompt": "q", "response": "r", "model": "m1"}, {"prompt": "p", "response": "s"}])
-    two = write_table(tmp_path / "two.parquet", [{"id": "b", "prompt": "q", "response": "r", "model": "m2"},
-                                                 {"id": "c", "prompt": "other", "response": "t", "model": "m2"}])
-    rows, printed = import_file(tmp_path, capsys, [one, two])
-    assert [row["id"] for row in rows[::2]] == ["a", "c"] and [row["prompt"][0]["content"] for row in rows] == ["q", "p", "other"]
-    assert [(response["text"], response["model"]) for response in rows[0]["responses"]] == [("r", "m1"), ("r", "m2")]  # both are kept
+    first = {"id": "a", "prompt": "q", "response": "r", "model": "m1"}
+    one = write_rows(tmp_path / "one.jsonl", [first, {"prompt": "p", "response": "s"}])
+    second = [{"id": "b", "prompt": "q", "response": "r", "model": "m2"}]
+    second.append({"id": "c", "prompt": "other", "response": "t", "model": "m2"})
+    two = write_table(tmp_path / "two.parquet", second)
+    rows, printed = run_import(tmp_path, capsys, [one, two])
+    assert [row["id"] for row in rows] == ["a", prompt_hash("p"), "c"]
+    assert [row["prompt"][0]["content"] for row in rows] == ["q", "p", "other"]
+    models = [(response["text"], response["model"]) for response in rows[0]["responses"]]
+    assert models == [("r", "m1"), ("r", "m2")]  # both are kept
     assert (printed["rows"], printed["responses"], printed["rows_merged_into_others"]) == (3, 4, 1)
-    assert (printed["prompts_with_equal_samples"], printed["equal_samples_share"]) == (1, 0.3333)
-    assert printed["tokens_min_25_50_75_max"] is None
-    clash = write_rows(tmp_path / "clash.jsonl", [{"id": "b", "prompt": "p", "response": "x"},
-                                                  {"id": "a", "prompt": "new", "response": "x"}])
+    clash = [{"id": "b", "prompt": "p", "response": "x"}, {"id": "a", "prompt": "new", "response": "x"}]
+    clash = write_rows(tmp_path / "clash.jsonl", clash)
     (tmp_path / "off.jsonl").unlink()
-    assert "clash.jsonl:2: the id a stands for two prompts" in import_refused(tmp_path, capsys, [one, clash])
+    err = refused(tmp_path, capsys, [one, clash])
+    assert "clash.jsonl:2: the id a has another prompt in an earlier row" in err
 
 
-def test_preambles_and_role_headers_are_counted(tmp_path, capsys):
-    data = write_rows(tmp_path / "data.jsonl", [
-        {"prompt": "q", "responses": ["assistant\n\nHi", "Here's another response: Hi", "Hi", " "]}])
-    _, printed = import_file(tmp_path, capsys, data)
-    assert [printed[name] for name in ("preambles", "role_headers", "empty", "responses")] == [1, 1, 1, 4]
+def test_empty_and_cut_responses_are_counted(tmp_path, capsys):
+    answers = ["", " ", "Hi", {"text": "x", "finish": "length"}, {"text": "y", "finish": "stop"}]
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "q", "responses": answers}])
+    _, printed = run_import(tmp_path, capsys, data)
+    assert [printed[name] for name in ("rows", "responses", "empty", "truncated")] == [1, 5, 2, 1]
 
 
-# ---- UltraFeedback
+# ----- UltraFeedback, binarized
+FORM_OF_PAIRS = "ultrafeedback_binarized"
+
+
+def ultra(k):
+    row = {"prompt": "x", "prompt_id": f"id{k % 3}", "score_chosen": 8.0 + k, "score_rejected": 5.5}
+    for side, text in (("chosen", "good"), ("rejected", "bad")):
+        answer = {"role": "assistant", "content": f"{text} {k}"}
+        row[side] = [{"role": "user", "content": f"q{k % 3}"}, answer]
+    return row
+
+
+ULTRA = [ultra(k) for k in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_ultrafeedback_binarized(tmp_path, capsys, kind):
+    data = write_table(tmp_path / f"train_prefs.{kind}", ULTRA)
+    rows, printed = run_import(tmp_path, capsys, data, FORM_OF_PAIRS)
+    assert [row["id"] for row in rows] == ["id0", "id1", "id2"] and printed["rows_merged_into_others"] == 1
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": f"q{k}"}] for k in range(3)]
+    scores = [{"ultrafeedback": score} for score in (8.0, 5.5, 11.0, 5.5)]
+    texts = ["good 0", "bad 0", "good 3", "bad 3"]
+    assert texts_and_scores(rows[0]) == list(zip(texts, scores))
+    assert {response["source"] for row in rows for response in row["responses"]} == {"off"}
+
+
+MISSING = "Object missing required field"
+ONE_PROMPT = ":3: expected chosen and rejected to be one prompt and two answers of the assistant to it"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda row: row.pop("rejected"), f":3: {MISSING} `rejected`"),
+        (lambda row: row["rejected"][0].update(content="another"), ONE_PROMPT),
+        (lambda row: row["chosen"][1].update(role="user"), ONE_PROMPT),
+        (lambda row: row["chosen"].pop(), ":3: Expected `array` of length >= 2 - at `$.chosen`"),
+        (lambda row: row.update(rejected=[]), ":3: Expected `array` of length >= 2 - at `$.rejected`"),
+        (lambda row: row.update(chosen="text"), ":3: Expected `array`, got `str` - at `$.chosen`"),
+        (lambda row: row.update(chosen=["a", "b"]), ":3: Expected `object`, got `str` - at `$.chosen[0]`"),
+        (lambda row: row["chosen"][1].update(content=None), ":3: Expected `str`, got `null`"),
+    ],
+)
+def test_bad_rows_of_ultrafeedback_binarized(tmp_path, capsys, change, sentence):
+    rows = copy.deepcopy(ULTRA)
+    change(rows[2])
+    err = refused(tmp_path, capsys, write_rows(tmp_path / "bad.jsonl", rows), FORM_OF_PAIRS)
+    assert f"bad.jsonl{sentence}" in err
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"prompt": "q"}, ':2: expected "response" or a list "responses", found prompt'),
+        ({"prompt": "q", "responses": []}, ':2: expected "response" or a list'),
+        ({"response": "a"}, f":2: {MISSING} `prompt`"),
+        ({"prompt": "q", "response": None}, ":2: Expected `str`, got `null` - at `$.response`"),
+        ({"prompt": "q", "responses": [{"model": "m"}]}, f":2: {MISSING} `text` - at `$.responses[0]`"),
+        ({"prompt": [], "response": "a"}, ":2: expected a prompt that ends with a user turn"),
+        (
+            {"prompt": [{"role": "assistant", "content": "q"}], "response": "a"},
+            ":2: expected a prompt that ends with a user turn",
+        ),
+        (
+            {"prompt": "q", "responses": [{"text": "a", "scores": 7}]},
+            "got `int` - at `$.responses[0].scores`",
+        ),
+        ({"prompt": "q", "responses": [{"text": "a", "finish": "eos"}]}, "at `$.responses[0].finish`"),
+        (
+            {"id": "same", "prompt": "other", "response": "a"},
+            ":2: the id same has another prompt in an earlier",
+        ),
+        ({"id": 1.5, "prompt": "other", "response": "a"}, "got `float` - at `$.id`"),
+    ],
+)
+def test_bad_rows_to_import(tmp_path, capsys, row, sentence):
+    data = write_rows(tmp_path / "bad.jsonl", [{"id": "same", "prompt": "q", "response": "a"}, row])
+    err = refused(tmp_path, capsys, data)
+    assert "bad.jsonl:2: " in err and sentence in err
+
+
+# ----- UltraFeedback
+NAMES = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+
 
 def completion(model, overall, fine, *ratings):
-    names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-    return {"model": model, "response": f"by {model}", "overall_score": overall, "fine-grained_score": fine, "critique": "...",
-            "annotations": {name: {"Rating": value, "Rationale": "..."} for name, value in zip(names, ratings)}}
+    notes = {name: {"Rating": value, "Rationale": "..."} for name, value in zip(NAMES, ratings)}
+    scores = {"overall_score": overall, "fine-grained_score": fine}
+    return {"model": model, "response": f"by {model}", **scores, "critique": "...", "annotations": notes}
 
 
-FOUR = [{"source": "truthful_qa", "instruction": "q0", "models": ["a", "b"], "correct_answers": ["x"], "completions": [
-    completion("a", 7.5, 4.25, "4", "5", "3", "5"), completion("b", 10.0, 1.5, "N/A", "1", "2", "1")]},
-    {"source": "flan", "instruction": "q1", "models": [], "correct_answers": ["x"], "completions": []},
-    {"source": "sharegpt", "instruction": "q0", "models": ["c"], "correct_answers": ["x"], "completions": [
-        completion("c", None, None, "N/A", "N/A", "", "5")]}]
+def instruction(source, text, *completions):
+    row = {"source": source, "instruction": text, "models": [], "correct_answers": ["x"]}
+    return {**row, "completions": list(completions)}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+FOUR = [
+    instruction(
+        "truthful_qa",
+        "q0",
+        completion("a", 7.5, 4.25, "4", "5", "3", "5"),
+        completion("b", 10.0, 1.5, "N/A", "1", "2", "1"),
+    ),
+    instruction("flan", "q1"),
+    instruction("sharegpt", "q0", completion("c", None, None, "N/A", "N/A", "", "5")),
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_ultrafeedback(tmp_path, capsys, kind):
-    rows, printed = import_file(tmp_path, capsys, write_table(tmp_path / f"uf.{kind}", FOUR), "ultrafeedback")
-    (row,) = rows
-    names = ("overall_score", "fine-grained_score", "helpfulness", "honesty", "instruction_following", "truthfulness")
-    assert texts_and_scores(row) == [("by a", dict(zip(names, (7.5, 4.25, 4.0, 5.0, 3.0, 5.0)))),
-                                     ("by b", dict(zip(names, (10.0, 1.5, None, 1.0, 2.0, 1.0)))),
-                                     ("by c", dict(zip(names, (None, None, None, None, None, 5.0))))]
-    assert row["prompt"] == [{"role": "user", "content": "q0"}] and row["dataset"] == "truthful_qa" and "source" not in row
-    assert row["id"] == hashlib.sha256(b'[{"content": "q0", "role": "user"}]').hexdigest()[:16]
-    assert [(response["model"], response["source"]) for response in row["responses"]] == [("a", "off"), ("b", "off"), ("c", "off")]
-    assert (printed["without_responses"], printed["rows_merged_into_others"], printed["responses"]) == (1, 1, 3)
+    data = write_table(tmp_path / f"uf.{kind}", FOUR)
+    (row,), printed = run_import(tmp_path, capsys, data, "ultrafeedback")
+    names = ("overall_score", "fine-grained_score", *NAMES)
+    assert texts_and_scores(row) == [
+        ("by a", dict(zip(names, (7.5, 4.25, 4.0, 5.0, 3.0, 5.0)))),
+        ("by b", dict(zip(names, (10.0, 1.5, None, 1.0, 2.0, 1.0)))),
+        ("by c", dict(zip(names, (None, None, None, None, None, 5.0)))),
+    ]
+    assert row["prompt"] == [{"role": "user", "content": "q0"}] and row["id"] == prompt_hash("q0")
+    assert row["dataset"] == "truthful_qa" and "source" not in row
+    sources = [(response["model"], response["source"]) for response in row["responses"]]
+    assert sources == [("a", "off"), ("b", "off"), ("c", "off")]
+    counts = [printed[name] for name in ("without_responses", "rows_merged_into_others", "responses")]
+    assert counts == [1, 1, 3]
 
 
-# ---- HelpSteer2
-
+# ----- HelpSteer2
 def steer(prompt, response, *values):
     names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
     return {"prompt": prompt, "response": response, **dict(zip(names, values))}
 
 
-STEER = [steer("c#", "one", 3, 4, 4, 2, 2), steer("c#", "two", 4, 4, 4, 1, 3),
-         steer("first\n\n<extra_id_1>Assistant\nsecond\nline\n<extra_id_1>User\nthird", "three", 0, 1, 2, None, 3)]
+TURNS = "first\n\n<extra_id_1>Assistant\nsecond\nline\n<extra_id_1>User\nthird"
+STEER = [
+    steer("c#", "one", 3, 4, 4, 2, 2),
+    steer("c#", "two", 4, 4, 4, 1, 3),
+    steer(TURNS, "three", 0, 1, 2, None, 3),
+]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_helpsteer2(tmp_path, capsys, kind):
-    rows, printed = import_file(tmp_path, capsys, write_table(tmp_path / f"hs.{kind}", STEER), "helpsteer2")
-    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": "c#"}], [
-        {"role": "user", "content": "first\n"}, {"role": "assistant", "content": "second\nline"}, {"role": "user", "content": "third"}]]
+    data = write_table(tmp_path / f"hs.{kind}", STEER)
+    rows, printed = run_import(tmp_path, capsys, data, "helpsteer2")
+    first, second, third = {"content": "first\n"}, {"content": "second\nline"}, {"content": "third"}
+    conversation = [{"role": "user", **first}, {"role": "assistant", **second}, {"role": "user", **third}]
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": "c#"}], conversation]
     assert [response["text"] for row in rows for response in row["responses"]] == ["one", "two", "three"]
     scores = [response["scores"] for row in rows for response in row["responses"]]
     # .65 * 3 + .8 * 4 + .45 * 4 + .55 * 2 - .4 * 2 and .65 * 4 + .8 * 4 + .45 * 4 + .55 * 1 - .4 * 3
-    assert [one["helpsteer2"] for one in scores[:2]] == pytest.approx([7.25, 6.95]) and scores[2]["helpsteer2"] is None
-    assert {**scores[0], "helpsteer2": 0} == {"helpfulness": 3.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2.0,
-                                              "verbosity": 2.0, "helpsteer2": 0}
-    assert scores[2]["complexity"] is None and scores[2]["helpfulness"] == 0.0 and printed["rows_merged_into_others"] == 1
+    assert [one["helpsteer2"] for one in scores] == [7.25, 6.95, None]
+    ratings = {"helpfulness": 3.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2.0, "verbosity": 2.0}
+    assert scores[0] == {**ratings, "helpsteer2": 7.25} and printed["rows_merged_into_others"] == 1
+    assert scores[2]["complexity"] is None and scores[2]["helpfulness"] == 0.0
 
 
-# ---- OpenAssistant 2
-
+# ----- OpenAssistant 2
 def message(number, parent, text, role="assistant", lang="en", deleted=False, rank=None):
-    return {"message_id": f"m{number}", "parent_id": parent if parent is None else f"m{parent}", "text": text, "role": role,
-            "lang": lang, "deleted": deleted, "review_result": True, "rank": rank}
+    row = {"message_id": f"m{number}", "parent_id": parent if parent is None else f"m{parent}"}
+    row |= {"text": text, "role": role, "lang": lang, "deleted": deleted}
+    return {**row, "review_result": True, "rank": rank}
 
 
-TREES = [message(0, None, "q0", "prompter"), message(1, 0, "a", rank=1), message(2, 0, "b", rank=0), message(3, 0, "c"),
-         message(4, 1, "again", "prompter"), message(5, 4, "later"),                       # a second turn
-         message(6, None, "zwei", "prompter", "de"), message(7, 6, "x", lang="de"), message(8, 6, "y", lang="de"),
-         message(9, 10, "before its prompt", rank=2), message(10, None, "q10", "prompter"), message(11, 10, "d", rank=0),
-         message(12, 10, "gone", deleted=True), message(13, 10, "e", rank=1),              # three that are left
-         message(14, None, "drei", "prompter", "de"), *(message(k, 14, f"g{k}", lang="de") for k in (15, 16, 17)),
-         message(18, None, "hidden", "prompter", deleted=True), message(19, 18, "h")]
+TREES = [
+    message(0, None, "q0", "prompter"),
+    message(1, 0, "a", rank=1),
+    message(2, 0, "b", rank=0),
+    message(3, 0, "c"),
+    message(4, 1, "again", "prompter"),  # a second turn
+    message(5, 4, "later"),
+    message(6, None, "zwei", "prompter", "de"),
+    message(7, 6, "x", lang="de"),
+    message(8, 6, "y", lang="de"),
+    message(9, 10, "before its prompt", rank=2),
+    message(10, None, "q10", "prompter"),
+    message(11, 10, "d", rank=0),
+    message(12, 10, "gone", deleted=True),  # and three that are left
+    message(13, 10, "e", rank=1),
+    message(14, None, "drei", "prompter", "de"),
+    *(message(k, 14, f"g{k}", lang="de") for k in (15, 16, 17)),
+    message(18, None, "hidden", "prompter", deleted=True),
+    message(19, 18, "h"),
+]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_oasst2_keeps_first_turns_with_three_answers(tmp_path, capsys, kind):
     data = write_table(tmp_path / f"oasst.{kind}", TREES)
-    rows, printed = import_file(tmp_path, capsys, data, "oasst2")
-    assert [(row["id"], row["prompt"][0]["content"], row["lang"]) for row in rows] == [
-        ("m0", "q0", "en"), ("m10", "q10", "en"), ("m14", "drei", "de")]
-    assert texts_and_scores(rows[0]) == [("a", {"oasst2_rank": 1.0}), ("b", {"oasst2_rank": 0.0}), ("c", {"oasst2_rank": None})]
+    rows, printed = run_import(tmp_path, capsys, data, "oasst2")
+    prompts = [(row["id"], row["prompt"][0]["content"], row["lang"]) for row in rows]
+    assert prompts == [("m0", "q0", "en"), ("m10", "q10", "en"), ("m14", "drei", "de")]
+    ranks = [("a", 1.0), ("b", 0.0), ("c", None)]
+    assert texts_and_scores(rows[0]) == [(text, {"oasst2_rank": rank}) for text, rank in ranks]
     assert [response["text"] for response in rows[1]["responses"]] == ["before its prompt", "d", "e"]
-    assert [printed[name] for name in ("prompts_with_under_3_answers", "deleted_messages", "other_messages", "rows", "responses")] == [
-        1, 2, 3, 3, 9]  # others: again, later, h; with zwei's two answers all 20 messages are accounted for
-    english, printed = import_file(tmp_path, capsys, data, "oasst2", "--lang", "en", out="en.jsonl")
-    assert english == rows[:2] and printed["prompts_in_other_languages"] == 1
+    names = ("prompts_with_under_3_answers", "deleted_messages", "other_messages", "rows", "responses")
+    # others: again, later, h; with zwei's two answers all 20 messages are accounted for
+    assert [printed[name] for name in names] == [1, 2, 3, 3, 9]
     (tmp_path / "off.jsonl").unlink()
-    err = import_refused(tmp_path, capsys, write_table(tmp_path / "few.jsonl", TREES[:3]), "oasst2")
-    assert "few.jsonl: no prompt with responses is left: {'prompts_with_under_3_answers': 1}" in err
+    err = refused(tmp_path, capsys, write_table(tmp_path / f"few.{kind}", TREES[:3]), "oasst2")
+    assert f"few.{kind}: no prompt with responses is left: " in err
+    assert '"prompts_with_under_3_answers": 1' in err
 
 
 def test_oasst2_in_two_files(tmp_path, capsys):
-    files = [write_table(tmp_path / "1.jsonl", TREES[:2]), write_table(tmp_path / "2.jsonl", TREES[2:6])]
-    rows, _ = import_file(tmp_path, capsys, files, "oasst2")
+    files = [write_table(tmp_path / "1.jsonl", TREES[:2]), write_table(tmp_path / "2.parquet", TREES[2:6])]
+    rows, _ = run_import(tmp_path, capsys, files, "oasst2")
     assert [response["text"] for response in rows[0]["responses"]] == ["a", "b", "c"]
 
 
-# ---- AlpacaEval
-
+# ----- AlpacaEval
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
 def test_outputs_of_alpaca_eval(tmp_path, capsys, kind):
-    files = [write_table(tmp_path / f"{name}.{kind}", [
-        {"instruction": f"q{k}", "output": f"{name} {k}", "generator": name, "dataset": f"d{k}"} for k in range(2)])
-        for name in ("gpt4", "mine")]
-    rows, printed = import_file(tmp_path, capsys, files, "alpaca_eval")
+    files = []
+    for name in ("gpt4", "mine"):
+        outputs = [{"instruction": f"q{k}", "output": f"{name} {k}", "generator": name} for k in range(2)]
+        outputs = [{**row, "dataset": f"d{k}"} for k, row in enumerate(outputs)]
+        files.append(write_table(tmp_path / f"{name}.{kind}", outputs))
+    rows, printed = run_import(tmp_path, capsys, files, "alpaca_eval")
     assert [(row["prompt"][0]["content"], row["dataset"]) for row in rows] == [("q0", "d0"), ("q1", "d1")]
-    assert [[(response["model"], response["text"], response["scores"]) for response in row["responses"]] for row in rows] == [
-        [("gpt4", f"gpt4 {k}", None), ("mine", f"mine {k}", None)] for k in range(2)]
+    for k, row in enumerate(rows):
+        answers = [(response["model"], response["text"], response["scores"]) for response in row["responses"]]
+        assert answers == [("gpt4", f"gpt4 {k}", None), ("mine", f"mine {k}", None)]
     assert printed["rows_merged_into_others"] == 2
 
 
-# ---- bad files, the hub
-
-GOOD = {"ultrafeedback": FOUR, "helpsteer2": STEER, "oasst2": TREES, "ultrafeedback_binarized": ULTRA,
-        "alpaca_eval": [{"instruction": f"q{k}", "output": "a", "generator": "m", "dataset": "d"} for k in range(3)]}
-
-
-@pytest.mark.parametrize("form, change, sentence", [
-    ("ultrafeedback", lambda row: row.pop("instruction"), ":3: expected the key 'instruction'"),
-    ("ultrafeedback", lambda row: row.update(completions="text"), ":3: expected completions to be a list of objects, found 'text'"),
-    ("ultrafeedback", lambda row: row.update(completions=["text"]), ":3: expected completions to be a list of objects, found ['text']"),
-    ("ultrafeedback", lambda row: row["completions"][0].update(annotations=["4"]), ":3: expected completions to be a list of objects"),
-    ("ultrafeedback", lambda row: row["completions"][0].pop("response"), ":3: expected a response in text, found None"),
-    ("ultrafeedback", lambda row: row.update(instruction=None), ":3: expected the prompt to be text or messages"),
-    ("helpsteer2", lambda row: row.pop("verbosity"), ":3: expected the key 'verbosity'"),
-    ("helpsteer2", lambda row: row.update(response=None), ":3: expected a response in text, found None"),
-    ("helpsteer2", lambda row: row.update(prompt=None), ":3: expected the prompt to be text or messages"),
-    ("helpsteer2", lambda row: row.update(prompt="a\n<extra_id_1>Assistant\nb"), ":3: expected a prompt that ends with a user turn"),
-    ("oasst2", lambda row: row.pop("parent_id"), ":3: expected the key 'parent_id'"),
-    ("oasst2", lambda row: row.update(text=None), ":3: expected a response in text, found None"),
-    ("alpaca_eval", lambda row: row.pop("output"), ":3: expected the key 'output'"),
-    ("alpaca_eval", lambda row: row.update(output=7), ":3: expected a response in text, found 7"),
-    ("alpaca_eval", lambda row: row.update(instruction=[]), ":3: expected the prompt to be text or messages")])
-def test_a_bad_row_is_named(tmp_path, capsys, form, change, sentence):
-    rows = json.loads(json.dumps(GOOD[form]))
-    change(rows[2])
-    assert f"bad.jsonl{sentence}" in import_refused(tmp_path, capsys, write_rows(tmp_path / "bad.jsonl", rows), form)
-
-
-@pytest.mark.parametrize("form", [*GOOD, "rows"])
-def test_a_table_without_the_columns_or_without_rows(tmp_path, capsys, form):
-    key = sorted(generate.FORMATS[form][1])[0]
-    err = import_refused(tmp_path, capsys, write_table(tmp_path / "bad.parquet", [{"other": 1}]), form)
-    assert f"bad.parquet: expected the column {key!r}, found other" in err
-    err = import_refused(tmp_path, capsys, write_table(tmp_path / "bad.json", [{"other": 1}]), form)
-    assert f"bad.json:1: expected an object with {', '.join(generate.FORMATS[form][1])}, found" in err
-    assert "bad.json:1: expected an object" in import_refused(tmp_path, capsys, write_table(tmp_path / "bad.json", [7]), form)
-    err = import_refused(tmp_path, capsys, write_table(tmp_path / "bad.json", []), form)
-    assert "bad.json: no prompt with responses is left: there is no row" in err
-    (tmp_path / "bad.json").write_text('[{"a": 1},')
-    assert "bad.json: expected a whole JSON list" in import_refused(tmp_path, capsys, tmp_path / "bad.json", form)
-    assert "none.jsonl: expected JSON lines, found no such file" in import_refused(tmp_path, capsys, tmp_path / "none.jsonl", form)
-
-
-def test_a_hub_id_reads_the_hubs_parquet(tmp_path, capsys, monkeypatch):
-    import huggingface_hub
-    (tmp_path / "hub").mkdir()
-    write_table(tmp_path / "hub" / "0000.parquet", STEER[:1])
-    write_table(tmp_path / "hub" / "0001.parquet", STEER[1:])
-    names = ["default/train/0001.parquet", "default/train/0000.parquet", "default/validation/0000.parquet", "other/train/0000.parquet",
-             "default/train/notes.txt", ".gitattributes"]
-    asked = []
-
-    def list_repo_files(repo_id, *, repo_type, revision):
-        asked.append((repo_id, repo_type, revision))
-        return names
-
-    def hf_hub_download(repo_id, filename, *, repo_type, revision):
-        asked.append((repo_id, repo_type, revision))
-        assert filename.startswith("default/train/")
-        return str(tmp_path / "hub" / filename.rpartition("/")[2])
-
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    rows, _ = import_file(tmp_path, capsys, "nvidia/HelpSteer2", "helpsteer2")
-    assert [response["text"] for row in rows for response in row["responses"]] == ["one", "two", "three"]
-    assert set(asked) == {("nvidia/HelpSteer2", "dataset", "refs/convert/parquet")} and len(asked) == 3
-    (tmp_path / "off.jsonl").unlink()
-    err = import_refused(tmp_path, capsys, "nvidia/HelpSteer2", "helpsteer2", "--import-split", "test")
-    assert "nvidia/HelpSteer2: the hub has no parquet files of the split 'test'" in err
-    monkeypatch.undo()  # and without a hub
-    err = import_refused(tmp_path, capsys, "nvidia/HelpSteer2", "helpsteer2")
-    assert "nvidia/HelpSteer2: neither a file nor a data set of the hub" in err
+# ----- bad files
+OUTPUTS = [{"instruction": f"q{k}", "output": "a", "generator": "m", "dataset": "d"} for k in range(3)]
+ANSWER = {"text": "a", "model": "m", "finish": "stop", "scores": {"x": 1.5}}
+ROWS = [{"id": f"p{k}", "prompt": [{"role": "user", "content": f"q{k}"}]} for k in range(3)]
+ROWS = [{**row, "category": "math", "responses": [dict(ANSWER), "b"]} for row in ROWS]
+GOOD = {"rows": ROWS, "ultrafeedback": FOUR, "helpsteer2": STEER, "oasst2": TREES, "alpaca_eval": OUTPUTS}
+GOOD[FORM_OF_PAIRS] = ULTRA
+REQUIRED = {  # {format: {path: what it may be, as JSON's types}}, by hand
+    "rows": {"prompt": "str list", "prompt.0.role": "str", "prompt.0.content": "str"},
+    "ultrafeedback": {"source": "str null", "instruction": "str list", "completions": "list"},
+    "helpsteer2": {"prompt": "str list", "response": "str"},
+    "oasst2": {"message_id": "str", "parent_id": "str null", "text": "str", "role": "str"},
+    "alpaca_eval": {"instruction": "str list", "output": "str", "generator": "str"},
+    FORM_OF_PAIRS: {"chosen": "list", "rejected": "list", "chosen.1.content": "str", "chosen.0.role": "str"},
+}
+REQUIRED["rows"]["responses.0.text"] = "str"
+REQUIRED["ultrafeedback"]["completions.0.response"] = "str"
+OPTIONAL = {  # the same of keys that may be missing
+    "rows": {
+        "id": "str int null",
+        "responses": "list",
+        "responses.0": "str dict",
+        "responses.0.model": "str null",
+        "responses.0.finish": "null",
+        "responses.0.scores": "dict null",
+        "responses.0.scores.x": "any",
+        "category": "any",
+    },
+    "ultrafeedback": {
+        "completions.0": "dict",
+        "completions.0.model": "str null",
+        "completions.0.overall_score": "any",
+        "completions.0.annotations": "dict null",
+        "completions.0.annotations.honesty": "dict null",
+        "completions.0.annotations.honesty.Rating": "any",
+    },
+    "helpsteer2": {},
+    "oasst2": {"lang": "any", "deleted": "any", "rank": "any"},
+    "alpaca_eval": {"dataset": "any"},
+    FORM_OF_PAIRS: {"prompt_id": "any", "score_chosen": "any", "chosen.0": "dict"},
+}
+WRONG = {"null": None, "bool": True, "int": 3, "float": 1.5, "str": "x", "list": [["x"]], "dict": {"a": [1]}}
 
 
-def test_the_split_of_a_hub_id():
-    def split(form, *flags, data=("org/name",)):
-        return generate.parse_args(["--out", "o", "--import-format", form, "--import-data", *data, *flags]).import_split
-    assert [split(form) for form in ("rows", "ultrafeedback", "ultrafeedback_binarized", "helpsteer2", "oasst2", "alpaca_eval")] == [
-        "train", "train", "train_prefs", "train", "train", "eval"]
-    assert split("ultrafeedback_binarized", "--import-split", "test_prefs") == "test_prefs"
-    for data in (("data/demo_train.jsonl",), ("org/name.parquet",), ("org/one", "org/two"), ("/org/name",), ("name",), ("./org/name",)):
-        assert split("rows", data=data) is None  # files, whether they exist or not
+def spoiled(rows, path, value, number=2):
+    """A copy of the rows in which a place of one row is another value, or is not there (KeyError)."""
+    rows = copy.deepcopy(rows)
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place = rows[number]
+    for key in parents:
+        place = place[key]
+    if value is KeyError:
+        del place[last]
+    else:
+        place[last] = value
+    return rows
+
+
+CASES = []
+for table, missing_is_refused in ((REQUIRED, True), (OPTIONAL, False)):
+    for form, paths in table.items():
+        CASES += [(form, path, types.split(), missing_is_refused) for path, types in paths.items()]
+CASES += [("helpsteer2", name, ["any"], True) for name in import_responses.WEIGHTS]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("form, path, types, needed", CASES, ids=lambda value: str(value)[:40])
+def test_every_key_missing_null_and_of_each_type(tmp_path, capsys, kind, form, path, types, needed):
+    """What the shape does not admit is refused with its row; the rest gives rows or one sentence."""
+    values = dict(WRONG, **({"missing": KeyError} if not path[-1].isdigit() else {}))
+    for name, value in values.items():
+        rows = spoiled(GOOD[form], path, value)
+        data = write_table(tmp_path / f"bad.{kind}", rows)
+        admitted = not needed if value is KeyError else name in types or "any" in types
+        out = tmp_path / "off.jsonl"
+        out.unlink(missing_ok=True)
+        if not admitted:
+            err = refused(tmp_path, capsys, data, form)
+            key = "[...]" if "honesty" in path else path.rpartition(".")[2]
+            assert f"bad.{kind}:3: " in err and key in err, (name, err)
+            continue
+        try:
+            run_import(tmp_path, capsys, data, form)
+        except SystemExit as status:
+            err = capsys.readouterr().err
+            assert status.code == 2 and err.count("\n") == 1 and f"bad.{kind}" in err, (name, err)
+        else:
+            for row in out.read_text().splitlines():
+                json.loads(row, parse_constant=lambda constant: pytest.fail(f"wrote {constant}"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("form", GOOD)
+def test_a_table_without_the_columns_or_without_rows(tmp_path, capsys, form, kind):
+    err = refused(tmp_path, capsys, write_table(tmp_path / f"bad.{kind}", [{"other": 1}]), form)
+    assert f"bad.{kind}:1: {MISSING} `" in err
+    write_table(tmp_path / f"none.{kind}", [{"other": 1}][:0])
+    err = refused(tmp_path, capsys, tmp_path / f"none.{kind}", form)
+    sentence = "expected JSON lines, found no file or an empty one"
+    if kind != "jsonl":
+        sentence = 'no prompt with responses is left: {"rows_merged_into_others": 0'
+    assert f"none.{kind}: {sentence}" in err
+
+
+@pytest.mark.parametrize("form", GOOD)
+def test_files_that_cannot_be_read(tmp_path, capsys, form):
+    line = json.dumps(GOOD[form][0])
+    for name, content, sentence in (
+        ("list.json", b'[{"a": 1},', ": Input data was truncated"),
+        ("numbers.json", b"[7]", ":1: Expected `object`, got `int`"),
+        ("brackets.json", b"[" * 100_000, ": "),
+        ("torn.jsonl", f"{line}\n{line[:-3]}\n".encode(), ":2: "),
+        ("list.jsonl", f"[{line}]".encode(), ":1: Expected `object`, got `array`"),
+        ("nan.jsonl", line[:-1].encode() + b', "unknown": NaN}', ":1: JSON is malformed"),
+        ("latin.jsonl", b'{"a": "\xfc"}', ":1: "),
+        ("latin.json", b'[{"a": "\xfc"}]', ": "),
+        ("surrogate.json", b'[{"a": "\\ud83d"}]', ": "),
+        ("deep.jsonl", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ":1: "),
+        ("text.parquet", b"no parquet", ": "),
+        ("empty.parquet", b"", ": "),
+        ("empty.json", b"", ": expected JSON lines, found no file or an empty one"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name}{sentence}" in refused(tmp_path, capsys, tmp_path / name, form)
+    (tmp_path / "folder.parquet").mkdir()
+    for name in ("none.jsonl", "none.json", "none.parquet", "folder.parquet", "."):
+        assert f"{tmp_path / name}: " in refused(tmp_path, capsys, tmp_path / name, form)
+
+
+def test_a_parquet_file_with_a_wrong_type(tmp_path, capsys):
+    data = write_table(tmp_path / "bad.parquet", [{"instruction": "q", "output": 7, "generator": "m"}])
+    err = refused(tmp_path, capsys, data, "alpaca_eval")
+    assert "bad.parquet:1: Expected `str`, got `int` - at `$.output`" in err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_the_output_is_no_input(tmp_path, capsys, kind):
+    data = write_table(tmp_path / f"off2.{kind}", OUTPUTS)
+    content = data.read_bytes()
+    (tmp_path / f"link.{kind}").symlink_to(data)
+    for out in (f"off2.{kind}", f"link.{kind}", "off2.txt"):  # off2.txt would have the record off2.meta.json
+        with pytest.raises(SystemExit) as status:
+            run_import(tmp_path, capsys, data, "alpaca_eval", out=out)
+        assert status.value.code == 2 and "would replace an input" in capsys.readouterr().err
+        assert data.read_bytes() == content and not (tmp_path / "off2.meta.json").exists()
+
+
+@pytest.mark.parametrize("flags", [["--limit", "0"], ["--limit", "-1"], ["--split", "train"]])
+def test_flags_that_mean_nothing(tmp_path, capsys, flags):
+    data = write_rows(tmp_path / "data.jsonl", ROWS)
+    with pytest.raises(SystemExit) as status:
+        run_import(tmp_path, capsys, data, "rows", *flags)
+    assert status.value.code == 2 and "at least 1, and --split is about a hub id" in capsys.readouterr().err
+
+
+def test_the_record_and_a_second_run(tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", FOUR)
+    _, printed = run_import(tmp_path, capsys, data, "ultrafeedback")
+    meta = json.loads((tmp_path / "off.meta.json").read_text())
+    assert {"out": str(tmp_path / "off.jsonl"), **meta["counts"]} == printed
+    assert meta["inputs"] == {data: hashlib.sha256((tmp_path / "data.jsonl").read_bytes()).hexdigest()}
+    assert meta["args"]["format"] == "ultrafeedback" and meta["hub_files"] == {}
+    write_rows(tmp_path / "data.jsonl", FOUR[:1])  # what is there is replaced
+    rows, printed = run_import(tmp_path, capsys, data, "ultrafeedback")
+    assert len(rows[0]["responses"]) == printed["responses"] == 2
+    assert json.loads((tmp_path / "off.meta.json").read_text())["counts"]["responses"] == 2
+    write_rows(tmp_path / "data.jsonl", [{"other": 1}])  # and stays if the new run is refused
+    with pytest.raises(SystemExit):
+        run_import(tmp_path, capsys, data, "ultrafeedback")
+    assert read_rows(tmp_path / "off.jsonl") == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "off.jsonl", "off.meta.json"]
+
+
+# ----- the hub
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """publish(split=rows, ...) makes a folder that stands for org/name, and lists what is asked of it."""
+    datasets = pytest.importorskip("datasets")
+    folder, load_dataset, asked = tmp_path / "repo", datasets.load_dataset, []
+    folder.mkdir()
+
+    def load(name, **flags):
+        asked.append((name, flags))
+        return load_dataset(str(folder), cache_dir=str(tmp_path / "cache"), **flags)
+
+    def write(**splits):
+        parts = [f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits]
+        head = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        (folder / "README.md").write_text(head + "".join(parts) + "---\n")
+        for split, rows in splits.items():
+            write_rows(folder / f"{split}.jsonl", rows)
+        return asked
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    datasets.disable_progress_bars()
+    yield write
+    datasets.enable_progress_bars()
+
+
+def test_a_data_set_of_the_hub(tmp_path, capsys, publish):
+    given = [{"prompt": "q0", "response": "a", "n": 1}, {"prompt": "q1", "responses": ["b", "c"], "day": "x"}]
+    asked = publish(train=given, test=[{"prompt": "q2", "response": "d"}])
+    rows, printed = run_import(tmp_path, capsys, "org/name-v1.5", "rows")
+    assert asked == [("org/name-v1.5", {"split": "train"})] and printed["responses"] == 3
+    # `datasets` gives both rows the keys n, day, response and responses
+    assert [row.keys() - {"id", "prompt", "responses"} for row in rows] == [{"n"}, {"day"}]
+    meta = json.loads((tmp_path / "off.meta.json").read_text())
+    assert meta["hub_files"]["org/name-v1.5"][0]["filename"].endswith(".arrow") and meta["inputs"] == {}
+    local = write_rows(tmp_path / "local.jsonl", given)
+    rows, printed = run_import(tmp_path, capsys, ["org/name", local], "rows", "--split", "test")
+    assert [row["prompt"][0]["content"] for row in rows] == ["q2", "q0", "q1"]
+    assert asked[-1] == ("org/name", {"split": "test"})
+
+
+@pytest.mark.parametrize("form", GOOD)
+def test_the_hub_gives_the_rows_of_the_file(tmp_path, capsys, publish, form):
+    split = {FORM_OF_PAIRS: "train_prefs", "alpaca_eval": "eval"}.get(form, "train")
+    asked = publish(first=GOOD[form][:3], **{split: GOOD[form]})
+    expected = run_import(tmp_path, capsys, write_rows(tmp_path / "local.jsonl", GOOD[form]), form)
+    rows, printed = run_import(tmp_path, capsys, "org/name", form)
+    assert (rows, printed) == expected and asked == [("org/name", {"split": split})]
+
+
+def test_a_hub_without_the_split_or_the_columns(tmp_path, capsys, publish):
+    publish(train=[{"prompt": "q0", "response": "a"}])
+    assert 'org/name: Unknown split "eval"' in refused(tmp_path, capsys, "org/name", "alpaca_eval")
+    err = refused(tmp_path, capsys, "org/name", "helpsteer2")
+    assert f"org/name:1: {MISSING} `helpfulness`" in err
+    publish(train=[{"prompt": "q0", "response": "a"}], test=[{"prompt": "q0", "b": "a"}])
+    err = refused(tmp_path, capsys, "org/name", "rows", "--split", "test")
+    assert "org/name: Couldn't cast" in err
+
+
+def test_no_hub(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    assert "no/such: Couldn't reach 'no/such' on the Hub" in refused(
+        tmp_path, capsys, "no/such", "helpsteer2"
+    )
+
+
+def test_what_is_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "here").write_text("")
+    names = ["org/name", "allenai/llama-3.1-tulu", "org/here", "org/x.jsonl", "org/x.json", "org/x.parquet"]
+    names += ["/org/name", "name", "./org/name", "org/one/two", "org/"]
+    assert list(filter(import_responses.is_hub_id, names)) == ["org/name", "allenai/llama-3.1-tulu"]
+
+
+# ----- as a user starts it
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_the_script(tmp_path, monkeypatch, kind):
+    data = write_table(tmp_path / f"data.{kind}", STEER)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    command = ["data/import_responses.py", "--format", "helpsteer2", "--data", data]
+    printed, err = run_script(*command, "--out", tmp_path / "new" / "off.jsonl")
+    assert (printed["rows"], printed["responses"]) == (2, 3) and err == ""
+    assert len(read_rows(tmp_path / "new" / "off.jsonl")) == 2
+    assert not list((tmp_path / "home").iterdir())  # local files leave no cache behind
+    _, err = run_script(*command, tmp_path / "none.jsonl", "--out", tmp_path / "x.jsonl", expect=2)
+    assert (
+        err
+        == f"import_responses.py: {tmp_path}/none.jsonl: expected JSON lines, found no file or an empty one\n"
+    )
