@@ -163,6 +163,13 @@ def test_files_are_merged_by_prompt(tmp_path, capsys):
     assert "clash.jsonl:2: the id a has another prompt in an earlier row" in err
 
 
+def test_other_keys_of_a_turn_stay(tmp_path, capsys):
+    turn = {"name": "n", "content": "q", "role": "user"}
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": [turn], "response": "a"}])
+    [row], _ = run_import(tmp_path, capsys, data)
+    assert list(row["prompt"][0].items()) == [("role", "user"), ("content", "q"), ("name", "n")]
+
+
 def test_empty_and_cut_responses_are_counted(tmp_path, capsys):
     answers = ["", " ", "Hi", {"text": "x", "finish": "length"}, {"text": "y", "finish": "stop"}]
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": "q", "responses": answers}])
@@ -325,6 +332,13 @@ def test_helpsteer2(tmp_path, capsys, kind):
     ratings = {"helpfulness": 3.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2.0, "verbosity": 2.0}
     assert scores[0] == {**ratings, "helpsteer2": 7.25} and printed["rows_merged_into_others"] == 1
     assert scores[2]["complexity"] is None and scores[2]["helpfulness"] == 0.0
+
+
+def test_equal_rewards_of_helpsteer2_tie(tmp_path, capsys):
+    """Both sums are 0.45, but for the rounding of floating point."""
+    rows = [steer("q", "a", 0, 0, 0, 3, 3), steer("q", "b", 0, 0, 1, 0, 0)]
+    [row], _ = run_import(tmp_path, capsys, write_rows(tmp_path / "hs.jsonl", rows), "helpsteer2")
+    assert [scores["helpsteer2"] for _, scores in texts_and_scores(row)] == [0.45] * 2
 
 
 # ----- OpenAssistant 2
