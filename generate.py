@@ -649,8 +649,9 @@ def check_weights(folder):
             fail(f"{path}: {error}")
 
 
-def load_model(kind, name, revision, dtype):
-    """The model for inference, by one of transformers' Auto classes; its files must have all weights."""
+def load_model(kind, name, revision, dtype, unused=None):
+    """The model for inference by one of transformers' Auto classes. Its files must have all weights but those
+    whose names contain `unused`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
@@ -658,8 +659,9 @@ def load_model(kind, name, revision, dtype):
     if getattr(config, "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
     model, info = kind.from_pretrained(name, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        fail(f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
+    if missing:
+        fail(f"{name}: the weights lack {', '.join(missing[:3])}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

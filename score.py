@@ -171,15 +171,15 @@ class Scorer:
         """Score a window of rows; update(n) moves the bar by n responses."""
         raise NotImplementedError
 
-    def value(self, response):
-        """What a response got, for the last line; null if it got none."""
-        return response["scores"][self.name]
+    def values(self, row):
+        """What the responses of a scored row got, for the last line; None for nothing."""
+        return [response["scores"][self.name] for response in row["responses"]]
 
     def summary(self, before):
         """Counts over --out; before: {id: rewards that the responses had}."""
         counts, without, values, agreement = Counter(), Counter(), {}, Counter()
         for _, row in read_jsonl(self.args.out, Row):
-            scores = [self.value(response) for response in row["responses"]]
+            scores = self.values(row)
             counts.update(rows=1, responses=len(scores))
             for response, score in zip(row["responses"], scores, strict=True):
                 if score is None:
@@ -508,8 +508,8 @@ class LogProbability(Scorer):
         self.model = load_model(AutoModelForCausalLM, self.args.model, self.args.revision, self.args.dtype)
         self.weight, self.bias = output_head(self.model)
 
-    def value(self, response):
-        return response[self.key]
+    def values(self, row):
+        return [response[self.key] for response in row["responses"]]
 
     @torch.inference_mode()
     def score(self, rows, update):
@@ -784,8 +784,9 @@ def check_weights(folder):
             fail(f"{path}: {error}")
 
 
-def load_model(kind, name, revision, dtype):
-    """The model for inference, by one of transformers' Auto classes; its files must have all weights."""
+def load_model(kind, name, revision, dtype, unused=None):
+    """The model for inference by one of transformers' Auto classes. Its files must have all weights but those
+    whose names contain `unused`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
@@ -793,8 +794,9 @@ def load_model(kind, name, revision, dtype):
     if getattr(config, "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
     model, info = kind.from_pretrained(name, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        fail(f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
+    if missing:
+        fail(f"{name}: the weights lack {', '.join(missing[:3])}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -1,0 +1,131 @@
+"""
+How similar the responses of a prompt are: cosines of their embeddings (S1 section 5.3, "similarity").
+
+Reads   --responses FILE ...  as score.py
+Writes  --out FILE            the same rows, each with "cosine": a matrix over its responses; rewards stay
+
+S1 says "last layer sentence embedding", and names no model and no pooling. Of a causal language model this is
+the last hidden state, mean over the response's tokens, which follow the prompt; of an encoder, the response
+alone, pooled as its 1_Pooling/config.json says (mean if there is none).
+
+    python scorers/embed.py --model sentence-transformers/all-MiniLM-L6-v2 --responses on.jsonl --out c.jsonl
+
+Resumes and prints as score.py does; "mean" is the mean cosine with the other responses. S1 is SimpleMix.
+"""
+
+# ruff: noqa: E402, I001
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import score  # sets the environment before torch is imported
+import torch
+import torch.nn.functional as F
+
+POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
+POOLING["pooling_mode_lasttoken"] = "last"
+
+
+def parse_args(argv=None):
+    parser = score.make_parser(__doc__)
+    score.add_model_flags(parser)
+    parser.add_argument(
+        "--max-length", type=int, help="longest input in tokens (default: what the model reads)"
+    )
+    args = parser.parse_args(argv)
+    score.check_args(parser, args)
+    if not args.model:
+        parser.error("--model is needed")
+    args.scorer, args.name = "embed", None
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return args
+
+
+class Embed(score.Scorer):
+    sets_reward = False
+
+    def __init__(self, args, rows):
+        super().__init__(args, rows)
+        self.tokenizer, config = score.load_tokenizer(args.model, args.revision)
+        self.max_length = score.longest_input(args, config, self.tokenizer)
+        self.causal = (config.architectures or [""])[0].endswith("ForCausalLM")
+        self.pooling = "mean"
+        if self.causal:
+            self.mark = score.fingerprint(self.tokenizer)
+            self.end_id = score.end_of_turn(self.tokenizer)
+        else:
+            self.read_pooling()
+
+    def read_pooling(self):
+        from transformers.utils import cached_file
+
+        options = {"revision": self.args.revision, "_raise_exceptions_for_missing_entries": False}
+        path = cached_file(self.args.model, "1_Pooling/config.json", **options)
+        if path:
+            modes = json.loads(Path(path).read_text())
+            modes = [name for name, on in modes.items() if on is True and name.startswith("pooling_mode")]
+            if len(modes) != 1 or modes[0] not in POOLING:
+                score.fail(f"{path}: expected mean, cls or last-token pooling, found {' and '.join(modes)!r}")
+            self.pooling = POOLING[modes[0]]
+
+    def load(self):
+        from transformers import AutoModel
+
+        name, revision, dtype = self.args.model, self.args.revision, self.args.dtype
+        self.model = score.load_model(AutoModel, name, revision, dtype, unused="pooler")
+
+    def encode(self, row, response):
+        """(ids of the prompt, ids of the response); the prompt has none for an encoder."""
+        if not self.causal:
+            return [], self.tokenizer(response["text"])["input_ids"] if response["text"].strip() else []
+        cut = {**response, "finish": "length"}  # without the end-of-turn token
+        completion = score.completion_ids(self.tokenizer, self.mark, self.end_id, cut)
+        return score.prompt_ids(self.tokenizer, row["prompt"]), completion
+
+    @torch.inference_mode()
+    def score(self, rows, update):
+        places, starts, sequences = [], [], []
+        vectors = [[None] * len(row["responses"]) for row in rows]
+        for k, row in enumerate(rows):
+            for i, response in enumerate(row["responses"]):
+                prompt, completion = self.encode(row, response)
+                if not completion or len(prompt) + len(completion) > self.max_length:
+                    update(1)
+                    continue
+                places.append((k, i))
+                starts.append(len(prompt))
+                sequences.append(prompt + completion)
+        for batch, ids, mask in score.token_batches(sequences, self.args, self.counts):
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, T, d)
+            for states, index in zip(hidden, batch, strict=True):
+                states = states[starts[index] : len(sequences[index])]  # (t, d), of the response
+                pooled = {"mean": states.mean(0), "first": states[0], "last": states[-1]}[self.pooling]
+                k, i = places[index]
+                if pooled.isfinite().all():
+                    vectors[k][i] = F.normalize(pooled, dim=0).cpu()
+            update(len(batch))
+        for row, of_row in zip(rows, vectors, strict=True):
+            row["cosine"] = [[cosine(a, b) for b in of_row] for a in of_row]
+            for response, line in zip(row["responses"], row["cosine"], strict=True):
+                response["cosine"] = dict(zip(map(id, row["responses"]), line, strict=True))
+
+    def values(self, row):
+        """The mean cosine with the other responses; with itself if there is no other."""
+        means = []
+        for i, line in enumerate(row["cosine"]):
+            others = [x for j, x in enumerate(line) if x is not None and (j != i or len(line) == 1)]
+            means.append(sum(others) / len(others) if others else None)
+        return means
+
+
+def cosine(a, b):
+    return None if a is None or b is None else round(float(a @ b), 6)
+
+
+if __name__ == "__main__":
+    try:
+        score.main(parse_args(), Embed)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")

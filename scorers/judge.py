@@ -1,0 +1,282 @@
+"""
+AlpacaEval 2's judge: a chat model says which of two responses is better, with its log-probabilities.
+
+Reads   --responses FILE ...  as score.py
+Writes  --out FILE            as score.py, with "wins"[i][j] = p(m) / (p(m) + p(M)) in each row, where m names
+                              response i and M response j, and as "reward" of i the mean of its wins
+
+The server is any with OpenAI's chat completions: --base-url, else the environment's OPENAI_BASE_URL, else
+OpenAI's own, with the key in OPENAI_API_KEY. One token is asked for, and m and M are looked for among its
+five most likely ones. Which response is m is drawn per prompt as alpaca_eval draws it. Equal texts tie, and
+nothing is asked. --baseline NAME only asks for pairs with a response of that model; over 1 % of prompts
+without such a pair, or of verdicts missing, is then an error. The prompt is our own wording; --judge-prompt
+reads another, such as alpaca_eval's (in its package as
+evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt).
+
+    python scorers/judge.py --model gpt-4-1106-preview --responses gpt4.jsonl on50.jsonl --out judged.jsonl \\
+        --baseline gpt4_1106_preview --judge-prompt alpaca_eval_clf.txt --max-requests 5000
+
+Resumes and prints as score.py does. Rows are written in windows of 32: of what was paid for, a kill loses no
+more than the answers to one window.
+"""
+
+import hashlib
+import importlib.util
+import math
+import os
+import random
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import score  # noqa: E402
+
+THREADS = 32  # requests under way at once
+OPENAI = "https://api.openai.com/v1"
+PROMPT = """<|im_start|>system
+You compare two answers to an instruction and say which of them a careful human reader would prefer.
+<|im_end|>
+<|im_start|>user
+Here are an instruction and two answers to it, named m and M.
+
+[instruction]
+{instruction}
+[end of the instruction]
+
+[answer m]
+{output_1}
+[end of answer m]
+
+[answer M]
+{output_2}
+[end of answer M]
+
+Which answer would a careful human reader prefer: the one that is more helpful, correct and pleasant \
+to read? Length alone is no merit.
+Reply with the name of the better answer, m or M, and nothing else.
+<|im_end|>"""
+
+
+def make_parser(description):
+    """The flags of scorers that ask a server."""
+    parser = score.make_parser(description)
+    flag = parser.add_argument
+    flag("--model", required=True, help="the model's name at the server")
+    flag("--base-url", metavar="URL", help="the server; its key from the environment's OPENAI_API_KEY")
+    flag(
+        "--max-requests", type=int, help="stop before a window that needs more requests than this in one run"
+    )
+    return parser
+
+
+def check_args(parser, args):
+    score.check_args(parser, args)
+    args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    if "@" in args.base_url:
+        parser.error("--base-url must hold no password: a key comes from OPENAI_API_KEY")
+    args.revision = None
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--name", help='key in "scores" (default judge)')
+    parser.add_argument("--baseline", metavar="NAME", help='only pairs with a response of this "model"')
+    parser.add_argument("--judge-prompt", metavar="FILE", help="with {instruction}, {output_1}, {output_2}")
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    args.scorer = "judge"
+    return args
+
+
+class Server:
+    """Chat completions, many at once; every question is asked until it is answered or refused.
+
+    Errors that pass (429, 5xx, a lost connection) are tried again, 8 times; others end the run.
+    """
+
+    def __init__(self, args):
+        if not importlib.util.find_spec("openai"):
+            score.fail("this scorer needs the package openai: pip install openai")
+        key = os.environ.get("OPENAI_API_KEY")
+        if args.base_url.startswith(OPENAI) and not key:
+            score.fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY")
+        import openai
+
+        self.args, self.key, self.openai, self.asked = args, key, openai, 0
+        options = {"base_url": args.base_url, "api_key": key or "none", "max_retries": 8, "timeout": 120}
+        self.client = openai.OpenAI(**options)
+
+    def said(self, error):
+        """What the server says, without the key."""
+        return (error.message.replace(self.key, "...") if self.key else error.message)[:300]
+
+    def answer(self, messages, options):
+        """(the first choice, None), or (None, why there is none)."""
+        try:
+            answer = self.client.chat.completions.create(model=self.args.model, messages=messages, **options)
+            return answer.choices[0], None
+        except self.openai.BadRequestError as error:  # too long, or refused for what it says
+            return None, f"refused by the server: {self.said(error)}"
+        except (AttributeError, IndexError, TypeError, ValueError):
+            return None, "an answer of another shape than a chat completion's"
+
+    def ask(self, questions, update, **options):
+        """Yield what `answer` gives, in the order of the questions; update() after each."""
+        limit = self.args.max_requests
+        if limit and self.asked + len(questions) > limit:
+            sys.exit(
+                f"--max-requests {limit}: {self.asked} were sent, the next window needs {len(questions)}; "
+                "what is written stays, and the same command goes on"
+            )
+        self.asked += len(questions)
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                for answer in pool.map(lambda messages: self.answer(messages, options), questions):
+                    update()
+                    yield answer
+        except (
+            self.openai.APIError
+        ) as error:  # the key, the model's name, no server, errors that did not pass
+            reason = f"{type(error).__name__}: {self.said(error)}"
+            score.fail(f"{self.args.base_url}: {reason} (the same command goes on after the last window)")
+
+
+def messages(template, texts):
+    """The chat of a prompt file, {names} filled in: <|im_start|>role ... <|im_end|> blocks, or one user turn."""
+    turns = re.findall(r"<\|im_start\|>(\w+)\s*(.*?)\s*<\|im_end\|>", template, re.DOTALL)
+    names = re.compile("|".join(re.escape(f"{{{name}}}") for name in texts))
+    chat = []
+    for role, content in turns or [("user", template)]:
+        # in one pass: braces in a text stay as they are
+        chat.append({"role": role, "content": names.sub(lambda match: texts[match[0][1:-1]], content)})
+    return chat
+
+
+def preference(choice):
+    """(p(m) / (p(m) + p(M)), None) from the five most likely first tokens, or (None, why not)."""
+    content = choice.logprobs.content if choice.logprobs else None
+    if not content:
+        return None, "no log-probabilities in the server's answer"
+    # vllm's list begins with the token that was sampled, whatever its rank
+    best = sorted(content[0].top_logprobs, key=lambda top: -top.logprob)[:5]
+    m, other = (sum(math.exp(top.logprob) for top in best if top.token == name) for name in "mM")
+    if not m + other:
+        return None, "neither m nor M among the five most likely first tokens"
+    return m / (m + other), None
+
+
+class Judge(score.Scorer):
+    window = 32
+
+    def __init__(self, args, rows):
+        super().__init__(args, rows)
+        self.models = []
+        self.template = PROMPT
+        if args.judge_prompt:
+            self.read_template(args.judge_prompt)
+        if args.baseline:
+            self.labeler += f":{args.baseline}"
+            self.check_baseline(rows)
+        self.server = Server(args)
+
+    def read_template(self, path):
+        if not os.path.isfile(path):
+            score.fail(f"--judge-prompt {path}: no such file")
+        self.template = Path(path).read_text()
+        for name in ("{instruction}", "{output_1}", "{output_2}"):
+            if name not in self.template:
+                score.fail(
+                    f"{path}: expected {{instruction}}, {{output_1}} and {{output_2}}, found no {name}"
+                )
+        self.files = [path]
+        digest = hashlib.sha256(self.template.encode()).hexdigest()[:8]
+        self.labeler += f":{Path(path).name}@{digest}"
+
+    def check_baseline(self, rows):
+        name, files = self.args.baseline, ", ".join(self.args.responses)
+        models = {str(one.get("model")) for row in rows.values() for one in row["responses"]}
+        if name not in models:
+            score.fail(
+                f"{files}: no response is of the model {name!r}; there are {', '.join(sorted(models))}"
+            )
+        without = 0
+        for row in rows.values():
+            sides = {response.get("model") == name for response in row["responses"]}
+            without += len(sides) < 2
+        if without > 0.01 * len(rows):
+            reason = f"{without} of {len(rows)} prompts have no response of {name} or none to compare with it"
+            score.fail(f"{files}: {reason}, over 1 %")
+
+    def pairs(self, row):
+        """(i, j), i < j, of the responses that are compared."""
+        of_baseline = [response.get("model") == self.args.baseline for response in row["responses"]]
+        for i, j in combinations(range(len(of_baseline)), 2):
+            if not self.args.baseline or of_baseline[i] != of_baseline[j]:
+                yield i, j
+
+    def question(self, row, i, j):
+        """(messages, whether response j is m)."""
+        instruction = score.as_text(row["prompt"])
+        # alpaca_eval's draw. Before it, output_1 is the baseline's
+        swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
+        if self.args.baseline and row["responses"][j].get("model") == self.args.baseline:
+            swapped = not swapped
+        first, second = (row["responses"][k]["text"] for k in ((j, i) if swapped else (i, j)))
+        texts = {"instruction": instruction, "output_1": first, "output_2": second}
+        return messages(self.template, texts), swapped
+
+    def score(self, rows, update):
+        wins = [[[None] * len(row["responses"]) for _ in row["responses"]] for row in rows]
+        reasons = [["nothing to compare with"] * len(row["responses"]) for row in rows]
+        places, questions, swaps = [], [], []
+        for k, row in enumerate(rows):
+            for i, j in self.pairs(row):
+                if row["responses"][i]["text"] == row["responses"][j]["text"]:
+                    wins[k][i][j] = wins[k][j][i] = 0.5
+                    continue
+                question, swapped = self.question(row, i, j)
+                places.append((k, i, j))
+                questions.append(question)
+                swaps.append(swapped)
+        share = sum(len(row["responses"]) for row in rows) / max(
+            1, len(questions)
+        )  # the bar counts responses
+        options = {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 6}
+        answers = self.server.ask(questions, lambda: update(share), **options)
+        failures = []
+        for (k, i, j), swapped, (choice, reason) in zip(places, swaps, answers, strict=True):
+            p, reason = preference(choice) if choice else (None, reason)
+            if p is None:
+                reasons[k][i] = reasons[k][j] = reason
+                failures.append(reason)
+                continue
+            wins[k][i][j], wins[k][j][i] = (1 - p, p) if swapped else (p, 1 - p)
+        if len(failures) == len(questions) >= 8:
+            score.fail(f"{self.args.model}: none of {len(failures)} answers could be read: {failures[0]}")
+        for row, of_row, why in zip(rows, wins, reasons, strict=True):
+            self.set_wins(row, of_row, of_row, why)
+        self.counts["requests"] = self.server.asked
+
+    def check(self, counts):
+        super().check(counts)
+        if not self.args.baseline:
+            return
+        judged = without = 0
+        for _, row in score.read_jsonl(self.args.out, score.Row):
+            for response in row["responses"]:
+                if response.get("model") != self.args.baseline:
+                    judged += 1
+                    without += response["reward"] is None
+        if without > 0.01 * judged:
+            reason = f"{without} of {judged} responses have no verdict, over 1 %: {dict(counts['without'])}"
+            score.fail(f"{self.args.out}: {reason}")
+
+
+if __name__ == "__main__":
+    try:
+        score.main(parse_args(), Judge)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")
