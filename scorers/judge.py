@@ -145,7 +145,7 @@ class Server:
 
 
 def messages(template, texts):
-    """The chat of a prompt file, {names} filled in: <|im_start|>role ... <|im_end|> blocks, or one user turn."""
+    """The chat of a prompt file, {names} filled in: <|im_start|>role ... <|im_end|> blocks or a user turn."""
     turns = re.findall(r"<\|im_start\|>(\w+)\s*(.*?)\s*<\|im_end\|>", template, re.DOTALL)
     names = re.compile("|".join(re.escape(f"{{{name}}}") for name in texts))
     chat = []

@@ -1,0 +1,68 @@
+"""
+S3's answers for evaluation (Appendix B.4): generate.py with beam search that samples, by transformers.
+
+Reads and writes as generate.py, whose flags it has, with one response per prompt. S3 gives three beams and
+sampling, and no temperature: it is 1 here, without top-p and top-k. Beams draw from torch's own generator,
+which is seeded for every batch: equal commands give equal rows, other --batch-size others.
+
+    python recipes/sample_beams.py --beams 3 --model out/dpo --prompts alpaca.jsonl --out answers.jsonl
+"""
+
+# ruff: noqa: E402, I001
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate  # sets the environment before torch is imported
+import torch
+
+PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
+
+
+def parse_args(argv=None):
+    parser = generate.make_parser(__doc__)
+    parser.add_argument("--beams", type=int, default=3, help="default %(default)s")
+    generate.PRESETS["s1"] = PRESET
+    args = generate.parse_args(argv, parser)
+    if args.beams < 2 or args.greedy or args.diverse or args.n > 1:
+        parser.error("--beams must be at least 2, and does not go with --greedy, --diverse and --n")
+    args.backend = "hf"
+    return args
+
+
+def beam_sampler(args, tokens):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = generate.load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_tokens,
+        do_sample=True,
+        num_beams=args.beams,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        eos_token_id=tokens.stop_ids,
+        pad_token_id=tokens.pad_id,
+    )
+
+    @torch.inference_mode()
+    def sample(queue):
+        queue.sort(key=lambda request: (len(request.ids), request.row))
+        size = args.batch_size or 16
+        while queue:
+            batch = queue[:size]
+            del queue[:size]
+            ids, mask = generate.pad_left([request.ids for request in batch], tokens.pad_id, model.device)
+            names = [request.prompt_id for request in batch]
+            torch.manual_seed(generate.stable_hash(args.seed, "beams", *names) % 2**63)
+            output = model.generate(input_ids=ids, attention_mask=mask)
+            yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
+
+    return sample
+
+
+if __name__ == "__main__":
+    try:
+        generate.main(parse_args(), beam_sampler)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")

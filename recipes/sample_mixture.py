@@ -1,0 +1,100 @@
+"""
+DPO-Mix-P's sampling, with which S1 compares SimpleMix: generate.py from a mixture of two models' logits.
+
+Reads and writes as generate.py, whose flags it has, by transformers. Next-token logits are A x those of
+--model plus B x those of --reference, renormalised token by token; that is not the mixture of whole
+responses. The first response of a pair is sampled with 1.5 -0.5 and the second with 0.5 0.5, by two runs: as
+in the paper's code, one response per prompt at temperature 0.7, without top-p. The weights are part of the
+random draw: otherwise the two runs would share their random numbers and begin alike.
+
+    python recipes/sample_mixture.py --model out/dpo --reference out/sft --weights 1.5 -0.5 \\
+        --prompts prompts.jsonl --out better.jsonl
+    python recipes/sample_mixture.py --model out/dpo --reference out/sft --weights 0.5 0.5 \\
+        --prompts prompts.jsonl --out worse.jsonl
+"""
+
+# ruff: noqa: E402, I001
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate  # sets the environment before torch is imported
+import torch
+import torch.nn.functional as F
+
+PRESET = {"n": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
+
+
+def parse_args(argv=None):
+    parser = generate.make_parser(__doc__)
+    parser.add_argument("--reference", required=True, metavar="MODEL", help="folder or hub id")
+    parser.add_argument("--weights", required=True, nargs=2, type=float, metavar=("A", "B"))
+    generate.PRESETS["s1"] = PRESET
+    args = generate.parse_args(argv, parser)
+    if not all(map(math.isfinite, args.weights)):
+        parser.error(f"--weights must be finite, found {args.weights}")
+    if args.greedy or args.diverse:
+        parser.error("--greedy and --diverse do not go with a mixture")
+    args.backend = "hf"
+    args.seed = generate.stable_hash(args.seed, "mixture", *args.weights)
+    return args
+
+
+def mix_logits(policy, reference, weights, vocabulary):
+    """weights[0] * policy + weights[1] * reference, float32 (B, min(V, V')), of raw logits (B, V), (B, V').
+
+    Rows after the vocabulary only pad the embeddings. They are masked after mixing, since a negative weight
+    would make +inf of a masked logit of the reference.
+    """
+    width = min(policy.shape[-1], reference.shape[-1])
+    mixed = weights[0] * policy[:, :width].float() + weights[1] * reference[:, :width].float()
+    mixed[:, vocabulary:] = -torch.inf
+    return mixed
+
+
+def mixer(reference, mask, weights, vocabulary):
+    """A logits processor that runs the reference beside the policy, with a cache of its own.
+
+    mask (B, T): 1 where the prompts, padded on the left, have a token.
+    """
+    cache, n_done = None, 0
+
+    def mix_in(input_ids, logits):
+        nonlocal cache, n_done
+        attended = F.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
+        positions = (attended.cumsum(-1) - 1).clamp(min=0)
+        output = reference(
+            input_ids=input_ids[:, n_done:],
+            attention_mask=attended,
+            position_ids=positions[:, n_done:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, n_done = output.past_key_values, input_ids.shape[1]
+        return mix_logits(logits, output.logits[:, -1], weights, vocabulary)
+
+    return mix_in
+
+
+def mixture_sampler(args, tokens):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, config = generate.load_tokenizer(args.reference, None)
+    if generate.fingerprint(tokenizer) != tokens.fingerprint:
+        generate.fail(f"{args.reference}: its tokenizer has another vocabulary than that of {args.model}")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if context < tokens.context:
+        generate.fail(f"{args.reference}: its context of {context} is shorter than that of {args.model}")
+    reference = generate.load_model(AutoModelForCausalLM, args.reference, None, args.dtype)
+    vocabulary = max(tokens.tokenizer.get_vocab().values()) + 1
+    return generate.hf_sampler(args, tokens, lambda mask: [mixer(reference, mask, args.weights, vocabulary)])
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        generate.main(args, mixture_sampler, [(args.reference, None)])
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")
