@@ -321,6 +321,10 @@ class RewardModel(Scorer):
         if config.num_labels != 1 or not kind.endswith("ForSequenceClassification"):
             found = f"{kind} with {config.num_labels} labels"
             fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {found}")
+        paths = Path(args.model).glob("*.safetensors")  # none of a hub id
+        names = [name for path in paths for name in safe_open(path, "pt").keys()]
+        if names and not any(name.startswith(("score", "classifier")) for name in names):
+            fail(f"{args.model}: the weights hold no reward head (score or classifier)")  # vllm would not miss it
         self.chat = bool(self.tokenizer.chat_template)
         if not self.chat and not self.tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has no chat template and no separator for pairs of texts")
