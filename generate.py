@@ -30,6 +30,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -87,9 +88,8 @@ class Row(TypedDict, total=False):
 class Request(NamedTuple):
     """One response that is to be sampled."""
 
-    row: int  # its place among the rows
-    prompt_id: str
-    sample: int  # its place among the responses, 0 ... n - 1
+    row: dict
+    sample: int  # its place among the row's responses, 0 ... n - 1
     ids: list[int]  # of the prompt
 
 
@@ -111,7 +111,7 @@ def make_parser(description):
     flag("--model", required=True, help="Hugging Face folder or hub id")
     flag("--prompts", required=True, nargs="+", metavar="FILE", help="prompts, JSONL")
     flag("--out", required=True, metavar="FILE", help="responses, JSONL")
-    flag("--preset", choices=list(PRESETS), default="s1", help="the next five as in a paper (default s1)")
+    flag("--preset", choices=list(PRESETS), default="s1", help="the next five (default %(default)s)")
     flag("--n", type=int, help="responses per prompt")
     flag("--temperature", type=float)
     flag("--top-p", type=float, help="nucleus; 1 is off")
@@ -185,9 +185,7 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     cumulative, tokens = best_tokens(logits, width, top_k)
     if not top_k and (cumulative[:, -1] < top_p).any():
         cumulative, tokens = best_tokens(logits, logits.shape[-1], top_k)
-    last = (
-        (cumulative < top_p).sum(-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
-    )  # (B, 1), of the nucleus
+    last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)  # (B, 1)
     thresholds = uniforms[:, None].double() * cumulative.gather(-1, last)
     choice = torch.searchsorted(cumulative, thresholds, right=True).minimum(last)
     return tokens.gather(-1, choice)[:, 0]
@@ -212,14 +210,6 @@ def diverse_turns(turns, texts):
     return turns
 
 
-def until_stop(token_ids, stop_ids):
-    """(ids before the first token that ends a response, "stop"), or (ids, "length") if there is none."""
-    for position, token in enumerate(token_ids):
-        if token in stop_ids:
-            return token_ids[:position], "stop"
-    return token_ids, "length"
-
-
 def hf_sampler(args, tokens, more_processors=None):
     """Load the model with transformers; returns sample(queue), which yields (request, token ids).
 
@@ -240,13 +230,13 @@ def hf_sampler(args, tokens, more_processors=None):
     @torch.inference_mode()
     def sample(queue):
         while queue:
-            queue.sort(key=lambda request: (len(request.ids), request.row, request.sample))
+            queue.sort(key=lambda request: len(request.ids))
             batch = queue[: args.batch_size or 64]
             del queue[: len(batch)]
             ids, mask = pad_left([request.ids for request in batch], tokens.pad_id, model.device)
             processors = more_processors(mask) if more_processors else []
             if not args.greedy:
-                uniforms = [draws(args.seed, r.prompt_id, r.sample, args.max_tokens) for r in batch]
+                uniforms = [draws(args.seed, r.row["id"], r.sample, args.max_tokens) for r in batch]
                 uniforms = torch.tensor(np.stack(uniforms), device=model.device)  # (B, max_tokens)
                 processors.append(draw_by(uniforms, ids.shape[1], args))
             output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
@@ -303,9 +293,9 @@ def vllm_sampler(args, tokens, max_length):
         running = {}
         while queue or running:
             for request in queue:
-                seed = stable_hash(args.seed, "generate", request.prompt_id, request.sample) % 2**32
+                seed = stable_hash(args.seed, "generate", request.row["id"], request.sample) % 2**32
                 params = SamplingParams(seed=None if args.greedy else seed, **common)
-                name = f"{request.row}-{request.sample}"
+                name = f"{request.row['id']}|{request.sample}"
                 running[name] = request
                 engine.add_request(name, {"prompt_token_ids": request.ids}, params)
             queue.clear()
@@ -331,54 +321,27 @@ def main(args, make_sampler=None, other_models=()):
     started = time.time()
     rows = read_prompts(args.prompts)
     tokens = read_tokens(args)
-    all_ids = [prompt_ids(tokens.tokenizer, row["prompt"], **args.template_kwargs) for row in rows]
-    largest = max(map(max, all_ids))
-    if largest >= tokens.vocabulary:
-        fail(f"{args.model}: its tokenizer gives the id {largest}, and it has {tokens.vocabulary} embeddings")
-    room = tokens.context - args.max_tokens
-    too_long = [row["id"] for row, ids in zip(rows, all_ids, strict=True) if len(ids) > room]
-    if len(too_long) == len(rows):
-        fail(f"{args.model}: no prompt leaves room for {args.max_tokens} tokens in {tokens.context}")
-    if too_long:
-        names = ", ".join(too_long[:20]) + (", ..." if len(too_long) > 20 else "")
-        print(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}", file=sys.stderr)
-    fitting = [(row, ids) for row, ids in zip(rows, all_ids, strict=True) if len(ids) <= room]
-    fitting = shard_of(fitting[: args.limit], BLOCK, args.shard)
-    rows, all_ids = [row for row, _ in fitting], [ids for _, ids in fitting]
-    prompts = ("\n".join(turn["content"] for turn in row["prompt"]) for row in rows)
-    with_special = count_special(prompts, tokens.tokenizer)
-    if with_special:
-        print(
-            f"{with_special} prompts hold special tokens as text; the model sees the tokens", file=sys.stderr
-        )
-
+    prompts, counts = encode_prompts(rows, args, tokens)
     inputs = args.prompts + ([args.chat_template] if args.chat_template else [])
     record = make_record(args, inputs, [(args.model, args.revision), *other_models])
-    window = BLOCK if args.backend == "hf" else 1  # vllm goes on after any row
-    with open_output(args, record, len(rows), window) as (file, done):
-        if done < len(rows) and args.backend == "vllm":
-            longest = tokens.context if args.diverse else max(map(len, all_ids)) + args.max_tokens
-            sample = vllm_sampler(args, tokens, longest)
-        elif done < len(rows):
+    hf = args.backend == "hf"
+    with open_output(args, record, len(prompts), BLOCK if hf else 1) as (file, done):
+        if done < len(prompts) and hf:
             sample = (make_sampler or hf_sampler)(args, tokens)
+        elif done < len(prompts):
+            longest = max(len(ids) for _, ids in prompts) + args.max_tokens
+            sample = vllm_sampler(args, tokens, tokens.context if args.diverse else longest)
         if not done:
             file.truncate(0)
             write_record(args.out, record)  # before the first row: rows without a record could not go on
         sampling_started = time.time()
-        progress = tqdm(total=len(rows) * args.n, initial=done * args.n, unit="response", desc=args.backend)
-        window = BLOCK if args.backend == "hf" else len(rows)
-        for start in range(done, len(rows), window):
-            places = range(len(rows))[start : start + window]
-            complete = []
-            for row in sample_rows(places, rows, all_ids, sample, args, tokens, progress):
-                complete.append(row)
-                if len(complete) == BLOCK:
-                    append_rows(file, complete)
-                    complete = []
-            append_rows(file, complete)
-        progress.close()
-        counts = count_responses(args)
-        counts |= {"skipped_too_long": len(too_long), "prompts_with_special_tokens": with_special}
+        total, n_done = len(prompts) * args.n, done * args.n
+        with tqdm(total=total, initial=n_done, unit="response", desc=args.backend) as progress:
+            window = BLOCK if hf else len(prompts)  # fixed for transformers: a run that goes on has the same
+            for start in range(done, len(prompts), window):
+                for rows in sample_rows(prompts[start : start + window], sample, args, tokens, progress):
+                    append_rows(file, rows)
+        counts |= count_responses(args)
         counts |= {"resumed_rows": done, "sampling_seconds": round(time.time() - sampling_started, 2)}
         seconds = round(time.time() - started, 2)
         write_record(args.out, record | {"counts": counts, "seconds": seconds})
@@ -407,6 +370,9 @@ def read_tokens(args):
         if not os.path.isfile(args.chat_template):
             fail(f"--chat-template {args.chat_template}: no such file")
         tokenizer.chat_template = Path(args.chat_template).read_text()
+    for name in args.template_kwargs:
+        if name not in (tokenizer.chat_template or name):
+            fail(f"--template-kwargs: the chat template of {args.model} knows no {name!r}")
     end_id = end_of_turn(tokenizer)
     try:
         eos = GenerationConfig.from_pretrained(args.model, revision=args.revision).eos_token_id
@@ -423,39 +389,73 @@ def read_tokens(args):
     )
 
 
-def sample_rows(places, rows, all_ids, sample, args, tokens, progress):
-    """Yield the rows at these places, in order, each as soon as it and those before it are complete."""
-    first_samples = range(1 if args.diverse else args.n)
-    queue = [Request(i, rows[i]["id"], k, all_ids[i]) for i in places for k in first_samples]
-    missing = dict.fromkeys(places, args.n)  # how many responses a row still waits for
-    responses = {i: {} for i in places}
-    following = iter(places)
-    next_place = next(following)
+def encode_prompts(rows, args, tokens):
+    """([(row, ids of its prompt), ...] of this shard, counts); prompts without room for a response go."""
+    room = tokens.context - args.max_tokens
+    fitting, too_long = [], []
+    for row in rows:
+        ids = prompt_ids(tokens.tokenizer, row["prompt"], **args.template_kwargs)
+        if max(ids) >= tokens.vocabulary:
+            fail(f"{args.model}: the tokenizer gives the id {max(ids)}, of {tokens.vocabulary} embeddings")
+        if len(ids) <= room:
+            fitting.append((row, ids))
+        else:
+            too_long.append(row["id"])
+    if not fitting:
+        fail(f"{args.model}: no prompt leaves room for {args.max_tokens} tokens in {tokens.context}")
+    if too_long:
+        names = ", ".join(too_long[:20]) + (", ..." if len(too_long) > 20 else "")
+        print(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}", file=sys.stderr)
+    prompts = shard_of(fitting[: args.limit], BLOCK, args.shard)
+    texts = ["\n".join(turn["content"] for turn in row["prompt"]) for row, _ in prompts]
+    with_special = count_special(texts, tokens.tokenizer)
+    if with_special:
+        print(
+            f"{with_special} prompts hold special tokens as text, which the model sees as such",
+            file=sys.stderr,
+        )
+    return prompts, {"skipped_too_long": len(too_long), "prompts_with_special_tokens": with_special}
+
+
+def sample_rows(prompts, sample, args, tokens, progress):
+    """Yield the rows in their order, in lists, as soon as they and all before them have their responses."""
+    rows, queue = [row for row, _ in prompts], []
+    for row, ids in prompts:
+        row["responses"] = [None] * args.n
+        queue += [Request(row, k, ids) for k in range(1 if args.diverse else args.n)]
     for request, sampled in sample(queue):
-        token_ids, finish = until_stop(sampled, tokens.stop_ids)
-        responses[request.row][request.sample] = {
-            "text": tokens.tokenizer.decode(token_ids, skip_special_tokens=True),
-            "source": args.source,
-            "model": args.model,
-            "finish": finish,
-            "tokens": len(token_ids),
-            "token_ids": token_ids,
-            "tokenizer": tokens.fingerprint,
-        }
-        missing[request.row] -= 1
+        responses = request.row["responses"]
+        responses[request.sample] = make_response(sampled, args, tokens)
         progress.update()
-        if args.diverse and missing[request.row]:
-            texts = [response["text"] for response in responses[request.row].values()]
-            turns = diverse_turns(rows[request.row]["prompt"], texts)
+        if args.diverse and None in responses:
+            texts = [response["text"] for response in responses[: request.sample + 1]]
+            turns = diverse_turns(request.row["prompt"], texts)
             ids = prompt_ids(tokens.tokenizer, turns, **args.template_kwargs)
             if len(ids) <= tokens.context - args.max_tokens:
-                queue.append(request._replace(sample=request.sample + 1, ids=ids))
+                queue.append(Request(request.row, request.sample + 1, ids))
             else:
-                missing[request.row] = 0
-        while next_place is not None and not missing[next_place]:
-            by_sample = sorted(responses.pop(next_place).items())
-            yield rows[next_place] | {"responses": [response for _, response in by_sample]}
-            next_place = next(following, None)
+                del responses[request.sample + 1 :]  # no room to ask again
+        complete = list(itertools.takewhile(lambda row: None not in row["responses"], rows))
+        if complete:
+            yield complete
+            del rows[: len(complete)]
+            for row in complete:
+                del row["responses"]  # they are on disk
+
+
+def make_response(sampled, args, tokens):
+    """What a row says about the sampled tokens, up to the first that ends a response."""
+    ends = [position for position, token in enumerate(sampled) if token in tokens.stop_ids]
+    token_ids = sampled[: ends[0]] if ends else sampled
+    return {
+        "text": tokens.tokenizer.decode(token_ids, skip_special_tokens=True),
+        "source": args.source,
+        "model": args.model,
+        "finish": "stop" if ends else "length",
+        "tokens": len(token_ids),
+        "token_ids": token_ids,
+        "tokenizer": tokens.fingerprint,
+    }
 
 
 def count_responses(args):

@@ -3,7 +3,7 @@ S3's answers for evaluation (Appendix B.4): generate.py with beam search that sa
 
 Reads and writes as generate.py, whose flags it has, with one response per prompt. S3 gives three beams and
 sampling, and no temperature: it is 1 here, without top-p and top-k. Beams draw from torch's own generator,
-which is seeded for every batch: equal commands give equal rows, other --batch-size others.
+which is seeded for every batch of 16: equal commands give equal rows, another --batch-size gives others.
 
     python recipes/sample_beams.py --beams 3 --model out/dpo --prompts alpaca.jsonl --out answers.jsonl
 """
@@ -20,13 +20,16 @@ PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 20
 
 
 def parse_args(argv=None):
+    generate.PRESETS["beams"] = PRESET
+    generate.FREE.discard("batch_size")  # a batch draws together, so a run that goes on keeps its size
     parser = generate.make_parser(__doc__)
+    parser.set_defaults(preset="beams", backend="hf", batch_size=16)
     parser.add_argument("--beams", type=int, default=3, help="default %(default)s")
-    generate.PRESETS["s1"] = PRESET
     args = generate.parse_args(argv, parser)
-    if args.beams < 2 or args.greedy or args.diverse or args.n > 1:
-        parser.error("--beams must be at least 2, and does not go with --greedy, --diverse and --n")
-    args.backend = "hf"
+    if args.beams < 2 or args.n > 1:
+        parser.error(f"--beams must be at least 2 and --n is 1, found {args.beams} and {args.n}")
+    if args.greedy or args.backend != "hf":
+        parser.error("--greedy and --backend vllm do not go with beams that sample")
     return args
 
 
@@ -47,13 +50,12 @@ def beam_sampler(args, tokens):
 
     @torch.inference_mode()
     def sample(queue):
-        queue.sort(key=lambda request: (len(request.ids), request.row))
-        size = args.batch_size or 16
+        queue.sort(key=lambda request: len(request.ids))
         while queue:
-            batch = queue[:size]
-            del queue[:size]
+            batch = queue[: args.batch_size]
+            del queue[: len(batch)]
             ids, mask = generate.pad_left([request.ids for request in batch], tokens.pad_id, model.device)
-            names = [request.prompt_id for request in batch]
+            names = [request.row["id"] for request in batch]
             torch.manual_seed(generate.stable_hash(args.seed, "beams", *names) % 2**63)
             output = model.generate(input_ids=ids, attention_mask=mask)
             yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)

@@ -27,16 +27,16 @@ PRESET = {"n": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_tokens": 20
 
 
 def parse_args(argv=None):
+    generate.PRESETS["mixture"] = PRESET
     parser = generate.make_parser(__doc__)
+    parser.set_defaults(preset="mixture", backend="hf")
     parser.add_argument("--reference", required=True, metavar="MODEL", help="folder or hub id")
     parser.add_argument("--weights", required=True, nargs=2, type=float, metavar=("A", "B"))
-    generate.PRESETS["s1"] = PRESET
     args = generate.parse_args(argv, parser)
     if not all(map(math.isfinite, args.weights)):
         parser.error(f"--weights must be finite, found {args.weights}")
-    if args.greedy or args.diverse:
-        parser.error("--greedy and --diverse do not go with a mixture")
-    args.backend = "hf"
+    if args.greedy or args.diverse or args.backend != "hf":
+        parser.error("--greedy, --diverse and --backend vllm do not go with a mixture")
     args.seed = generate.stable_hash(args.seed, "mixture", *args.weights)
     return args
 
