@@ -70,7 +70,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 30 ms, at ever
 # arguments that may change between a run that was stopped and the one that goes on
 FREE = {"out", "overwrite", "limit", "batch_tokens", "tensor_parallel", "max_requests"}
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once
-CHECKED_BYTES = 4e9  # weights up to here are also loaded by transformers, to check vllm's first rewards
+CHECKED_BYTES = 4e9  # weights up to here are also loaded by transformers, to check vllm's rewards
+LONGEST_VLLM = 32768  # vllm's longest input unless --max-length says more: it reserves memory for it
 Message = TypedDict("Message", {"role": str, "content": str})
 
 
@@ -183,7 +184,8 @@ class Scorer:
             counts.update(rows=1, responses=len(scores))
             for response, score in zip(row["responses"], scores, strict=True):
                 if score is None:
-                    without[response.get("reward_error") or "no value"] += 1
+                    reason = response["reward_error"] if self.sets_reward else "no value"
+                    without[reason] += 1
                 else:
                     values.setdefault(response["source"], []).append(score)
             if self.sets_reward:
@@ -324,18 +326,24 @@ class RewardModel(Scorer):
         paths = Path(args.model).glob("*.safetensors")  # none of a hub id
         names = [name for path in paths for name in safe_open(path, "pt").keys()]
         if names and not any(name.startswith(("score", "classifier")) for name in names):
-            fail(f"{args.model}: the weights hold no reward head (score or classifier)")  # vllm would not miss it
+            fail(
+                f"{args.model}: the weights hold no reward head (score or classifier)"
+            )  # vllm would not miss it
         self.chat = bool(self.tokenizer.chat_template)
         if not self.chat and not self.tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has no chat template and no separator for pairs of texts")
         if args.backend == "vllm" and (not self.chat or args.batch_tokens):
             fail("vllm reads chats, not pairs of texts, and takes no --batch-tokens: --backend hf")
+        if args.backend == "auto":  # the record says which, and a run that goes on takes the same
+            vllm = self.chat and not args.batch_tokens and importlib.util.find_spec("vllm")
+            args.backend = "vllm" if vllm else "hf"
         self.vllm = args.backend == "vllm"
-        if args.backend == "auto":
-            self.vllm = self.chat and not args.batch_tokens and bool(importlib.util.find_spec("vllm"))
         if args.tensor_parallel > 1 and not self.vllm:
             fail("--tensor-parallel is for vllm; in transformers a model spreads over all GPUs by itself")
         self.max_length = longest_input(args, config, self.tokenizer)
+        if self.vllm and not args.max_length:
+            self.max_length = min(self.max_length, LONGEST_VLLM)
+        self.rows = rows
         texts = (response["text"] for row in rows.values() for response in row["responses"])
         self.counts["responses_with_special_tokens"] = count_special(texts, self.tokenizer)
         prompts = ("\n".join(turn["content"] for turn in row["prompt"]) for row in rows.values())
@@ -350,19 +358,40 @@ class RewardModel(Scorer):
         return encoded["input_ids"], encoded.get("token_type_ids")
 
     def load(self):
-        folder = Path(self.args.model)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        self.checks = self.vllm and 0 < size <= CHECKED_BYTES
-        if self.vllm and not self.checks:
-            print(
-                "vllm's rewards are not compared with those of transformers: --limit 8 --backend hf does it"
-            )
-        if not self.vllm or self.checks:
-            from transformers import AutoModelForSequenceClassification as kind
+        if self.vllm:
+            self.load_vllm()
+        else:
+            self.load_hf()
 
-            self.model = load_model(kind, self.args.model, self.args.revision, self.args.dtype)
-        if self.vllm and not self.checks:
-            self.engine = vllm_pooling(self.args, self.max_length)
+    def load_hf(self):
+        from transformers import AutoModelForSequenceClassification as kind
+
+        self.model = load_model(kind, self.args.model, self.args.revision, self.args.dtype)
+
+    def load_vllm(self):
+        """The engine. 8 of its rewards are held to those of transformers, unless the model is a large one:
+        another activation or pooled token would show."""
+        size = sum(path.stat().st_size for path in Path(self.args.model).glob("*.safetensors"))
+        sequences, expected, counts = [], [], self.counts.copy()
+        if 0 < size <= CHECKED_BYTES:
+            for row in list(self.rows.values())[:8]:
+                for response in row["responses"][:1]:
+                    ids, _ = self.encode(row["prompt"], response["text"])
+                    if len(ids) <= self.max_length:
+                        sequences.append(ids)
+            self.load_hf()
+            expected = self.hf_rewards(sequences, [None] * len(sequences), lambda n: None)
+            del self.model
+            gc.collect()
+            torch.cuda.empty_cache()
+        else:
+            reason = "they are not compared with those of transformers: --limit 8 --backend hf gives these"
+            print(f"rewards of vllm: {reason}", file=sys.stderr)
+        self.engine = vllm_pooling(self.args, self.max_length)
+        for ours, theirs in zip(expected, self.vllm_rewards(sequences), strict=True):
+            if math.isfinite(ours) and not abs(ours - theirs) <= 0.1 + 0.03 * abs(ours):  # bfloat16 is coarse
+                fail(f"{self.args.model}: vllm gives {theirs} where transformers gives {ours}: --backend hf")
+        self.counts = counts
 
     def score(self, rows, update):
         responses, sequences, types = [], [], []
@@ -376,7 +405,11 @@ class RewardModel(Scorer):
                 responses.append(response)
                 sequences.append(ids)
                 types.append(kinds)
-        rewards = self.vllm_rewards(sequences) if self.vllm else self.hf_rewards(sequences, types, update)
+        if self.vllm:
+            rewards = self.vllm_rewards(sequences)
+            update(len(sequences))
+        else:
+            rewards = self.hf_rewards(sequences, types, update)
         for response, reward in zip(responses, rewards, strict=True):
             self.set_reward(response, reward)
 
@@ -403,25 +436,13 @@ class RewardModel(Scorer):
         return rewards
 
     def vllm_rewards(self, sequences):
-        """The first 8 are held to those of transformers: another activation or pooled token would show."""
-        expected = []
-        if self.checks:
-            expected = self.hf_rewards(sequences[:8], [None] * 8, lambda n: None)
-            self.counts.clear()
-            del self.model
-            gc.collect()
-            torch.cuda.empty_cache()
-            self.engine, self.checks = vllm_pooling(self.args, self.max_length), False
         from vllm import PoolingParams
 
         params = PoolingParams(use_activation=False)  # vllm's default for one label is a sigmoid
         prompts = [{"prompt_token_ids": ids} for ids in sequences]
-        outputs = self.engine.encode(prompts, pooling_task="classify", use_tqdm=True, pooling_params=params)
-        rewards = [float(output.outputs.data[0]) for output in outputs]
-        for ours, theirs in zip(expected, rewards, strict=False):
-            if abs(ours - theirs) > 0.1 + 0.03 * abs(ours):  # bfloat16 is that coarse
-                fail(f"{self.args.model}: vllm gives {theirs} where transformers gives {ours}: --backend hf")
-        return rewards
+        outputs = self.engine.encode(prompts, pooling_task="classify", use_tqdm=False, pooling_params=params)
+        self.counts["tokens_scored"] += sum(map(len, sequences))
+        return [float(output.outputs.data[0]) for output in outputs]
 
 
 def vllm_pooling(args, max_length):
@@ -440,7 +461,7 @@ def vllm_pooling(args, max_length):
         dtype=args.dtype,
         runner="pooling",
         convert="classify",
-        max_model_len=min(max_length, 32768),
+        max_model_len=max_length,
         tensor_parallel_size=args.tensor_parallel,
         **options,
     )
@@ -453,6 +474,16 @@ def completion_ids(tokenizer, mark, end_id, response):
     if ids is None or response.get("tokenizer") != mark:
         ids = tokenizer(response["text"], add_special_tokens=False)["input_ids"]
     return list(ids) + [end_id] * (response.get("finish") != "length")
+
+
+def check_token_ids(rows, mark, config, model):
+    """Refuse sampled ids that say they are of this tokenizer and are not in the model's vocabulary."""
+    size = config.get_text_config().vocab_size
+    for row_id, row in rows.items():
+        for response in row["responses"]:
+            largest = max(response.get("token_ids") or [0])
+            if response.get("tokenizer") == mark and largest >= size:
+                fail(f"the row {row_id} has the token id {largest}, and the vocabulary of {model} has {size}")
 
 
 def output_head(model):
@@ -499,12 +530,7 @@ class LogProbability(Scorer):
         self.tokenizer, config = load_tokenizer(args.model, args.revision)
         self.max_length = longest_input(args, config, self.tokenizer)
         self.mark, self.end_id = fingerprint(self.tokenizer), end_of_turn(self.tokenizer)
-        vocabulary = config.get_text_config().vocab_size
-        for row_id, row in rows.items():
-            for response in row["responses"]:
-                largest = max(completion_ids(self.tokenizer, self.mark, self.end_id, response), default=0)
-                if largest >= vocabulary:
-                    fail(f"the row {row_id} has the token id {largest}, and {args.model} has {vocabulary}")
+        check_token_ids(rows, self.mark, config, args.model)
 
     def load(self):
         from transformers import AutoModelForCausalLM
@@ -524,6 +550,7 @@ class LogProbability(Scorer):
                 response[self.key] = response[f"{self.key}_tokens"] = None
                 completion = completion_ids(self.tokenizer, self.mark, self.end_id, response)
                 if not completion or len(prompt) + len(completion) > self.max_length:
+                    self.counts["responses_too_long" if completion else "responses_empty"] += 1
                     update(1)
                     continue
                 responses.append(response)

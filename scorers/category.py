@@ -85,6 +85,7 @@ class Category(score.Scorer):
         return [label(choice) for choice, _ in answers], [reason for _, reason in answers]
 
     def score(self, rows, update):
+        self.server.check_budget(len(rows))
         labels, reasons = self.ask(rows, lambda: None)
         again = [k for k, name in enumerate(labels) if name is None and not reasons[k]]
         if again:

@@ -55,6 +55,7 @@ class Embed(score.Scorer):
         if self.causal:
             self.mark = score.fingerprint(self.tokenizer)
             self.end_id = score.end_of_turn(self.tokenizer)
+            score.check_token_ids(rows, self.mark, config, args.model)
         else:
             self.read_pooling()
 
@@ -86,15 +87,16 @@ class Embed(score.Scorer):
 
     @torch.inference_mode()
     def score(self, rows, update):
-        places, starts, sequences = [], [], []
+        targets, starts, sequences = [], [], []
         vectors = [[None] * len(row["responses"]) for row in rows]
         for k, row in enumerate(rows):
             for i, response in enumerate(row["responses"]):
                 prompt, completion = self.encode(row, response)
                 if not completion or len(prompt) + len(completion) > self.max_length:
+                    self.counts["responses_too_long" if completion else "responses_empty"] += 1
                     update(1)
                     continue
-                places.append((k, i))
+                targets.append((k, i))
                 starts.append(len(prompt))
                 sequences.append(prompt + completion)
         for batch, ids, mask in score.token_batches(sequences, self.args, self.counts):
@@ -102,7 +104,7 @@ class Embed(score.Scorer):
             for states, index in zip(hidden, batch, strict=True):
                 states = states[starts[index] : len(sequences[index])]  # (t, d), of the response
                 pooled = {"mean": states.mean(0), "first": states[0], "last": states[-1]}[self.pooling]
-                k, i = places[index]
+                k, i = targets[index]
                 if pooled.isfinite().all():
                     vectors[k][i] = F.normalize(pooled, dim=0).cpu()
             update(len(batch))

@@ -66,9 +66,7 @@ def make_parser(description):
     flag = parser.add_argument
     flag("--model", required=True, help="the model's name at the server")
     flag("--base-url", metavar="URL", help="the server; its key from the environment's OPENAI_API_KEY")
-    flag(
-        "--max-requests", type=int, help="stop before a window that needs more requests than this in one run"
-    )
+    flag("--max-requests", type=int, help="stop before a window that needs more than this in one run")
     return parser
 
 
@@ -123,14 +121,15 @@ class Server:
         except (AttributeError, IndexError, TypeError, ValueError):
             return None, "an answer of another shape than a chat completion's"
 
+    def check_budget(self, needed):
+        """End the run before a window that needs more requests than --max-requests leaves."""
+        limit = self.args.max_requests
+        if limit and self.asked + needed > limit:
+            sent = f"{self.asked} were sent, and the next window needs {needed}"
+            sys.exit(f"--max-requests {limit}: {sent}; what is written stays, and the same command goes on")
+
     def ask(self, questions, update, **options):
         """Yield what `answer` gives, in the order of the questions; update() after each."""
-        limit = self.args.max_requests
-        if limit and self.asked + len(questions) > limit:
-            sys.exit(
-                f"--max-requests {limit}: {self.asked} were sent, the next window needs {len(questions)}; "
-                "what is written stays, and the same command goes on"
-            )
         self.asked += len(questions)
         try:
             with ThreadPoolExecutor(THREADS) as pool:
@@ -231,23 +230,23 @@ class Judge(score.Scorer):
     def score(self, rows, update):
         wins = [[[None] * len(row["responses"]) for _ in row["responses"]] for row in rows]
         reasons = [["nothing to compare with"] * len(row["responses"]) for row in rows]
-        places, questions, swaps = [], [], []
+        pairs, questions, swaps = [], [], []
         for k, row in enumerate(rows):
             for i, j in self.pairs(row):
                 if row["responses"][i]["text"] == row["responses"][j]["text"]:
                     wins[k][i][j] = wins[k][j][i] = 0.5
                     continue
                 question, swapped = self.question(row, i, j)
-                places.append((k, i, j))
+                pairs.append((k, i, j))
                 questions.append(question)
                 swaps.append(swapped)
-        share = sum(len(row["responses"]) for row in rows) / max(
-            1, len(questions)
-        )  # the bar counts responses
+        self.server.check_budget(len(questions))
+        n_responses = sum(len(row["responses"]) for row in rows)
+        share = n_responses / max(1, len(questions))  # the bar counts responses
         options = {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 6}
         answers = self.server.ask(questions, lambda: update(share), **options)
         failures = []
-        for (k, i, j), swapped, (choice, reason) in zip(places, swaps, answers, strict=True):
+        for (k, i, j), swapped, (choice, reason) in zip(pairs, swaps, answers, strict=True):
             p, reason = preference(choice) if choice else (None, reason)
             if p is None:
                 reasons[k][i] = reasons[k][j] = reason

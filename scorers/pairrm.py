@@ -108,9 +108,7 @@ class PairRM(score.Scorer):
         size, tasks = self.config.hidden_size, head["4.bias"].numel()
         self.model = AutoModel.from_config(self.config)
         # with the markers, of which the config may not know
-        self.model.resize_token_embeddings(
-            encoder["embeddings.word_embeddings.weight"].shape[0]
-        )  # with markers
+        self.model.resize_token_embeddings(len(encoder["embeddings.word_embeddings.weight"]))
         self.head = torch.nn.Sequential(
             torch.nn.Dropout(),
             torch.nn.Linear(2 * size, size),
@@ -118,8 +116,11 @@ class PairRM(score.Scorer):
             torch.nn.Dropout(),
             torch.nn.Linear(size, tasks),
         )
-        self.model.load_state_dict(encoder)
-        self.head.load_state_dict(head)
+        try:
+            self.model.load_state_dict(encoder)
+            self.head.load_state_dict(head)
+        except RuntimeError as error:  # names what is missing, or has another shape
+            score.fail(f"{folder}: {' '.join(str(error).split())[:300]}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for part in (self.model, self.head):
             part.to(device, getattr(torch, self.args.dtype)).eval()
@@ -150,33 +151,36 @@ class PairRM(score.Scorer):
         return logits
 
     def score(self, rows, update):
-        places, sequences = [], []  # each pair has two sequences
+        margins = [[[None] * len(row["responses"]) for _ in row["responses"]] for row in rows]
+        reasons = ["nothing to compare with"] * len(rows)
+        pairs, sequences = [], []  # each pair has two sequences
         for k, row in enumerate(rows):
             texts = [conversation(row["prompt"], response["text"]) for response in row["responses"]]
             if None in texts:
+                reasons[k] = "turns of user and assistant do not alternate"
                 continue
             for i, j in combinations(range(len(texts)), 2):
+                if texts[i] == texts[j]:
+                    margins[k][i][j] = margins[k][j][i] = 0.0
+                    continue
                 source = texts[i][0]
                 forward, cut = self.ids(source, texts[i][1], texts[j][1])
                 backward, _ = self.ids(source, texts[j][1], texts[i][1])
-                places.append((k, i, j))
+                pairs.append((k, i, j))
                 sequences += [forward, backward]
                 self.counts.update(pairs=1, pairs_cut=int(cut))
         n_responses = sum(len(row["responses"]) for row in rows)
         share = n_responses / max(1, len(sequences))  # the bar counts responses
         logits = self.logits(sequences, lambda n: update(n * share))
-        margins = [[[None] * len(row["responses"]) for _ in row["responses"]] for row in rows]
-        for (k, i, j), forward, backward in zip(places, logits[::2], logits[1::2], strict=True):
+        for (k, i, j), forward, backward in zip(pairs, logits[::2], logits[1::2], strict=True):
             margin = (forward - backward) / 2
             self.counts["orders_disagree"] += forward * backward > 0 or (forward == 0) != (backward == 0)
             if math.isfinite(margin):
                 margins[k][i][j], margins[k][j][i] = margin, -margin
-        for row, values in zip(rows, margins, strict=True):
+            else:
+                reasons[k] = "not finite"
+        for row, values, reason in zip(rows, margins, reasons, strict=True):
             wins = [[None if x is None else 1 / (1 + math.exp(-x)) for x in line] for line in values]
-            alternate = conversation(row["prompt"], "") is not None
-            reason = (
-                "nothing to compare with" if alternate else "turns of user and assistant do not alternate"
-            )
             self.set_wins(row, wins, values, [reason] * len(values))
 
 
