@@ -85,7 +85,7 @@ def compare(one, other, by_wins):
 
     A verdict is 1 if `one` is preferred, 0 if `other` is, and 0.5 for a tie.
     """
-    value, bar = (one["wins"].get(id(other)), 0.5) if by_wins else (one["reward"], other["reward"])
+    value, bar = (one.get("wins", {}).get(id(other)), 0.5) if by_wins else (one["reward"], other["reward"])
     if one["text"] == other["text"]:
         verdict = 0.5
     elif value is None or bar is None:
@@ -289,8 +289,10 @@ def normalise(row, where, needs_reward):
         matrix = row.get(name)
         if matrix is not None and [len(line) for line in matrix] != [n] * n:
             fail(f'{where}: expected "{name}" to have a row and a column for every response')
-        for response, line in zip(responses, matrix or [[]] * n, strict=True):
-            response[name] = dict(zip(map(id, responses), line, strict=False))  # {} without a matrix
+        for response in responses:
+            response.pop(name, None)
+        for response, line in zip(responses, matrix or [], strict=False):
+            response[name] = dict(zip(map(id, responses), line, strict=True))
     for response in responses:
         if needs_reward and "reward" not in response:
             fail(f'{where}: expected every response to have a "reward" (score.py writes it)')

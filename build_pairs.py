@@ -361,8 +361,10 @@ def normalise(row, where, needs_reward):
         matrix = row.get(name)
         if matrix is not None and [len(line) for line in matrix] != [n] * n:
             fail(f'{where}: expected "{name}" to have a row and a column for every response')
-        for response, line in zip(responses, matrix or [[]] * n, strict=True):
-            response[name] = dict(zip(map(id, responses), line, strict=False))  # {} without a matrix
+        for response in responses:
+            response.pop(name, None)
+        for response, line in zip(responses, matrix or [], strict=False):
+            response[name] = dict(zip(map(id, responses), line, strict=True))
     for response in responses:
         if needs_reward and "reward" not in response:
             fail(f'{where}: expected every response to have a "reward" (score.py writes it)')

@@ -141,7 +141,7 @@ def preference(one, other, by_wins):
     if one["text"] == other["text"]:
         return 0.5
     if by_wins:
-        return one["wins"].get(id(other))
+        return one.get("wins", {}).get(id(other))
     if one["reward"] is None or other["reward"] is None:
         return None
     return 0.5 + 0.5 * (one["reward"] > other["reward"]) - 0.5 * (one["reward"] < other["reward"])
@@ -324,11 +324,12 @@ def adjusted_rates(wins, logits, equal_length, members):
     that is the group's win rate; their mean chance at equal lengths, with the same shift, is the result.
     """
     row, group = np.nonzero(members)
-    size = members.sum(0)
+    size, odds = members.sum(0), np.exp(-logits[row])
     low, high = np.full(len(size), -40.0), np.full(len(size), 40.0)
     for _ in range(32):  # halve the interval that holds b
         b = (low + high) / 2
-        below = np.bincount(group, sigmoid(logits[row] + b[group]), len(size)) / size < wins
+        chances = 1 / (1 + odds * np.exp(-b)[group])  # sigmoid(logits + b), with fewer calls of exp
+        below = np.bincount(group, chances, len(size)) / size < wins
         low, high = np.where(below, b, low), np.where(below, high, b)
     return np.bincount(group, sigmoid(equal_length[row] + b[group]), len(size)) / size
 
@@ -635,8 +636,10 @@ def normalise(row, where, needs_reward):
         matrix = row.get(name)
         if matrix is not None and [len(line) for line in matrix] != [n] * n:
             fail(f'{where}: expected "{name}" to have a row and a column for every response')
-        for response, line in zip(responses, matrix or [[]] * n, strict=True):
-            response[name] = dict(zip(map(id, responses), line, strict=False))  # {} without a matrix
+        for response in responses:
+            response.pop(name, None)
+        for response, line in zip(responses, matrix or [], strict=False):
+            response[name] = dict(zip(map(id, responses), line, strict=True))
     for response in responses:
         if needs_reward and "reward" not in response:
             fail(f'{where}: expected every response to have a "reward" (score.py writes it)')

@@ -174,7 +174,7 @@ def replace_share(pairs, rows, args, counts):
                 usable.append(response)
         if usable and len(new) < wanted:
             chosen, best = pairs[prompt_id][0], max(usable, key=itemgetter("reward"))  # line 11
-            if chosen["wins"] and id(best) not in chosen["wins"]:
+            if "wins" in chosen and id(best) not in chosen["wins"]:
                 files = ", ".join(args.scored)
                 fail(f"{files}: {prompt_id}: its wins are of several runs of a scorer; score all in one run")
             new[prompt_id] = replace(chosen, best, args.replace_rule)

@@ -305,7 +305,7 @@ def test_rewards_that_are_no_numbers(tmp_path, capsys, policy, command, reward, 
 @pytest.mark.parametrize(
     "command, sentence",
     [
-        ("build_pairs", "expected 1 pairs, found 0: "),
+        ("build_pairs", "expected some pairs, found 0: "),
         ("boundary", "no on-policy and off-policy response can be compared"),
         (
             "winrate",

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPO
 
 # Formatted lines. All are above their plans (380, 320, 540): the trials had no row types and no record.
-SIZES = {"build_pairs": 407, "boundary": 335, "evaluate": 680}
+SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683}
 REWRITTEN_LATER = ["generate", "score", "train_dpo"]  # by the next issues; left out in ruff.toml too
 TOP = [*SIZES, *REWRITTEN_LATER]
 FOLDERS = ("data", "scorers", "recipes", "report")
