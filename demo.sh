@@ -35,7 +35,7 @@ $python generate.py --model $policy --prompts data/demo_train.jsonl --out $out/o
   --dtype float32 --backend hf
 
 say "off-policy: the written answers"
-$python generate.py --import-format rows --import-data data/demo_train.jsonl --out $out/off.jsonl
+$python data/import_responses.py --format rows --data data/demo_train.jsonl --out $out/off.jsonl
 
 say "one reward for both"
 $python score.py --scorer rm --model $out/models/reward --responses $out/on.jsonl $out/off.jsonl --out $out/scored.jsonl \

@@ -11,10 +11,10 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s1_fig4/${MODEL##*/}}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/on.jsonl" "$OUT/off.jsonl" --out "$OUT/scored.jsonl"
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 
 for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prompts, so the total is the same too
   for seed in 0 1 2; do
@@ -23,7 +23,7 @@ for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prom
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --seed "$seed" \
       --out "$model"
     python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
     python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$model.winrate.json"

@@ -12,11 +12,11 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s1_fig5}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/rewards.jsonl"
 python score.py --scorer logp --model "$MODEL" --responses "$OUT/rewards.jsonl" --out "$OUT/logps.jsonl"
-python score.py --scorer embed --model "$MODEL" --responses "$OUT/logps.jsonl" --out "$OUT/scored.jsonl"
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python scorers/embed.py --model "$MODEL" --responses "$OUT/logps.jsonl" --out "$OUT/scored.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 
 for p in 0.1 0.2 0.3 0.4 0.5; do
   python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter quality:$p --out "$OUT/dpo_quality_$p.pairs.jsonl"
@@ -27,7 +27,7 @@ for p in 0.1 0.2 0.3 0.4 0.5; do
     model=$OUT/dpo_${filter}_$p
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
     python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
     python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$model.winrate.json"

@@ -11,7 +11,7 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s1_fig6}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/on.jsonl" "$OUT/off.jsonl" --out "$OUT/scored.jsonl"
 python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --out "$OUT/dpo_mix.pairs.jsonl"
@@ -24,11 +24,11 @@ for name in mix high same_size; do
     --out "$OUT/dpo_$name"
 done
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$OUT/dpo_mix" "$OUT/dpo_high" "$OUT/dpo_same_size"; do
   name=$OUT/eval/${model##*/}
   python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
     --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
   python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$name.winrate.json"

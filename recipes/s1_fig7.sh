@@ -8,6 +8,6 @@ LABELER=${LABELER:-gpt-4o-mini}  # the key from OPENAI_API_KEY
 ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json of the data set tatsu-lab/alpaca_eval
 OUT=${OUT:-out/s1_fig7}
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
-python score.py --scorer category --model "$LABELER" --responses "$OUT/gpt4.jsonl" --out "$OUT/categories.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
+python scorers/category.py --model "$LABELER" --responses "$OUT/gpt4.jsonl" --out "$OUT/categories.jsonl"
 python report/figure.py shares "$OUT/categories.jsonl" --out "$OUT/fig7.png"

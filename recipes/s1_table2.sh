@@ -16,9 +16,9 @@ GPUS=${GPUS:-8}
 half=$((TOTAL / 2))
 
 case $DATA in
-  ultrafeedback) python generate.py --import-format ultrafeedback_binarized \
-    --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl" ;;
-  helpsteer2) python generate.py --import-format helpsteer2 --import-data nvidia/HelpSteer2 --out "$OUT/off.jsonl" ;;
+  ultrafeedback) python data/import_responses.py --format ultrafeedback_binarized \
+    --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl" ;;
+  helpsteer2) python data/import_responses.py --format helpsteer2 --data nvidia/HelpSteer2 --out "$OUT/off.jsonl" ;;
 esac
 python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
 for k in 0 1; do  # two halves of the prompts, for DPO-Mix-P's rounds
@@ -34,19 +34,19 @@ torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --loss hypo --model "$MO
 
 python build_pairs.py --scored "$OUT/scored_0.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_1.pairs.jsonl"
 torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/mixp_1.pairs.jsonl" --out "$OUT/mixp_1"
-python generate.py --model "$OUT/mixp_1" --mix-ref "$MODEL" --mix-weights 1.5 -0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_a.jsonl"
-python generate.py --model "$OUT/mixp_1" --mix-ref "$MODEL" --mix-weights 0.5 0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_b.jsonl"
+python recipes/sample_mixture.py --model "$OUT/mixp_1" --reference "$MODEL" --weights 1.5 -0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_a.jsonl"
+python recipes/sample_mixture.py --model "$OUT/mixp_1" --reference "$MODEL" --weights 0.5 0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_b.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/mixp_a.jsonl" "$OUT/mixp_b.jsonl" --out "$OUT/mixp_scored.jsonl"
 python build_pairs.py --scored "$OUT/mixp_scored.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_2.pairs.jsonl"
 torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.pairs.jsonl" \
   --out "$OUT/mixp_2"
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
-python score.py --scorer category --model gpt-4o-mini --responses "$OUT/gpt4.jsonl" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
+python scorers/category.py --model gpt-4o-mini --responses "$OUT/gpt4.jsonl" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$OUT/dpo_0" "$OUT/dpo_0.5" "$OUT/dpo_1" "$OUT/hypo" "$OUT/mixp_2"; do
   name=$OUT/eval/${model##*/}
   python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
     --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
   python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$name.winrate.json"

@@ -13,13 +13,13 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s1_table3}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --diverse --out "$OUT/prompting.jsonl"
 for t in 0.7 1 2; do
   python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --temperature "$t" --out "$OUT/tau_$t.jsonl"
 done
 python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --temperature 3 --backend hf --out "$OUT/tau_3.jsonl"
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 
 for name in prompting tau_0.7 tau_1 tau_2 tau_3; do
   python score.py --model "$REWARD" --responses "$OUT/$name.jsonl" --out "$OUT/scored_$name.jsonl"
@@ -29,7 +29,7 @@ for name in prompting tau_1 tau_2 tau_3; do
   python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --out "$model.pairs.jsonl"
   torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
   python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
     --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
   python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$model.winrate.json"

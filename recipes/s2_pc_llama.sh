@@ -12,11 +12,11 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s2_pc_llama/${MODEL##*/}}
 GPUS=${GPUS:-4}
 
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
 python generate.py --preset s2 --source off --model "$LLAMA" --prompts "$OUT/off.jsonl" --out "$OUT/llama.jsonl"
 python generate.py --preset s2 --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
 for name in off llama on; do
-  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "$OUT/$name.jsonl" --out "$OUT/wins_$name.jsonl"
+  python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "$OUT/$name.jsonl" --out "$OUT/wins_$name.jsonl"
 done
 python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio 0 --out "$OUT/dpo_off.pairs.jsonl"
 python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/dpo_llama.pairs.jsonl"
@@ -28,18 +28,18 @@ done
 torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/dpo_llama.pairs.jsonl" \
   --out "$OUT/dpo_off-llama"
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$OUT/dpo_off" "$OUT/dpo_llama" "$OUT/dpo_on" "$OUT/dpo_off-llama"; do
   name=$OUT/eval/${model##*/}
   python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
     --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
   python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$name.winrate.json"
 done
 # C.5: the first of PC_llama's two answers (a sample depends on seed, prompt and number alone) to the first 805 prompts
 python generate.py --preset s2 --n 1 --limit 805 --model "$LLAMA" --prompts "$OUT/off.jsonl" --out "$OUT/c5_llama.jsonl"
-python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --limit 805 \
+python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --limit 805 \
   --responses "$OUT/c5_llama.jsonl" "$OUT/off.jsonl" --out "$OUT/c5_judged.jsonl"
 python boundary.py --scored "$OUT/c5_judged.jsonl" --out "$OUT/c5.boundary.json"
 python report/figure.py training "$OUT"/dpo_*/metrics.jsonl --out "$OUT/fig3.png"

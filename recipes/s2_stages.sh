@@ -23,32 +23,32 @@ train() { # START PAIRS OUT
 iteration() { # START: its boundary score, pairs of its own, and a model from either kind of pairs with START as the reference
   local start=$OUT/${1##*/}
   python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/test.jsonl" --out "${start}_test.jsonl"
-  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${start}_test.jsonl" "$OUT/test.jsonl" \
+  python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "${start}_test.jsonl" "$OUT/test.jsonl" \
     --out "${start}_test_wins.jsonl"
   python score.py --scorer logp --model "$1" --responses "${start}_test_wins.jsonl" --out "${start}_test_logp.jsonl"
   python boundary.py --scored "${start}_test_logp.jsonl" --out "$start.boundary.json"
   python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/off.jsonl" --out "${start}_on.jsonl"
-  python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "${start}_on.jsonl" --out "${start}_wins.jsonl"
+  python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "${start}_on.jsonl" --out "${start}_wins.jsonl"
   python build_pairs.py --scored "${start}_wins.jsonl" --on-ratio 1 --out "$start-on.pairs.jsonl"
   train "$1" "$OUT/off.pairs.jsonl" "$start-off"
   train "$1" "$start-on.pairs.jsonl" "$start-on"
 }
 
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
-python generate.py --import-format ultrafeedback_binarized --import-data HuggingFaceH4/ultrafeedback_binarized --import-split test_prefs \
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --split test_prefs \
   --out "$OUT/test.jsonl"
-python score.py --scorer pairrm --model llm-blender/PairRM-hf --responses "$OUT/off.jsonl" --out "$OUT/off_wins.jsonl"
+python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "$OUT/off.jsonl" --out "$OUT/off_wins.jsonl"
 python build_pairs.py --scored "$OUT/off_wins.jsonl" --select relabel --on-ratio 0 --out "$OUT/off.pairs.jsonl"
 
 base=$OUT/${MODEL##*/}
 iteration "$MODEL"
 iteration "$base-off"
 iteration "$base-on"
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for model in "$MODEL" "$base"-{off,on,off-off,off-on,on-off,on-on}; do
   name=$OUT/${model##*/}
   python generate.py --greedy --max-tokens "$MAX_TOKENS" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
     --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
   python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
     --out "$name.winrate.json"

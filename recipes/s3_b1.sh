@@ -12,21 +12,21 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s3_b1}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback_binarized --import-data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
-  --import-split train --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
+  --split train --out "$OUT/off.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/rewards.jsonl"
-python score.py --scorer judge --model "$LABELER" --responses "$OUT/rewards.jsonl" --out "$OUT/both.jsonl"  # prints their agreement
-python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --disagree judge --out "$OUT/reward.pairs.jsonl"
+python scorers/judge.py --model "$LABELER" --responses "$OUT/rewards.jsonl" --out "$OUT/both.jsonl"  # prints their agreement
+python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl"
 python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for name in reward judge; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
-    python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
+    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
     python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$model.winrate.json"

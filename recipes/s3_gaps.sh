@@ -14,7 +14,7 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s3_gaps}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback --import-data openbmb/UltraFeedback --out "$OUT/off.jsonl"
+python data/import_responses.py --format ultrafeedback --data openbmb/UltraFeedback --out "$OUT/off.jsonl"
 python data/decontaminate.py --prompts "$OUT/off.jsonl" --seen "$SFT" --out "$OUT/clean.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/clean.jsonl" --out "$OUT/scored.jsonl"
 python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --ranks 1 3 --gap 1.5 inf --out "$OUT/lg_hq.pairs.jsonl"
@@ -26,14 +26,14 @@ python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --ranks 1 3 --gap 1.5 in
 python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --ranks 1 2 --swap-rejected "$OUT/sg_lq.pairs.jsonl" \
   --out "$OUT/sg_hq_inv.pairs.jsonl"
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for name in lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
-    python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
+    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
     python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$model.winrate.json"

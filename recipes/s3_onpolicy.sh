@@ -13,9 +13,9 @@ ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (h
 OUT=${OUT:-out/s3_onpolicy}
 GPUS=${GPUS:-8}
 
-python generate.py --import-format ultrafeedback --import-data openbmb/UltraFeedback --out "$OUT/off/original.jsonl"
-python generate.py --import-format ultrafeedback_binarized --import-data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
-  --import-split train --out "$OUT/off/prompts.jsonl"
+python data/import_responses.py --format ultrafeedback --data openbmb/UltraFeedback --out "$OUT/off/original.jsonl"
+python data/import_responses.py --format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
+  --split train --out "$OUT/off/prompts.jsonl"
 for mistral in mistralai/Mistral-7B-Instruct-v0.2 princeton-nlp/Mistral-7B-Instruct-SimPO; do
   python generate.py --preset s3 --n 1 --source off --model "$mistral" --prompts "$OUT/off/prompts.jsonl" \
     --out "$OUT/off/${mistral##*/}.jsonl"
@@ -37,14 +37,14 @@ for rho in 0.1 0.2; do
     --replace-rule rejected --inverted keep --out "$OUT/lq_${rho}_rejected.pairs.jsonl"
 done
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for name in hq_0 hq_0.1 hq_0.2 hq_0.1_rejected hq_0.2_rejected lq_0 lq_0.1 lq_0.2 lq_0.1_rejected lq_0.2_rejected; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
-    python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
+    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
     python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$model.winrate.json"

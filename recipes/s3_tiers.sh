@@ -15,10 +15,10 @@ GPUS=${GPUS:-8}
 
 case $DATA in  # with the two Mistrals a prompt needs answers from both versions of UltraFeedback to have five
   ultrafeedback)
-    python generate.py --import-format ultrafeedback --import-data openbmb/UltraFeedback --out "$OUT/answers/original.jsonl"
-    python generate.py --import-format ultrafeedback_binarized --import-data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
-      --import-split train --out "$OUT/answers/prompts.jsonl" ;;
-  oasst2) python generate.py --import-format oasst2 --import-data OpenAssistant/oasst2 --out "$OUT/answers/prompts.jsonl" ;;
+    python data/import_responses.py --format ultrafeedback --data openbmb/UltraFeedback --out "$OUT/answers/original.jsonl"
+    python data/import_responses.py --format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
+      --split train --out "$OUT/answers/prompts.jsonl" ;;
+  oasst2) python data/import_responses.py --format oasst2 --data OpenAssistant/oasst2 --out "$OUT/answers/prompts.jsonl" ;;
 esac
 for mistral in mistralai/Mistral-7B-Instruct-v0.2 princeton-nlp/Mistral-7B-Instruct-SimPO; do
   python generate.py --preset s3 --n 1 --source off --model "$mistral" --prompts "$OUT/answers/prompts.jsonl" \
@@ -34,7 +34,7 @@ python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers low/worst --out 
 python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers medium/worst --out "$OUT/medium_worst.pairs.jsonl"
 python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers high/worst --out "$OUT/high_worst.pairs.jsonl"
 
-python generate.py --import-format alpaca_eval --import-data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
+python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for seed in 0 1 2; do
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst; do
     torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
@@ -46,8 +46,8 @@ for seed in 0 1 2; do
     --model "$MODEL" --pairs "$OUT/best_worst.pairs.jsonl" --out "$OUT/online_seed$seed"
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst sft online; do
     model=$OUT/${name}_seed$seed
-    python generate.py --num-beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python score.py --scorer judge --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
+    python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
+    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
     python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$model.winrate.json"
