@@ -1,17 +1,20 @@
 """
-What the data stages cost over the bare engines, in one run on this machine.
+What the data stages cost beside the engines that they call, in one run on this machine.
 
     python benchmarks/stages.py --policy out/demo/models/policy --reward out/demo/models/reward [--vllm]
 
-1) --help of each script, seconds.
-2) generate.py: the stage (sampling, decoding, writing) against the engine's own call with the same prompts, parameters and batches
-   (transformers' generate, do_sample; with --vllm also vLLM's generate with the same seeds, an engine of its own).
-3) score.py: batches by token budget against one response at a time, and the share of padding.
-4) build_pairs.py: 60,000 prompts x 5 responses, seconds and peak memory of the process.
-Prints one line each and a JSON object last.
+help         seconds of each script's --help
+generate     the share of a run's sampling that is not spent in the engine (decoding, order, writing); against
+             transformers' own `generate` with the same sampling; float32 against bfloat16
+score        batches by --batch-tokens against one response at a time, and the share of padding
+build_pairs  61,135 prompts x 8 responses with 300 token ids each: seconds and peak memory of the process
+windows      a simulation: sampling all requests at once against windows of 1,024 rows, for n = 1, 2, 4
+
+Prints a line for each and one JSON object last.
 """
 
 import argparse
+import heapq
 import json
 import os
 import random
@@ -23,115 +26,227 @@ from collections import Counter
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+PROMPTS = REPO / "data/demo_train.jsonl"
 sys.path.insert(0, str(REPO))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def seconds_of(call) -> float:
+def seconds_of(call):
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-def help_times() -> dict:
-    return {name: round(seconds_of(lambda: subprocess.run([sys.executable, REPO / f"{name}.py", "--help"], capture_output=True)), 2)
-            for name in ("generate", "score", "build_pairs", "train_dpo", "boundary", "evaluate")}
+def help_seconds():
+    scripts = [
+        f"{name}.py" for name in ("generate", "score", "build_pairs", "train_dpo", "boundary", "evaluate")
+    ]
+    result = {}
+    for script in scripts:
+        command = [sys.executable, str(REPO / script), "--help"]
+        result[script] = round(seconds_of(lambda: subprocess.run(command, capture_output=True)), 2)
+    return result
 
 
-def generate_ratio(policy: str, folder: Path, backend: str, prompts: int = 32, tokens: int = 64) -> dict:
-    import torch
+# ----- generate
+class Stopwatch:
+    """Seconds spent inside a sampler, apart from what happens between its results."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def around(self, make_sampler):
+        def make(*args):
+            sample = make_sampler(*args)
+
+            def timed(queue):
+                results = iter(sample(queue))
+                while True:
+                    started = time.perf_counter()
+                    result = next(results, None)
+                    self.seconds += time.perf_counter() - started
+                    if result is None:
+                        return
+                    yield result
+
+            return timed
+
+        return make
+
+
+def generate_cost(policy, folder, backend, dtype="float32", n_rows=32, n_tokens=64):
     import generate
-    argv = ["--model", policy, "--prompts", str(REPO / "data/demo_train.jsonl"), "--max-tokens", str(tokens), "--limit", str(prompts),
-            "--backend", backend, "--dtype", "float32", "--overwrite", "--out"]
-    tokenizer = generate.load_tokenizer(policy, None)
-    rows = [json.loads(line) for line in open(REPO / "data/demo_train.jsonl")][:prompts]
-    ids = [generate.prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in rows]
-    args = generate.parse_args(argv + [str(folder / "bare.jsonl")])
-    stop = [generate.end_of_turn(tokenizer)]
-    if backend == "vllm":
-        sample = generate.vllm_engine(args, stop, max(map(len, ids)) + tokens)
-        jobs = [(row["id"], k, some) for row, some in zip(rows, ids) for k in range(args.n)]
-        sample(jobs[:8], int)
-        bare = seconds_of(lambda: sample(jobs, int))  # this is LLM.generate with the requests made beforehand, and nothing else
-        del sample
-    else:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-        model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
-        model.generation_config = GenerationConfig(max_new_tokens=tokens, do_sample=True, temperature=args.temperature, top_p=args.top_p,
-                                                   top_k=0, eos_token_id=stop, pad_token_id=stop[0])
-        batches = sorted((some for some in ids for _ in range(args.n)), key=len)
-        batches = [batches[i:i + args.batch_size] for i in range(0, len(batches), args.batch_size)]
 
-        def own_call() -> None:
-            for batch in batches:
-                longest = max(map(len, batch))
-                model.generate(input_ids=torch.tensor([[stop[0]] * (longest - len(some)) + some for some in batch]),
-                               attention_mask=torch.tensor([[0] * (longest - len(some)) + [1] * len(some) for some in batch]))
-        with torch.inference_mode():
-            bare = seconds_of(own_call)
-        del model
-    generate.main(generate.parse_args(argv + [str(folder / f"{backend}.jsonl")]))
-    ours = json.loads((folder / f"{backend}.meta.json").read_text())["counts"]["sampling_seconds"]
-    return {"stage_s": ours, "engine_s": round(bare, 2), "ratio": round(ours / bare, 3)}
+    out = folder / f"{backend}_{dtype}.jsonl"
+    argv = ["--model", policy, "--prompts", str(PROMPTS), "--out", str(out), "--overwrite"]
+    argv += ["--max-tokens", str(n_tokens), "--limit", str(n_rows), "--backend", backend, "--dtype", dtype]
+    args, watch = generate.parse_args(argv), Stopwatch()
+    name = f"{backend}_sampler"
+    plain = getattr(generate, name)
+    setattr(generate, name, watch.around(plain))
+    generate.main(args)
+    setattr(generate, name, plain)
+    counts = json.loads(out.with_suffix(".meta.json").read_text())["counts"]
+    stage = counts["sampling_seconds"]
+    result = {"tokens": counts["tokens_sampled"], "stage_s": stage, "engine_s": round(watch.seconds, 2)}
+    result["outside_share"] = round(1 - watch.seconds / stage, 4)
+    if backend == "hf" and dtype == "float32":
+        result["transformers_s"] = round(transformers_seconds(args), 2)
+        result["ratio"] = round(stage / result["transformers_s"], 2)
+    return result
 
 
-def score_ratio(reward: str, rows: int = 48) -> dict:
+def transformers_seconds(args):
+    """The same prompts and batches by `model.generate` with its own temperature and top-p."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    import generate
+
+    tokens = generate.read_tokens(args)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_tokens,
+        do_sample=True,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=0,
+        eos_token_id=tokens.stop_ids,
+        pad_token_id=tokens.pad_id,
+    )
+    rows = generate.read_prompts(args.prompts)[: args.limit]
+    ids = [generate.prompt_ids(tokens.tokenizer, row["prompt"]) for row in rows for _ in range(args.n)]
+    ids.sort(key=len)
+    batches = [generate.pad_left(ids[i : i + 64], tokens.pad_id, "cpu") for i in range(0, len(ids), 64)]
+
+    @torch.inference_mode()
+    def sample():
+        for batch, mask in batches:
+            model.generate(input_ids=batch, attention_mask=mask)
+
+    return seconds_of(sample)
+
+
+# ----- score
+def score_cost(reward, n_rows=48):
     import score
-    args = score.parse_args(["--model", reward, "--responses", "-", "--out", "-", "--dtype", "float32", "--backend", "hf"])
-    args.max_length = 512
-    tokenizer = score.load_tokenizer(reward, None)
-    seen: Counter = Counter()
-    encode, run = score.rm_scorer(args, tokenizer, seen)
-    texts = [json.loads(line) for line in open(REPO / "data/demo_train.jsonl")][:rows]
-    # answers of many lengths: the written ones, whole, halved and doubled
-    jobs = [encode({"prompt": [{"role": "user", "content": row["prompt"]}]}, {"text": text})
-            for row in texts for response in row["responses"]
-            for text in (response["text"], response["text"][:len(response["text"]) // 2], response["text"] + " " + response["text"])]
-    run(jobs[:8], int)
-    seen.clear()
-    batched = seconds_of(lambda: run(jobs, int))
-    padding = 1 - seen["real"] / seen["padded"]
-    single = seconds_of(lambda: [run([job], int) for job in jobs])
-    return {"responses": len(jobs), "batched_s": round(batched, 2), "one_at_a_time_s": round(single, 2), "speedup": round(single / batched, 2),
-            "padding": round(padding, 4)}
+
+    responses = []
+    with open(PROMPTS) as file:
+        rows = [json.loads(line) for line in file][:n_rows]
+    for row in rows:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        row["responses"] = [{"text": entry["text"], "source": "off"} for entry in row["responses"]]
+        for share in (0.25, 0.5, 0.75, 1):  # of other lengths
+            text = row["responses"][0]["text"]
+            row["responses"].append({"text": text[: int(share * len(text))], "source": "off"})
+        responses += row["responses"]
+    argv = ["--model", reward, "--responses", "x", "--out", "x", "--backend", "hf", "--dtype", "float32"]
+    args = score.parse_args(argv)
+    scorer = score.RewardModel(args, {row["id"]: row for row in rows})
+    scorer.load()
+    scorer.score(rows[:2], lambda n: None)
+    scorer.counts = Counter()
+    batched = seconds_of(lambda: scorer.score(rows, lambda n: None))
+    padding = 1 - scorer.counts["tokens_scored"] / scorer.counts["tokens_padded"]
+    rewards = [response["reward"] for response in responses]
+    args.batch_tokens = 1
+    alone = seconds_of(lambda: scorer.score(rows, lambda n: None))
+    largest = max(abs(a - response["reward"]) for a, response in zip(rewards, responses, strict=True))
+    result = {"responses": len(responses), "batched_s": round(batched, 2), "one_by_one_s": round(alone, 2)}
+    result |= {"times_faster": round(alone / batched, 2), "padding": round(padding, 4)}
+    return result | {"largest_difference": largest}
 
 
-def build_pairs_cost(folder: Path, prompts: int = 61_135) -> dict:
+# ----- build_pairs
+def build_pairs_cost(folder, prompts=61_135):
     draw = random.Random(0)
     words = "the of and to in is that for it as with on by are this be from or an at not have".split()
     ids = [draw.randrange(100_000) for _ in range(300)]
+    common = {"model": "m", "finish": "stop", "tokens": 250, "token_ids": ids, "tokenizer": "x"}
     with open(folder / "big.jsonl", "w") as file:
         for i in range(prompts):
-            responses = [{"text": " ".join(draw.choices(words, k=250)), "source": source, "model": "m", "finish": "stop", "tokens": 250,
-                          "token_ids": ids, "tokenizer": "x", "reward": draw.gauss(0, 3), "reward_error": None, "scores": {}}
-                         for source in ("on", "on", "on", "on", "off", "off", "off", "off")]
-            file.write(json.dumps({"id": f"p{i}", "prompt": [{"role": "user", "content": f"question {i}"}], "responses": responses}) + "\n")
-    code = ("import resource, sys, build_pairs; build_pairs.main(build_pairs.parse_args(sys.argv[1:])); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    command = [sys.executable, "-c", code, "--scored", str(folder / "big.jsonl"), "--out", str(folder / "pairs.jsonl")]
+            responses = []
+            for source in ("on", "off"):
+                for _ in range(4):
+                    text = " ".join(draw.choices(words, k=250))
+                    scores = {"reward": draw.gauss(0, 3), "reward_error": None, "scores": {}}
+                    responses.append({"text": text, "source": source, **common, **scores})
+            row = {"id": f"p{i}", "prompt": [{"role": "user", "content": f"question {i}"}]}
+            file.write(json.dumps(row | {"responses": responses}) + "\n")
+    code = (
+        "import resource, sys, build_pairs; build_pairs.main(build_pairs.parse_args(sys.argv[1:])); "
+        "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_maxrss, usage.ru_utime)"
+    )
+    flags = ["--scored", str(folder / "big.jsonl"), "--out", str(folder / "pairs.jsonl")]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
-    said, peak = done.stdout.strip().splitlines()[-2:]
-    return {"prompts": prompts, "input_mb": round((folder / "big.jsonl").stat().st_size / 1e6), "pairs": json.loads(said)["pairs"],
-            "seconds": round(time.perf_counter() - started, 1), "peak_gb": round(int(peak) * 1024 / 1e9, 3)}
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True, env=env
+    )
+    elapsed = time.perf_counter() - started
+    said, usage = done.stdout.strip().splitlines()[-2:]
+    peak, cpu = map(float, usage.split())
+    result = {"prompts": prompts, "input_mb": round((folder / "big.jsonl").stat().st_size / 1e6)}
+    result |= {"pairs": json.loads(said)["pairs"], "seconds": round(elapsed, 1), "cpu_seconds": round(cpu, 1)}
+    return result | {"peak_gb": round(peak * 1024 / 1e9, 3)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# ----- a simulation of windows
+def engine_seconds(lengths, slots=256, step_ms=8.0, sequence_ms=0.03):
+    """Seconds of an engine that gives each running sequence a token per step; a step reads the weights once."""
+    running, waiting, now, seconds = [], list(reversed(lengths)), 0, 0.0
+    while running or waiting:
+        while waiting and len(running) < slots:
+            heapq.heappush(running, now + waiting.pop())
+        end = running[0]
+        seconds += (end - now) * (step_ms + sequence_ms * len(running)) / 1000
+        now = end
+        while running and running[0] == now:
+            heapq.heappop(running)
+    return seconds
+
+
+def windows_cost(n_rows=16_384, window=1024):
+    """Lengths are log-normal with mean 400, at most 2,048 tokens; an 8B model on an H100 by GPU.md's figures."""
+    draw = random.Random(0)
+    result = {}
+    for n in (1, 2, 4):
+        rows = []
+        for _ in range(n_rows):
+            rows.append([min(2048, max(1, int(draw.lognormvariate(5.67, 0.8)))) for _ in range(n)])
+        at_once = engine_seconds([length for row in rows for length in row])
+        by_window = 0.0
+        for start in range(0, n_rows, window):
+            by_window += engine_seconds([length for row in rows[start : start + window] for length in row])
+        share = round(1 - at_once / by_window, 3)
+        result[f"n={n}"] = {"at_once_s": round(at_once), "windows_s": round(by_window), "saved": share}
+    return result
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--reward", required=True)
     parser.add_argument("--vllm", action="store_true", help="measure the vllm backend too")
     args = parser.parse_args()
-    results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        steps = {"help_s": help_times, "build_pairs": lambda: build_pairs_cost(folder), "score": lambda: score_ratio(args.reward),
-                 "generate_hf": lambda: generate_ratio(args.policy, folder, "hf")}
+        steps = {
+            "help": help_seconds,
+            "windows": windows_cost,
+            "build_pairs": lambda: build_pairs_cost(folder),
+            "score": lambda: score_cost(args.reward),
+            "generate_hf": lambda: generate_cost(args.policy, folder, "hf"),
+            "generate_hf_bfloat16": lambda: generate_cost(args.policy, folder, "hf", "bfloat16"),
+        }
         if args.vllm:
-            steps["generate_vllm"] = lambda: generate_ratio(args.policy, folder, "vllm")
-        for step, call in steps.items():
-            results[step] = call()
-            print(step, results[step], flush=True)
+            steps["generate_vllm"] = lambda: generate_cost(args.policy, folder, "vllm")
+        results = {}
+        for step, measure in steps.items():
+            results[step] = measure()
+            print(step, json.dumps(results[step]), flush=True)
     print(json.dumps(results))
 
 

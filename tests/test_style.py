@@ -13,8 +13,8 @@ import pytest
 from conftest import REPO
 
 # Formatted lines. All are above their plans (380, 320, 540): the trials had no row types and no record.
-SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683}
-REWRITTEN_LATER = ["generate", "score", "train_dpo"]  # by the next issues; left out in ruff.toml too
+SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683, "generate": 716, "score": 900}
+REWRITTEN_LATER = ["train_dpo"]  # by the next issue; left out in ruff.toml too
 TOP = [*SIZES, *REWRITTEN_LATER]
 FOLDERS = ("data", "scorers", "recipes", "report")
 SIDE = [str(path.relative_to(REPO)) for name in FOLDERS for path in sorted((REPO / name).glob("*.py"))]
