@@ -23,13 +23,14 @@ def parse_args(argv=None):
     generate.PRESETS["beams"] = PRESET
     generate.FREE.discard("batch_size")  # a batch draws together, so a run that goes on keeps its size
     parser = generate.make_parser(__doc__)
-    parser.set_defaults(preset="beams", backend="hf", batch_size=16)
+    parser.set_defaults(preset="beams", backend="hf")
     parser.add_argument("--beams", type=int, default=3, help="default %(default)s")
     args = generate.parse_args(argv, parser)
     if args.beams < 2 or args.n > 1:
         parser.error(f"--beams must be at least 2 and --n is 1, found {args.beams} and {args.n}")
     if args.greedy or args.backend != "hf":
         parser.error("--greedy and --backend vllm do not go with beams that sample")
+    args.batch_size = args.batch_size or 16
     return args
 
 

@@ -1,31 +1,39 @@
 """
-generate.py: exact sampling that ignores its batch, and runs that can be killed. tests/test_imports.py has the importers.
+generate.py: exact sampling that does not depend on the batch, and runs that can be killed.
 
-Covers  sample_tokens against a float64 oracle and by frequencies; greedy against transformers' own; independence of
-        batch, order, --limit and shards; resume after a torn line and after kill -9; other arguments refused; ids,
-        finish and text; presets; --diverse, --mix-ref, --num-beams; soft-capped attention; what the last line reports.
+Covers  sample_tokens against a float64 oracle and by frequencies; greedy against transformers' own; equal
+        rows whatever batch, order, --limit and shards; kill -9 at random moments, torn lines, two processes
+        on one file, what is refused when a run goes on; ids, finish and text; presets; --diverse; switches
+        of the template; models that are refused; what vllm is given, by a stand-in; rows of a wrong shape,
+        generated from Row; soft-capped attention; what the last line reports.
 Run     python -m pytest tests/test_generate.py
 """
 
 import hashlib
+import itertools
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
+import types
 
-import generate
 import numpy as np
 import pytest
 import torch
 from conftest import CHATML, REPO, make_policy, make_tokenizer, read_rows, write_rows
-from generate import mix_logits, sample_tokens
+from safetensors.torch import load_file, save_file
+from test_shapes import MISSING, NUMBERS, STRINGS, VALUES, admits, places, spelled, with_change
+
+import generate
+from generate import sample_tokens
 
 
 def oracle(logits, uniform, temperature, top_p, top_k):
-    """One token, in float64: temperature, top-k, top-p, inverse of the cumulative distribution; the best come first where
-    something is cut off, else the vocabulary's order stays."""
+    """One token, in float64: temperature, top-k, top-p, inverse of the cumulative distribution.
+
+    The best tokens come first where something is cut off; else the vocabulary's order stays.
+    """
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     order = np.argsort(-scaled, kind="stable") if top_k or top_p < 1 else np.arange(len(scaled))
     kept = order[:top_k] if top_k else order
@@ -41,21 +49,33 @@ def normal_logits(rows, vocabulary, spread, seed=0):
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k",
-                         [(1.0, 1.0, 0), (0.7, 0.9, 0), (0.7, 0.9, 50), (0.6, 1.0, 50), (2.0, 0.95, 0),
-                                                       (3.0, 0.5, 7), (1.0, 1.0, 1), (0.3, 0.01, 0), (1.0, 0.9, 1000)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k",
+    [
+        (1.0, 1.0, 0),
+        (0.7, 0.9, 0),
+        (0.7, 0.9, 50),
+        (0.6, 1.0, 50),
+        (2.0, 0.95, 0),
+        (3.0, 0.5, 7),
+        (1.0, 1.0, 1),
+        (0.3, 0.01, 0),
+        (1.0, 0.9, 1000),
+    ],
+)
 def test_tokens_are_those_of_the_float64_oracle(temperature, top_p, top_k):
     logits = normal_logits(400, 300, 2.0)
     uniforms = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     tokens = sample_tokens(logits, uniforms, temperature, top_p, top_k)
-    assert tokens.tolist() == [oracle(*pair, temperature, top_p, top_k)
-                               for pair in zip(logits.numpy(), uniforms.numpy())]
+    assert tokens.tolist() == [
+        oracle(*pair, temperature, top_p, top_k) for pair in zip(logits.numpy(), uniforms.numpy())
+    ]
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 def test_flat_distributions_over_a_large_vocabulary(spread):
-    # nearly uniform, the 1024 candidates hold a fifth of the mass and the whole vocabulary is sorted; peaked, they
-    # suffice
+    # nearly uniform, the 1024 candidates hold a fifth of the mass, and the whole vocabulary is sorted;
+    # peaked, they suffice
     logits = normal_logits(100, 5000, spread, seed=2)
     uniforms = torch.rand(100, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     tokens = sample_tokens(logits, uniforms, 1.0, 0.9, 0).tolist()
@@ -76,48 +96,26 @@ def test_the_ends_of_the_unit_interval():
     assert sample_tokens(logits, almost_one, 0.7, 1.0, 0).tolist() == [39] * 50
 
 
-@pytest.mark.parametrize("weights, mixed, temperature, expected", [
-    ([1.5, -0.5], (3.0, 1.0, -1.5), 1.0, (0.872262, 0.118048, 0.009690)),
-    ([1.5, -0.5], (3.0, 1.0, -1.5), 0.7, (0.944245, 0.054230, 0.001525)),
-    ([1.5, -0.5], (3.0, 1.0, -1.5), 3.0, (0.575855, 0.295654, 0.128491)),  # S1 Table 3 goes up to 3
-    ([0.5, 0.5], (1.0, 1.0, 1.5), 1.0, (0.274069, 0.274069, 0.451863)),
-    ([0.5, 0.5], (1.0, 1.0, 1.5), 0.7, (0.247358, 0.247358, 0.505284))])
-def test_mixed_logits_and_their_frequencies_over_a_grid_of_uniforms(weights, mixed, temperature, expected):
-    # METHODS.md 10's vectors: over an even grid of u, shares are the probabilities to within one step of the grid
-    logits = mix_logits(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 3.0]]), weights, 3)
-    assert logits.tolist() == [list(mixed)]
-    count = 20_000
-    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens = sample_tokens(logits.expand(count, 3), grid, temperature, 1.0, 0)
-    assert (tokens.bincount(minlength=3) / count).tolist() == pytest.approx(expected, abs=1.5 / count)
-
-
-def test_rows_that_only_pad_the_embeddings_are_cut_and_masked_after_mixing():
-    policy = torch.tensor([[2.0, 1.0, 9.0, 9.0]])  # two tokens, two rows of padding; the reference has one
-    reference = torch.tensor([[0.0, 1.0, -torch.inf]])  # its weight -.5 would make +inf of it
-    for weights, expected in (([1.5, -0.5], [3.0, 1.0, -torch.inf]), ([1.0, 0.0], [2.0, 1.0, -torch.inf])):
-        assert mix_logits(policy, reference, weights, 2).tolist() == [expected]
-    bfloat16 = mix_logits(torch.tensor([[2.0078125]], dtype=torch.bfloat16), torch.tensor([[1.0]], dtype=torch.bfloat16),
-                          [1.5, -0.5], 1)
-    assert bfloat16.dtype == torch.float32 and bfloat16.item() == 1.5 * 2.0 - 0.5  # bfloat16 holds no 2.0078125
-
-
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (3.0, 1.0, 0), (0.7, 0.9, 0), (0.7, 0.9, 4)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (3.0, 1.0, 0), (0.7, 0.9, 0), (0.7, 0.9, 4)]
+)
 def test_frequencies_of_draws_pass_a_chi_square_test(temperature, top_p, top_k):
     logits = normal_logits(1, 12, 1.5, seed=4)
     count = 20_000
     # as the third step uses them
     uniforms = torch.tensor(np.stack([generate.draws(0, f"p{k}", 0, 3) for k in range(count)]))[:, 2]
-    found = sample_tokens(logits.expand(count, 12), uniforms, temperature, top_p, top_k).bincount(minlength=12).double()
+    tokens = sample_tokens(logits.expand(count, 12), uniforms, temperature, top_p, top_k)
+    drawn = tokens.bincount(minlength=12).double()
     # the distribution by its definition, not by sampling: keep the best tokens, renormalise
     kept = logits[0].double().div(temperature).sort(descending=True)
-    probabilities = kept.values[:top_k or 12].softmax(-1)
-    probabilities = probabilities[:int((probabilities.cumsum(-1) < top_p).sum()) + 1]
-    expected = torch.zeros(12, dtype=torch.float64).scatter(0, kept.indices[:len(probabilities)],
-                                                            probabilities / probabilities.sum())
-    assert found[expected == 0].sum() == 0
+    probabilities = kept.values[: top_k or 12].softmax(-1)
+    probabilities = probabilities[: int((probabilities.cumsum(-1) < top_p).sum()) + 1]
+    expected = torch.zeros(12, dtype=torch.float64).scatter(
+        0, kept.indices[: len(probabilities)], probabilities / probabilities.sum()
+    )
+    assert drawn[expected == 0].sum() == 0
     inside = expected > 0
-    chi_square = ((found - count * expected)[inside] ** 2 / (count * expected[inside])).sum().item()
+    chi_square = ((drawn - count * expected)[inside] ** 2 / (count * expected[inside])).sum().item()
     assert chi_square < 31.3  # the 99.9 % quantile at 11 degrees of freedom, the most there are here
 
 
@@ -126,60 +124,70 @@ def test_a_row_ignores_the_others_of_its_batch():
     logits = torch.cat([normal_logits(20, 3000, 6.0, seed=5), normal_logits(1, 3000, 0.01, seed=6)])
     uniforms = torch.rand(21, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     together = sample_tokens(logits, uniforms, 0.7, 0.9, 0).tolist()
-    assert together == [sample_tokens(logits[k:k + 1], uniforms[k:k + 1], 0.7, 0.9, 0).item() for k in range(21)]
+    assert together == [
+        sample_tokens(logits[k : k + 1], uniforms[k : k + 1], 0.7, 0.9, 0).item() for k in range(21)
+    ]
     assert sample_tokens(logits.flip(0), uniforms.flip(0), 0.7, 0.9, 0).tolist() == together[::-1]
 
 
 def test_draws_depend_on_seed_prompt_and_sample():
     base = generate.draws(0, "p", 0, 100)
     assert base.dtype == np.float64 and 0 <= base.min() and base.max() < 1 and len(set(base)) == 100
-    assert (generate.draws(0, "p", 0, 50) == base[:50]).all()  # a longer --max-tokens begins with the same draws
-    for other in (generate.draws(1, "p", 0, 100), generate.draws(0, "q", 0, 100), generate.draws(0, "p", 1, 100)):
-        assert not np.isclose(other, base).any()
+    shorter = generate.draws(0, "p", 0, 50)
+    assert (shorter == base[:50]).all()  # a longer --max-tokens begins with the same draws
+    for parts in ((1, "p", 0), (0, "q", 0), (0, "p", 1)):
+        assert not np.isclose(generate.draws(*parts, 100), base).any()
 
 
-# ---- whole runs
-
-PROMPTS = [{"id": f"p{k}", "prompt": [{"role": "user", "content": "Tell me " + "more " * (k % 4) + str(k)}], "note": k}
-           for k in range(11)]
+# ----- whole runs
+PROMPTS = [
+    {"id": f"p{k}", "prompt": [{"role": "user", "content": f"Tell me {'more ' * (k % 4)}{k}"}], "note": k}
+    for k in range(11)
+]
 HF = ["--backend", "hf", "--dtype", "float32", "--max-tokens", "12"]
 
 
 def run(tmp_path, capsys, model, rows, *flags, out="out.jsonl", name="prompts.jsonl"):
     """(rows of the output, the last line as JSON)."""
     path = write_rows(tmp_path / name, rows)
-    generate.main(generate.parse_args(["--model", model, "--prompts", path, "--out", str(tmp_path / out), *HF, *flags]))
+    flags = ["--model", model, "--prompts", path, "--out", str(tmp_path / out), *HF, *flags]
+    generate.main(generate.parse_args(flags))
     return read_rows(tmp_path / out), json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def tokenizer(policy):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(policy)
 
 
 @pytest.fixture()
-def small_windows(monkeypatch):
-    monkeypatch.setattr(generate, "WINDOW", {"hf": 4, "vllm": 4})
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(generate, "BLOCK", 4)
 
 
 def test_greedy_is_transformers_own(tmp_path, capsys, policy, tokenizer):
     from transformers import AutoModelForCausalLM
+
     rows, printed = run(tmp_path, capsys, policy, PROMPTS, "--greedy")
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     for row in rows:
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt",
-                                            return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         output = model.generate(**ids, do_sample=False, temperature=None, top_p=None, max_new_tokens=12)
-        output = output[0, ids["input_ids"].shape[1]:].tolist()
-        expected = output[:output.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in output else output
+        output = output[0, ids["input_ids"].shape[1] :].tolist()
+        if tokenizer.eos_token_id in output:
+            output = output[: output.index(tokenizer.eos_token_id)]
         (response,) = row["responses"]
-        assert response["token_ids"] == expected
+        assert response["token_ids"] == output
     assert printed["responses"] == printed["rows"] == 11
 
 
 def test_responses_hold_what_was_sampled(tmp_path, capsys, policy, tokenizer):
-    rows, printed = run(tmp_path, capsys, policy, PROMPTS, "--temperature", "1.5", "--top-p", "1", "--max-tokens", "60")
+    flags = "--temperature 1.5 --top-p 1 --max-tokens 60".split()
+    rows, printed = run(tmp_path, capsys, policy, PROMPTS, *flags)
     responses = [response for row in rows for response in row["responses"]]
     for response in responses:
         ids = response["token_ids"]
@@ -190,46 +198,52 @@ def test_responses_hold_what_was_sampled(tmp_path, capsys, policy, tokenizer):
         assert response["tokenizer"] == generate.fingerprint(tokenizer)
     finishes = [response["finish"] for response in responses]
     assert finishes.count("stop") > 3 and finishes.count("length") > 3  # both ends are seen
-    assert [row["note"] for row in rows] == list(range(11)) and all(len(row["responses"]) == 4 for row in rows)
+    assert [row["note"] for row in rows] == list(range(11))
+    assert {len(row["responses"]) for row in rows} == {4}
     assert (printed["responses"], printed["truncated"]) == (44, finishes.count("length"))
-    assert printed["tokens"] == sum(response["tokens"] for response in responses)
+    assert printed["tokens_sampled"] == sum(response["tokens"] for response in responses)
     assert printed["prompts_with_equal_samples"] == 0
 
 
 def test_the_first_token_follows_our_temperature_and_not_the_models(tmp_path, capsys, policy, tokenizer):
-    # generation_config.json asks for temperature .1; at 1 a total of 2000 first tokens has the model's own distribution
+    # generation_config.json asks for temperature .1; at 1 the first tokens have the model's own distribution
     from transformers import AutoModelForCausalLM
+
     assert json.loads(open(f"{policy}/generation_config.json").read())["temperature"] == 0.1
     prompt = PROMPTS[:1]
-    rows, _ = run(tmp_path, capsys, policy, prompt, "--temperature", "1", "--top-p", "1", "--max-tokens", "1", "--n",
-                  "2000",
-                  "--batch-size", "500")
-    ids = tokenizer.apply_chat_template(prompt[0]["prompt"], add_generation_prompt=True, return_tensors="pt",
-                                        return_dict=True)
+    flags = "--temperature 1 --top-p 1 --max-tokens 1 --n 2000 --batch-size 500".split()
+    rows, _ = run(tmp_path, capsys, policy, prompt, *flags)
+    ids = tokenizer.apply_chat_template(
+        prompt[0]["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(policy)(**ids).logits[0, -1].double().softmax(-1)
     first = [(response["token_ids"] + [tokenizer.eos_token_id])[0] for response in rows[0]["responses"]]
     shares = torch.tensor(first).bincount(minlength=len(expected)) / 2000
     cold = (expected.log() / 0.1).softmax(-1)
     assert (shares - expected).abs().max() < 4 * 0.5 / 2000**0.5 and (cold - expected).abs().max() > 0.2
-    # total variation: small against the distribution asked for, large against the one of generation_config.json
+    # total variation: small against the distribution asked for, large against generation_config.json's
     assert (shares - expected).abs().sum() / 2 < 0.15 < 0.3 < (shares - cold).abs().sum() / 2
 
 
-def test_samples_ignore_batch_size_order_limit_and_shards(tmp_path, capsys, policy, small_windows):
+def test_samples_ignore_batch_size_order_limit_and_shards(tmp_path, capsys, policy, small_blocks):
     whole, _ = run(tmp_path, capsys, policy, PROMPTS, "--n", "2", out="whole.jsonl")
     text = (tmp_path / "whole.jsonl").read_text()
     run(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--batch-size", "3", out="batches.jsonl")
     assert (tmp_path / "batches.jsonl").read_text() == text
     run(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--limit", "5", out="limit.jsonl")
     assert (tmp_path / "limit.jsonl").read_text().splitlines() == text.splitlines()[:5]
-    run(tmp_path, capsys, policy, PROMPTS[::-1], "--n", "2", out="reversed.jsonl", name="reversed_prompts.jsonl")
+    run(
+        tmp_path,
+        capsys,
+        policy,
+        PROMPTS[::-1],
+        "--n",
+        "2",
+        out="reversed.jsonl",
+        name="reversed_prompts.jsonl",
+    )
     assert (tmp_path / "reversed.jsonl").read_text().splitlines() == text.splitlines()[::-1]
-    shards = []
-    for i in range(2):
-        run(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--shard", f"{i}/2", out=f"shard{i}.jsonl")
-        shards.append((tmp_path / f"shard{i}.jsonl").read_text().splitlines())
-    assert len(shards[0]) == 7 and len(shards[1]) == 4 and sorted(shards[0] + shards[1]) == sorted(text.splitlines())
     more, _ = run(tmp_path, capsys, policy, PROMPTS, "--n", "3", out="more.jsonl")
     # a larger --n begins with the same samples
     assert [row["responses"][:2] for row in more] == [row["responses"] for row in whole]
@@ -237,45 +251,207 @@ def test_samples_ignore_batch_size_order_limit_and_shards(tmp_path, capsys, poli
     assert all(a["responses"] != b["responses"] for a, b in zip(other, whole))
 
 
-def test_a_larger_limit_goes_on(tmp_path, capsys, policy, small_windows):
+@pytest.mark.parametrize("flags", [["--n", "2"], ["--n", "2", "--diverse"]], ids=["plain", "diverse"])
+def test_shards_make_up_the_whole_file_though_one_was_killed(tmp_path, capsys, policy, small_blocks, flags):
+    run(tmp_path, capsys, policy, PROMPTS, *flags, out="whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in whole] == [row["id"] for row in PROMPTS]
+    for count in (1, 2, 3):
+        lines = []
+        for i in range(count):
+            out, shard = tmp_path / f"{i}of{count}.jsonl", ["--shard", f"{i}/{count}"]
+            run(tmp_path, capsys, policy, PROMPTS, *flags, *shard, out=out.name)
+            if i == count - 1:  # killed in its first window, or after it with a torn line
+                out.write_bytes(out.read_bytes()[: len(out.read_bytes()) * 2 // 3])
+                _, printed = run(tmp_path, capsys, policy, PROMPTS, *flags, *shard, out=out.name)
+                assert printed["resumed_rows"] < printed["rows"]
+            lines.append(out.read_text().splitlines())
+        assert sorted(line for shard in lines for line in shard) == sorted(whole)
+        assert [len(shard) for shard in lines] == {1: [11], 2: [7, 4], 3: [4, 4, 3]}[count]
+    err = refused(tmp_path, capsys, policy, PROMPTS, *flags, "--shard", "3/4", out="none.jsonl")
+    assert "--shard 3/4: 11 rows are too few for 4 blocks of 4" in err
+    for shard in ("2/2", "-1/2", "x", "1"):
+        err = refused(tmp_path, capsys, policy, PROMPTS, f"--shard={shard}", out="none.jsonl")
+        assert f"--shard {shard}: expected I/N with 0 <= I < N" in err
+
+
+def test_several_prompt_files_are_read_as_one(tmp_path, capsys, policy):
+    whole, _ = run(tmp_path, capsys, policy, PROMPTS, "--n", "1", out="whole.jsonl")
+    rest = write_rows(tmp_path / "rest.jsonl", PROMPTS[4:])
+    first = write_rows(tmp_path / "first.jsonl", PROMPTS[:4])
+    flags = ["--model", policy, *HF, "--n", "1", "--out", str(tmp_path / "two.jsonl")]
+    generate.main(generate.parse_args([*flags, "--prompts", first, rest]))
+    assert read_rows(tmp_path / "two.jsonl") == whole
+    record = json.loads((tmp_path / "two.meta.json").read_text())
+    assert list(record["inputs"]) == [first, rest]
+    again = write_rows(tmp_path / "again.jsonl", PROMPTS[10:])
+    with pytest.raises(SystemExit):
+        generate.main(generate.parse_args([*flags[:-1], str(tmp_path / "x.jsonl"), "--prompts", rest, again]))
+    assert f"{again}:1: the id p10 is there twice" in capsys.readouterr().err
+
+
+# ----- runs that were stopped
+def test_a_larger_limit_goes_on(tmp_path, capsys, policy, small_blocks):
     run(tmp_path, capsys, policy, PROMPTS, "--n", "2", out="whole.jsonl")
     run(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--limit", "6")
     _, printed = run(tmp_path, capsys, policy, PROMPTS, "--n", "2")
     assert printed["resumed_rows"] == 4
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    err = refused(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--limit", "6")
+    assert "has 11 rows, and 6 are asked for" in err
 
 
-def test_a_torn_file_is_completed_byte_for_byte(tmp_path, capsys, policy, small_windows):
-    run(tmp_path, capsys, policy, PROMPTS, "--n", "2")
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_a_torn_file_is_completed_byte_for_byte(tmp_path, capsys, policy, small_blocks, monkeypatch, backend):
+    # transformers goes on after a whole block of 4 rows, vllm (here with its place taken) after any whole row
+    monkeypatch.setattr(
+        generate, "vllm_sampler", lambda args, tokens, longest: generate.hf_sampler(args, tokens)
+    )
+    flags = ["--n", "2", "--backend", backend]
+    run(tmp_path, capsys, policy, PROMPTS, *flags)
     whole = (tmp_path / "out.jsonl").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for length, kept in ((ends[5] + 100, 4), (ends[7], 8), (ends[0] - 1, 0), (len(whole) - 1, 8), (len(whole), 11)):
+    lengths = [ends[5] + 100, ends[7], ends[0] - 1, len(whole) - 1, len(whole)]
+    kept = {"hf": [4, 8, 0, 8, 11], "vllm": [6, 8, 0, 10, 11]}[backend]
+    for length, rows in zip(lengths, kept):
         (tmp_path / "out.jsonl").write_bytes(whole[:length])
-        _, printed = run(tmp_path, capsys, policy, PROMPTS, "--n", "2")
-        assert (tmp_path / "out.jsonl").read_bytes() == whole and printed["resumed_rows"] == kept
+        _, printed = run(tmp_path, capsys, policy, PROMPTS, *flags)
+        assert (tmp_path / "out.jsonl").read_bytes() == whole and printed["resumed_rows"] == rows
 
 
-def test_kill_9_and_the_same_command_again(tmp_path, capsys, policy):
-    # 320 rows are five windows of 64; the process dies once the first window, or a part of it, is on disk
-    prompts = [{"id": f"k{k}", "prompt": f"prompt {k}"} for k in range(320)]
-    flags = ["--n", "2", "--max-tokens", "24"]
-    run(tmp_path, capsys, policy, prompts, *flags, out="whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    out = tmp_path / "out.jsonl"
-    command = [sys.executable, str(REPO / "generate.py"), "--model", policy, "--prompts",
-               str(tmp_path / "prompts.jsonl"), "--out", str(out),
-               *HF, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 60
-    while not (out.exists() and out.stat().st_size) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    left = out.read_bytes()
-    assert 0 < len(left) < len(whole) and whole.startswith(left)
-    _, printed = run(tmp_path, capsys, policy, prompts, *flags)
-    assert out.read_bytes() == whole and printed["resumed_rows"] == left.count(b"\n") // 64 * 64
+# A process that has imported everything and forks for each run, so that a run takes no seconds to start.
+DRIVER = """
+import importlib.metadata, json, os, random, signal, sys, time
+import generate
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+importlib.metadata.distributions = lambda: []  # reading them takes half a second
+generate.BLOCK = 4
+flags, out = json.loads(sys.argv[1]), "out.jsonl"
+
+def start(*more, before=None):
+    child = os.fork()
+    if child == 0:
+        try:
+            if before:
+                before()
+            generate.main(generate.parse_args([*flags, *more]))
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def size():
+    return os.path.getsize(out) if os.path.exists(out) else 0
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_before_the_record():
+    generate.write_record = die
+
+def slowly():
+    append = generate.append_rows
+    def append_slowly(*arguments):
+        append(*arguments)
+        time.sleep(0.3)
+    generate.append_rows = append_slowly
+
+def kills():
+    # 20 kills in 4 files, at any time or soon after something was written; some lines torn on top
+    statuses, lefts = [], []
+    started = time.time()
+    statuses.append(status(start("--out", "whole.jsonl")))
+    duration = time.time() - started
+    expected = open("whole.jsonl", "rb").read()
+    for _ in range(4):
+        statuses.append(status(start("--out", out, before=die_before_the_record)))
+        for number in range(5):
+            before = size()
+            child = start("--out", out)
+            while number % 2 and size() <= before and not os.waitid(os.P_PID, child, ended):
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, duration / (10 if number % 2 else 1)))
+            os.kill(child, signal.SIGKILL)
+            statuses.append(status(child))
+            left = open(out, "rb").read() if os.path.exists(out) else b""
+            assert expected.startswith(left)
+            lefts.append(len(left))
+            if random.random() < 0.5 and left:  # torn, as by a kill in the midst of writing
+                os.truncate(out, random.randrange(len(left)))
+        statuses.append(status(start("--out", out)))
+        assert open(out, "rb").read() == expected
+        os.unlink(out)
+    return statuses, lefts
+
+def two_at_once():
+    first = start("--out", out, before=slowly)
+    while not size():
+        time.sleep(0.01)
+    refused = [status(start("--out", out)), status(start("--out", out, "--overwrite"))]
+    during = size()
+    return refused, status(first), during, size(), os.path.getsize("whole.jsonl")
+
+ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+print(json.dumps([kills(), two_at_once()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, policy):
+    """What the driver printed, and its standard error."""
+    folder = tmp_path_factory.mktemp("processes")
+    prompts = [{"id": f"k{k}", "prompt": f"prompt {k}"} for k in range(40)]
+    flags = ["--model", policy, "--prompts", write_rows(folder / "prompts.jsonl", prompts), *HF]
+    flags += ["--n", "1", "--max-tokens", "4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", DRIVER, json.dumps(flags)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_kill_9_at_random_moments(processes):
+    """Always the same bytes in the end, which the driver asserts, and never a refusal."""
+    ((statuses, lefts), _), _ = processes
+    # each of the 4: killed before the record, 5 kills (0 is a run that was quicker), and a run to the end
+    assert statuses[0] == 0 and set(statuses) <= {0, -9} and statuses.count(-9) >= 14
+    assert all(statuses[1 + 7 * k] == -9 and statuses[7 + 7 * k] == 0 for k in range(4))
+    assert len(lefts) == 20 and len(set(lefts)) > 4  # at different moments
+
+
+def test_a_second_process_on_one_output_is_refused(processes):
+    (_, (refused, first, during, size, whole)), err = processes
+    assert refused == [2, 2] and first == 0 and 0 < during < size == whole
+    assert err.count("--out out.jsonl: another process writes it") == 2
+
+
+def test_the_record_is_there_before_the_first_row(tmp_path, capsys, policy, monkeypatch):
+    records, append = [], generate.append_rows
+
+    def spy(file, rows):
+        records.append((os.path.getsize(file.name), json.loads((tmp_path / "out.meta.json").read_text())))
+        append(file, rows)
+
+    monkeypatch.setattr(generate, "append_rows", spy)
+    run(tmp_path, capsys, policy, PROMPTS[:2], "--n", "1")
+    size, record = records[0]
+    assert size == 0 and record["args"]["n"] == 1 and "counts" not in record
+    assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["rows"] == 2
+    # a kill between the two left an empty output, or a record without one: the same command goes on
+    for left in (["out.jsonl"], ["out.meta.json"], ["out.jsonl", "out.meta.json"]):
+        for name in {"out.jsonl", "out.meta.json"} - set(left):
+            (tmp_path / name).unlink()
+        if "out.jsonl" in left:
+            (tmp_path / "out.jsonl").write_bytes(b"")
+        rows, printed = run(tmp_path, capsys, policy, PROMPTS[:2], "--n", "1")
+        assert len(rows) == 2 and printed["resumed_rows"] == 0
 
 
 def refused(tmp_path, capsys, model, rows, *flags, **more):
@@ -289,116 +465,214 @@ def refused(tmp_path, capsys, model, rows, *flags, **more):
 def test_another_run_is_refused_by_name(tmp_path, capsys, policy):
     run(tmp_path, capsys, policy, PROMPTS[:3], "--n", "2")
     before = (tmp_path / "out.jsonl").read_bytes()
-    for flags, difference in ((["--n", "3"], "n was 2 and is 3"), (["--n", "2", "--seed", "1"], "seed was 0 and is 1"),
-                              (["--n", "2", "--temperature", "0.8"], "temperature was 0.7 and is 0.8"),
-                              (["--n", "2", "--source", "off"], "source was 'on' and is 'off'")):
+    changes = {
+        "n was 2 and is 3": ["--n", "3"],
+        "seed was 0 and is 1": ["--n", "2", "--seed", "1"],
+        "temperature was 0.7 and is 0.8": ["--n", "2", "--temperature", "0.8"],
+        "source was 'on' and is 'off'": ["--n", "2", "--source", "off"],
+        "shard was '0/1' and is '0/2'": ["--n", "2", "--shard", "0/2"],
+    }
+    for difference, flags in changes.items():
         err = refused(tmp_path, capsys, policy, PROMPTS[:3], *flags)
-        assert "belongs to a run with other args" in err and difference in err and "--overwrite starts anew" in err
+        assert "was made with other args: " in err and difference in err and "--overwrite starts anew" in err
     err = refused(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "2")
-    assert "belongs to a run with other inputs" in err and "prompts.jsonl" in err
+    assert "was made with other inputs: " in err and "prompts.jsonl" in err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     rows, _ = run(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "1", "--overwrite")
     assert [row["id"] for row in rows] == ["p1", "p2", "p3"] and len(rows[0]["responses"]) == 1
     (tmp_path / "out.meta.json").unlink()
-    assert "exists, and no out.meta.json says what made it" in refused(tmp_path, capsys, policy, PROMPTS[1:4], "--n",
-                                                                       "1")
+    err = refused(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "1")
+    assert "is there, and no " in err and "out.meta.json says what made it" in err
 
 
+def test_a_model_retrained_into_the_same_folder_is_refused(tmp_path, capsys, policy):
+    model = tmp_path / "model"
+    shutil.copytree(policy, model)
+    run(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
+    _, printed = run(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
+    assert printed["resumed_rows"] == 3
+    before = (tmp_path / "out.jsonl").read_bytes()
+    status = os.stat(model / "model.safetensors")
+    os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    err = refused(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
+    assert err.count("\n") == 1 and f"was made with other models: {model} was " in err
+    os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert "was made with other models" in refused(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("link", ["out", "prompts", "record", "hidden"])
+def test_an_output_that_is_an_input_is_refused(tmp_path, capsys, policy, link):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    write_rows(path, PROMPTS[:2])
+    before = path.read_bytes()
+    if link == "out":
+        out.symlink_to(path)
+    elif link == "prompts":
+        path.rename(tmp_path / "data.jsonl")
+        path.symlink_to(tmp_path / "data.jsonl")
+        out = tmp_path / "data.jsonl"
+    elif link == "record":
+        out = tmp_path / "prompts.json"  # both would have the record prompts.meta.json
+    else:
+        (tmp_path / "folder").symlink_to(tmp_path)
+        out = tmp_path / "folder" / "prompts.jsonl"
+    flags = ["--model", policy, "--prompts", str(path), "--out", str(out), *HF, "--overwrite"]
+    with pytest.raises(SystemExit):
+        generate.main(generate.parse_args(flags))
+    assert f"--out {out}: it or its record would replace an input" in capsys.readouterr().err
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.meta.json"))
+
+
+# ----- models that are refused
+def spoil_weights(folder, kind):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:-1000])
+        return
+    if kind == "lacking":
+        del tensors[name]
+    elif kind == "nan":
+        tensors[name][3, 5] = torch.nan
+    elif kind == "infinite":
+        tensors[name][3, 5] = -torch.inf
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "kind, sentence",
+    [
+        ("lacking", "{model}: the weights lack model.layers.1.mlp.up_proj.weight"),
+        ("torn", "{model}/model.safetensors: "),
+        (
+            "nan",
+            "{model}/model.safetensors: the weights model.layers.1.mlp.up_proj.weight are not all finite",
+        ),
+        (
+            "infinite",
+            "{model}/model.safetensors: the weights model.layers.1.mlp.up_proj.weight are not all finite",
+        ),
+    ],
+)
+def test_spoiled_weights_are_refused_and_nothing_is_left(tmp_path, capsys, policy, kind, sentence):
+    model = tmp_path / "model"
+    shutil.copytree(policy, model)
+    spoil_weights(model, kind)
+    err = refused(tmp_path, capsys, str(model), PROMPTS[:2])
+    assert sentence.format(model=model) in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "prompts.jsonl"]
+
+
+def test_folders_that_are_no_model_and_models_that_do_not_fit(tmp_path, capsys, policy):
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path / "empty"), str(tmp_path / "none"), "./none", f"{policy}/config.json"):
+        assert f"{name}: expected a model folder" in refused(tmp_path, capsys, name, PROMPTS[:2])
+    plain = make_policy(tmp_path / "plain", template=None)
+    assert "the tokenizer has no chat template" in refused(tmp_path, capsys, plain, PROMPTS[:2])
+    small = tmp_path / "small"
+    shutil.copytree(policy, small)
+    config = json.loads((small / "config.json").read_text()) | {"vocab_size": 257}
+    (small / "config.json").write_text(json.dumps(config))
+    err = refused(tmp_path, capsys, str(small), PROMPTS[:2])
+    assert f"{small}: the tokenizer gives the id 257, of 257 embeddings" in err
+    assert not list(tmp_path.glob("out*"))
+
+
+# ----- prompts
 def test_prompts_too_long_are_named_and_skipped(tmp_path, capsys, policy):
     rows = [PROMPTS[0], {"id": "long", "prompt": "x" * 500}, PROMPTS[1]]
     path = write_rows(tmp_path / "prompts.jsonl", rows)
-    generate.main(generate.parse_args(["--model", policy, "--prompts", path, "--out", str(tmp_path / "out.jsonl"), *HF,
-                                       "--n", "1"]))
+    flags = ["--model", policy, "--prompts", path, "--out", str(tmp_path / "out.jsonl"), *HF, "--n", "1"]
+    generate.main(generate.parse_args(flags))
     printed = capsys.readouterr()
-    assert "skipped 1 prompts of over 500 tokens, which leave no room for 12: long" in printed.err
+    assert "skipped 1 prompts of more than 500 tokens: long" in printed.err
     assert json.loads(printed.out.splitlines()[-1])["skipped_too_long"] == 1
     assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["p0", "p1"]
-    assert "no prompt leaves room" in refused(tmp_path, capsys, policy, rows[1:2], "--n", "1", out="none.jsonl")
+    assert "no prompt leaves room" in refused(
+        tmp_path, capsys, policy, rows[1:2], "--n", "1", out="none.jsonl"
+    )
 
 
-def test_plain_strings_missing_ids_and_the_meta_file(tmp_path, capsys, policy):
-    rows, _ = run(tmp_path, capsys, policy, [{"prompt": "Grüße", "category": "x"}], "--n", "1")
-    prompt = [{"role": "user", "content": "Grüße"}]
+def test_text_prompts_missing_ids_and_the_record(tmp_path, capsys, policy):
+    given = {"prompt": "Grüße", "category": "x", "responses": [{"text": "earlier"}], "labeler": "earlier"}
+    rows, _ = run(tmp_path, capsys, policy, [given], "--n", "1")
     canonical = '[{"content": "Grüße", "role": "user"}]'
     assert rows[0]["id"] == hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    assert rows[0]["prompt"] == prompt and rows[0]["category"] == "x"
-    meta = json.loads((tmp_path / "out.meta.json").read_text())
-    assert meta["args"]["temperature"] == 0.7 and meta["args"]["max_tokens"] == 12 and meta["counts"]["rows"] == 1
-    weights = f"{policy}/model.safetensors"
-    assert meta["inputs"][weights] == hashlib.sha256(open(weights, "rb").read()).hexdigest()
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Grüße"}] and rows[0]["category"] == "x"
+    assert "labeler" not in rows[0] and len(rows[0]["responses"]) == 1
+    record = json.loads((tmp_path / "out.meta.json").read_text())
+    assert record["args"]["temperature"] == 0.7 and record["args"]["max_tokens"] == 12
+    assert record["counts"]["rows"] == 1
+    prompts = tmp_path / "prompts.jsonl"
+    assert record["inputs"] == {str(prompts): hashlib.sha256(prompts.read_bytes()).hexdigest()}
+    status = os.stat(f"{policy}/model.safetensors")
+    assert record["models"][policy]["model.safetensors"] == [status.st_size, status.st_mtime_ns]
 
 
-def test_a_chat_template_from_a_file(tmp_path, capsys, policy, tokenizer):
+class Spy:
+    """A sampler that loads no model: it notes the requests, and each response is the byte "a"."""
+
+    def __init__(self, args, tokens):
+        Spy.requests = []
+
+    def __call__(self, queue):
+        while queue:
+            request = queue.pop(0)
+            Spy.requests.append(request)
+            yield request, [64]
+
+
+def rendered(tmp_path, policy, rows, *flags):
+    """The prompts as they are given to the model, as text."""
+    path, out = write_rows(tmp_path / "prompts.jsonl", rows), str(tmp_path / "out.jsonl")
+    flags = ["--model", policy, "--prompts", path, "--out", out, *HF, "--n", "1", "--overwrite", *flags]
+    generate.main(generate.parse_args(flags), Spy)
+    tokenizer = generate.load_tokenizer(policy, None)[0]
+    return [tokenizer.decode(request.ids) for request in Spy.requests]
+
+
+def test_a_chat_template_from_a_file(tmp_path, capsys, policy):
     template = "{% for message in messages %}{{ 'Q: ' + message['content'] + '<|im_end|>' }}{% endfor %}A: "
     (tmp_path / "template.jinja").write_text(template)
-    rows, _ = run(tmp_path, capsys, policy, PROMPTS[:1], "--greedy", "--chat-template",
-                  str(tmp_path / "template.jinja"))
-    from transformers import AutoModelForCausalLM
-    ids = tokenizer(f"Q: {PROMPTS[0]['prompt'][0]['content']}<|im_end|>A: ", add_special_tokens=False,
-                    return_tensors="pt").input_ids
-    with torch.no_grad():
-        best = AutoModelForCausalLM.from_pretrained(policy)(ids).logits[0, -1].argmax().item()
-    assert rows[0]["responses"][0]["token_ids"][0] == best
+    flags = ["--chat-template", str(tmp_path / "template.jinja")]
+    texts = rendered(tmp_path, policy, [{"prompt": "one"}, {"prompt": "two"}], *flags)
+    assert texts == ["Q: one<|im_end|>A: ", "Q: two<|im_end|>A: "]
+    record = json.loads((tmp_path / "out.meta.json").read_text())
+    assert flags[1] in record["inputs"]  # it is compared when a run goes on
+    err = refused(tmp_path, capsys, policy, PROMPTS, "--chat-template", "none.jinja", out="none.jsonl")
+    assert "--chat-template none.jinja: no such file" in err
 
 
-def test_presets():
-    def settings(*flags):
-        args = generate.parse_args(["--model", "m", "--prompts", "p", "--out", "o", "--backend", "hf", *flags])
-        return [getattr(args, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")]
-    assert settings() == settings("--preset", "s1") == [4, 0.7, 0.9, 0, 2048]  # S1 3.1 footnote 2, 5.1
-    assert settings("--preset", "s2") == [2, 0.7, 0.9, 50, 2048]                # S2 Table 7
-    assert settings("--preset", "s3") == [8, 0.6, 1.0, 0, 1024]                 # S3 Table 6
-    assert settings("--preset", "s2", "--n", "5", "--top-k", "0") == [5, 0.7, 0.9, 0, 2048]
-    assert settings("--greedy") == [1, 0.0, 1.0, 0, 2048]                       # S1 Appendix D
-    assert settings("--num-beams", "3", "--preset", "s3") == [1, 1.0, 1.0, 0, 1024]  # S3 B.4
-    assert settings("--diverse") == settings() and settings("--diverse", "--preset", "s2") == settings("--preset", "s2")
-    mixed = ["--mix-ref", "r", "--mix-weights", "1.5", "-0.5"]
-    assert settings(*mixed) == [1, 0.7, 1.0, 0, 2048] and settings(*mixed, "--n", "3", "--top-p", ".8") == [3, 0.7, 0.8, 0, 2048]
-    for flags in (mixed, ["--num-beams", "3"]):  # vLLM has neither
-        assert generate.parse_args(["--model", "m", "--prompts", "p", "--out", "o", *flags]).backend == "hf"
+def test_switches_reach_the_template(tmp_path, capsys, policy):
+    template = (
+        CHATML
+        + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
+    )
+    (tmp_path / "template.jinja").write_text(template)
+    flags = ["--chat-template", str(tmp_path / "template.jinja")]
+    start = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered(tmp_path, policy, [{"prompt": "one"}], *flags) == [start]
+    off = [*flags, "--template-kwargs", '{"enable_thinking": false}']
+    assert rendered(tmp_path, policy, [{"prompt": "one"}], *off) == [start + "<think></think>"]
+    texts = rendered(tmp_path, policy, [{"prompt": "one"}], *off, "--n", "2", "--diverse")
+    assert len(texts) == 2 and texts[1].endswith("<think></think>")
+    err = refused(
+        tmp_path, capsys, policy, PROMPTS, "--template-kwargs", '{"enable_thinking": false}', out="x.jsonl"
+    )
+    assert f"the chat template of {policy} knows no 'enable_thinking'" in err
 
 
-SAMPLING = ["--model", "m", "--prompts", "p", "--out", "o"]
-IMPORTING = ["--import-format", "rows", "--import-data", "d", "--out", "o"]
-MIX = ["--mix-ref", "r", "--mix-weights", "1", "0"]
-
-
-@pytest.mark.parametrize("flags, sentence", [
-    ([*SAMPLING, "--greedy", "--n", "2"], "--n does nothing under --greedy"),
-    ([*SAMPLING, "--greedy", "--seed", "1"], "--seed does nothing under --greedy"),
-    ([*SAMPLING, "--greedy", "--temperature", "1"], "--temperature does nothing under --greedy"),
-    ([*SAMPLING, "--backend", "vllm", "--batch-size", "2"], "--batch-size does nothing on the backend vllm"),
-    ([*SAMPLING, "--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel does nothing on the backend hf"),
-    ([*SAMPLING, "--import-data", "d"], "--import-data needs --import-format"),
-    ([*SAMPLING, "--lang", "en"], "--lang needs --import-format"),
-    ([*SAMPLING, "--temperature", "0"], "expected --temperature above 0"), ([*SAMPLING, "--top-p", "0"], "--top-p in (0, 1]"),
-    ([*SAMPLING, "--top-p", "1.1"], "--top-p in (0, 1]"), ([*SAMPLING, "--top-k", "-1"], "--top-k 0 (off) or more"),
-    ([*SAMPLING, "--n", "0"], "--n must be at least 1, found 0"),
-    # vLLM takes at most 2, and says so only once the model is loaded
-    ([*SAMPLING, "--backend", "vllm", "--temperature", "3"], "vllm samples at temperatures up to 2"),
-    ([*SAMPLING, "--diverse", "--n", "1"], "--n must be at least 2"),
-    ([*SAMPLING, "--num-beams", "1"], "--num-beams must be at least 2"),
-    ([*SAMPLING, "--num-beams", "0"], "--num-beams must be at least 2"),
-    ([*SAMPLING, "--num-beams", "3", "--batch-size", "4"], "--batch-size does nothing under --num-beams"),
-    ([*SAMPLING, "--num-beams", "3", "--backend", "vllm"], "--num-beams runs on the backend hf alone"),
-    ([*SAMPLING, *MIX, "--backend", "vllm"], "--mix-ref runs on the backend hf alone"),
-    ([*SAMPLING, "--mix-ref", "r"], "--mix-ref needs --mix-weights"), ([*SAMPLING, *MIX[2:]], "--mix-weights needs --mix-ref"),
-    ([*SAMPLING, "--mix-ref", "r", "--mix-weights", "1", "nan"], "two finite --mix-weights"),
-    ([*SAMPLING, "--diverse-context", "full"], "--diverse-context needs --diverse"),
-    ([*SAMPLING, "--diverse", "--greedy"], "not allowed with argument"), ([*SAMPLING, "--diverse", *MIX], "not allowed with argument"),
-    ([*SAMPLING, "--num-beams", "3", "--greedy"], "not allowed with argument"),
-    ([*SAMPLING, *MIX, "--num-beams", "3"], "not allowed with argument"),
-    ([*IMPORTING, "--model", "m"], "--model is about sampling"), ([*IMPORTING, "--seed", "1"], "--seed is about sampling"),
-    ([*IMPORTING, "--greedy"], "--greedy is about sampling"), ([*IMPORTING, "--diverse"], "--diverse is about sampling"),
-    ([*IMPORTING, *MIX], "is about sampling"), ([*IMPORTING, "--num-beams", "3"], "--num-beams is about sampling"),
-    ([*IMPORTING, "--import-split", "s"], "--import-split names a split of a hub id, and --import-data is a file"),
-    ([*IMPORTING, "--lang", "en"], "--lang is about oasst2 alone"), (["--out", "o"], "sampling needs --model and --prompts"),
-    (["--model", "m", "--out", "o"], "sampling needs --model and --prompts"),
-    (["--import-format", "rows", "--out", "o"], "importing needs --import-format and --import-data")])
-def test_a_flag_that_would_do_nothing_is_refused(capsys, flags, sentence):
-    with pytest.raises(SystemExit) as exit_status:
-        generate.parse_args(flags)
-    assert exit_status.value.code == 2 and sentence in capsys.readouterr().err
+def test_a_template_without_a_system_role(tmp_path, policy):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (tmp_path / "template.jinja").write_text(refusing + CHATML)
+    turns = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "one"}]
+    texts = rendered(
+        tmp_path, policy, [{"prompt": turns}], "--chat-template", str(tmp_path / "template.jinja")
+    )
+    assert texts == ["<|im_start|>user\nBe kind\n\none<|im_end|>\n<|im_start|>assistant\n"]
 
 
 def test_two_beginnings_of_text_are_refused_and_a_prompt_ends_with_the_assistants_header(tmp_path):
@@ -410,256 +684,343 @@ def test_two_beginnings_of_text_are_refused_and_a_prompt_ends_with_the_assistant
     assert tokenizer.decode(ids) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
-# ---- S1's diverse responses
-
-Z = ("Please generate another response that is different from all the previous ones. It can differ in aspects such as but not "
-     "limited to tone, formality, strategy, judgment, conciseness, structure. It can also involve asking for clarity if the input "
-     "prompt is unclear.")  # S1 Appendix H
+GOOD = {"id": "p1", "prompt": [{"role": "user", "content": "question"}], "note": 1}
+PLACES = list(places(generate.Row, GOOD))
 
 
-def test_diverse_responses_see_all_earlier_ones(tmp_path, capsys, policy):
-    prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": [
-        {"role": "system", "content": "Be kind"}, {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]}]
-    (tmp_path / "long").mkdir()
-    long = longer_policy(tmp_path / "long", 2048)
-    rows, printed = run(tmp_path, capsys, long, prompts, "--diverse", "--n", "3")
-    assert (printed["responses"], printed["skipped_context_too_long"]) == (6, 0)
-    plain, _ = run(tmp_path, capsys, long, prompts, "--n", "3", out="plain.jsonl")
-    for row, alone, given in zip(rows, plain, prompts):
-        texts = [response["text"] for response in row["responses"]]
-        assert row["prompt"] == alone["prompt"]  # x alone
-        assert row["responses"][0] == alone["responses"][0] and row["responses"][1] != alone["responses"][1]
-        # the conversations, typed out as prompts of the same id: a plain run's sample k there is the diverse y_k
-        turns = list(row["prompt"])
-        for k in (1, 2):
-            turns += [{"role": "assistant", "content": texts[k - 1]}, {"role": "user", "content": Z}]
-            by_hand, _ = run(tmp_path, capsys, long, [{"id": given["id"], "prompt": turns}], "--n", "3",
-                             out=f"{given['id']}{k}.jsonl", name=f"{given['id']}{k}.prompts")
-            assert by_hand[0]["responses"][k] == row["responses"][k]
+@pytest.mark.parametrize("path, hint, required", PLACES, ids=[spelled(path) for path, _, _ in PLACES])
+def test_every_key_of_every_type(tmp_path, capsys, policy, monkeypatch, path, hint, required):
+    """What Row does not admit is one sentence with file and line, before a model loads; the rest is read."""
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    args = generate.parse_args(["--model", policy, "--prompts", "p", "--out", "o", *HF])
+    tokens = generate.read_tokens(args)
+    monkeypatch.setattr(generate, "read_tokens", lambda args: tokens)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    for value in [*VALUES, *STRINGS, *NUMBERS] + ([] if required is None else [MISSING]):
+        admitted = not required if value is MISSING else admits(hint, value)
+        write_rows(data, with_change([{"id": "p0", "prompt": "first"}, GOOD], path, value))
+        flags = ["--model", policy, "--prompts", str(data), "--out", str(out), *HF, "--overwrite"]
+        try:
+            generate.main(generate.parse_args(flags), Spy)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr().err
+        case = f"{spelled(path)} {'missing' if value is MISSING else json.dumps(value)[:30]}: {said}"
+        if status == 0:
+            assert admitted and len(read_rows(out)) == 2, case
+            out.unlink()
+        else:
+            assert status == 2 and said.startswith(f"generate.py: {data}:2: ") and said.count("\n") == 1, case
+            assert not out.exists(), case
+        if not admitted and value is not MISSING:
+            assert f" - at `{spelled(path)}" in said, case
+        elif not admitted:
+            assert f"Object missing required field `{path[-1]}`" in said, case
 
 
-def longer_policy(folder, positions, seed=0):
+def test_prompts_that_do_not_end_with_a_user_turn(tmp_path, capsys, policy):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for prompt in (turns, [], [{"role": "system", "content": "a"}]):
+        err = refused(tmp_path, capsys, policy, [PROMPTS[0], {"prompt": prompt}])
+        assert f"{tmp_path}/prompts.jsonl:2: expected a prompt that ends with a user turn" in err
+
+
+# ----- flags
+def settings(*flags):
+    args = generate.parse_args(["--model", "m", "--prompts", "p", "--out", "o", "--backend", "hf", *flags])
+    return [getattr(args, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")]
+
+
+def test_presets():
+    assert settings() == settings("--preset", "s1") == [4, 0.7, 0.9, 0, 2048]  # S1 3.1 footnote 2, 5.1
+    assert settings("--preset", "s2") == [2, 0.7, 0.9, 50, 2048]  # S2 Table 7
+    assert settings("--preset", "s3") == [8, 0.6, 1.0, 0, 1024]  # S3 Table 6
+    assert settings("--preset", "s2", "--n", "5", "--top-k", "0") == [5, 0.7, 0.9, 0, 2048]
+    assert settings("--n", "5", "--preset", "s3", "--top-p", "0.8") == [5, 0.6, 0.8, 0, 1024]
+    assert settings("--greedy") == [1, 0.0, 1.0, 0, 2048]  # S1 Appendix D
+    assert settings("--greedy", "--preset", "s3") == [1, 0.0, 1.0, 0, 1024]
+    assert settings("--diverse", "--preset", "s2") == settings("--preset", "s2")
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--greedy", "--n", "2"], "--greedy is one response without chance"),
+        (["--greedy", "--seed", "1"], "--greedy is one response without chance"),
+        (["--greedy", "--temperature", "1"], "--greedy is one response without chance"),
+        (["--greedy", "--top-p", "0.9"], "--greedy is one response without chance"),
+        (["--greedy", "--diverse"], "--diverse is about several responses, and --n is 1"),
+        (["--diverse", "--n", "1"], "--diverse is about several responses, and --n is 1"),
+        (["--backend", "vllm", "--batch-size", "2"], "vllm takes temperatures up to 2 and no --batch-size"),
+        # vllm takes at most 2, and says so only once the model is loaded
+        (["--backend", "vllm", "--temperature", "3"], "vllm takes temperatures up to 2 and no --batch-size"),
+        (["--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel is for --backend vllm"),
+        (["--temperature", "0"], "--temperature must be above 0 and finite, found 0.0 (0 is --greedy)"),
+        (["--temperature", "inf"], "--temperature must be above 0 and finite, found inf"),
+        (["--temperature", "nan"], "--temperature must be above 0 and finite, found nan"),
+        (["--top-p", "0"], "--top-p must lie in (0, 1]"),
+        (["--top-p", "1.1"], "--top-p must lie in (0, 1]"),
+        (["--top-p", "nan"], "--top-p must lie in (0, 1]"),
+        (["--top-k", "-1"], "--top-k must be 0 (off) or more"),
+        (["--n", "0"], "--n must be at least 1, found 0"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1, found 0"),
+        (["--limit", "0"], "--limit must be at least 1, found 0"),
+        (["--batch-size", "-1", "--backend", "hf"], "--batch-size must be at least 1, found -1"),
+        (["--template-kwargs", "[1]"], "--template-kwargs: expected a JSON object, found [1]"),
+        (["--template-kwargs", "{"], "--template-kwargs"),
+        (["--preset", "s4"], "invalid choice: 's4'"),
+    ],
+)
+def test_flags_that_are_wrong_or_would_do_nothing_are_refused(capsys, flags, sentence):
+    with pytest.raises(SystemExit) as exit_status:
+        generate.parse_args(["--model", "m", "--prompts", "p", "--out", "o", *flags])
+    assert exit_status.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# ----- S1's diverse responses
+Z = (  # S1 Appendix H
+    "Please generate another response that is different from all the previous ones. It can differ in "
+    "aspects such as but not limited to tone, formality, strategy, judgment, conciseness, structure. It can "
+    "also involve asking for clarity if the input prompt is unclear."
+)
+
+
+def longer_policy(folder, positions):
     """The tests' policy with another context length."""
-    model = make_policy(folder, seed)
+    model = make_policy(folder)
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": positions}
     (folder / "config.json").write_text(json.dumps(config))
     return model
 
 
-def test_diverse_with_the_prompt_alone(tmp_path, capsys, policy):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    rows, _ = run(tmp_path, capsys, policy, [{"id": "p", "prompt": turns}], "--diverse", "--n", "3", "--max-tokens", "8",
-                  "--diverse-context", "prompt-only")
-    asked = [*turns[:2], {"role": "user", "content": f"c\n\n{Z}"}]
-    by_hand, _ = run(tmp_path, capsys, policy, [{"id": "p", "prompt": asked}], "--n", "3", "--max-tokens", "8", out="by_hand.jsonl")
-    assert rows[0]["responses"][1:] == by_hand[0]["responses"][1:] and rows[0]["responses"][0] != by_hand[0]["responses"][0]
-    assert rows[0]["prompt"] == turns
+def test_diverse_responses_see_all_earlier_ones(tmp_path, capsys):
+    turns = [
+        {"role": "system", "content": "Be kind"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": turns}]
+    model = longer_policy(tmp_path / "model", 2048)
+    rows, printed = run(tmp_path, capsys, model, prompts, "--diverse", "--n", "3")
+    assert (printed["responses"], printed["skipped_context_too_long"]) == (6, 0)
+    plain, _ = run(tmp_path, capsys, model, prompts, "--n", "3", out="plain.jsonl")
+    for row, plain_row in zip(rows, plain):
+        texts = [response["text"] for response in row["responses"]]
+        assert row["prompt"] == plain_row["prompt"]  # x alone
+        assert row["responses"][0] == plain_row["responses"][0]
+        assert row["responses"][1] != plain_row["responses"][1]
+        # the conversations, typed out as prompts of the same id: a plain run's sample k there is y_k
+        turns = list(row["prompt"])
+        for k in (1, 2):
+            turns += [{"role": "assistant", "content": texts[k - 1]}, {"role": "user", "content": Z}]
+            name = f"{row['id']}{k}"
+            by_hand = [{"id": row["id"], "prompt": turns}]
+            files = {"out": f"{name}.jsonl", "name": f"{name}_prompts.jsonl"}
+            by_hand, _ = run(tmp_path, capsys, model, by_hand, "--n", "3", **files)
+            assert by_hand[0]["responses"][k] == row["responses"][k]
 
 
 def test_a_conversation_beyond_the_context_is_skipped_and_counted(tmp_path, capsys, policy):
-    # 512 positions, a byte each, and 12 to write: z alone takes 276 of them, so the third conversation is too long for both
-    # prompts and the second for the long one
-    rows, printed = run(tmp_path, capsys, policy, [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}], "--diverse")
-    assert [len(row["responses"]) for row in rows] == [2, 1]
-    assert (printed["responses"], printed["skipped_context_too_long"], printed["skipped_too_long"]) == (3, 5, 0)
-    _, again = run(tmp_path, capsys, policy, [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}], "--diverse")
+    # 512 positions, a byte each, and 12 to write: z alone takes 276 of them, so the third conversation is too
+    # long for both prompts and the second for the long one
+    rows = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}]
+    responses, printed = run(tmp_path, capsys, policy, rows, "--diverse")
+    assert [len(row["responses"]) for row in responses] == [2, 1]
+    counts = [printed[name] for name in ("responses", "skipped_context_too_long", "skipped_too_long")]
+    assert counts == [3, 5, 0]
+    _, again = run(tmp_path, capsys, policy, rows, "--diverse")
     assert (again["resumed_rows"], again["skipped_context_too_long"]) == (2, 5)
 
 
-@pytest.mark.parametrize("flags", [["--n", "2"], ["--n", "2", "--diverse", "--diverse-context", "prompt-only"]], ids=["plain", "diverse"])
-def test_shards_make_up_the_whole_file_however_many_and_though_one_was_killed(tmp_path, capsys, policy, small_windows, flags):
-    run(tmp_path, capsys, policy, PROMPTS, *flags, out="whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in whole] == [row["id"] for row in PROMPTS]
-    for count in (1, 2, 3):
-        lines = []
-        for i in range(count):
-            out, shard = tmp_path / f"{i}of{count}.jsonl", ["--shard", f"{i}/{count}"]
-            run(tmp_path, capsys, policy, PROMPTS, *flags, *shard, out=out.name)
-            if i == count - 1:  # killed in its first window, or with a torn line behind it
-                out.write_bytes(out.read_bytes()[:len(out.read_bytes()) * 2 // 3])
-                _, printed = run(tmp_path, capsys, policy, PROMPTS, *flags, *shard, out=out.name)
-                assert printed["resumed_rows"] < printed["rows"]
-            lines.append(out.read_text().splitlines())
-        assert sorted(line for shard in lines for line in shard) == sorted(whole)
-        assert [len(shard) for shard in lines] == {1: [11], 2: [7, 4], 3: [4, 4, 3]}[count]
-    assert "--shard 3/4: expected at most one shard per window of 4 rows" in refused(tmp_path, capsys, policy, PROMPTS, *flags,
-                                                                                     "--shard", "3/4", out="none.jsonl")
+# ----- the order of rows, and what vllm is given
+def test_rows_come_in_their_order_as_soon_as_they_are_complete(policy, tmp_path):
+    args = generate.parse_args(["--model", policy, "--prompts", "p", "--out", "o", *HF, "--n", "2"])
+    tokens = generate.read_tokens(args)
+    prompts = [({"id": f"p{k}", "prompt": "x"}, [k]) for k in range(4)]
+    order = [(1, 0), (1, 1), (0, 1), (3, 0), (0, 0), (2, 1), (3, 1), (2, 0)]  # row and sample, as they end
+    n_ended, yields = 0, []
 
+    def sample(queue):
+        nonlocal n_ended
+        requests = {(int(request.row["id"][1]), request.sample): request for request in queue}
+        queue.clear()
+        for row, number in order:
+            n_ended += 1
+            yield requests[row, number], [64 + row, 64 + number, tokens.stop_ids[0], 64]
 
-# ---- DPO-Mix-P's mixture
+    class Progress:
+        update = staticmethod(lambda: None)
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return make_policy(tmp_path_factory.mktemp("reference"), seed=1)
-
-
-def mixture(reference, a, b):
-    return ["--mix-ref", reference, "--mix-weights", str(a), str(b)]
-
-
-def test_a_mixture_token_by_token(tmp_path, capsys, policy, reference, tokenizer):
-    # without caches, padding or batches: both models over the whole text, mixed in float64, then the oracle's draw
-    from transformers import AutoModelForCausalLM
-    models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in (policy, reference)]
-    for a, b, flags in ((1.5, -0.5, ["--max-tokens", "30"]), (0.5, 0.5, ["--temperature", "1", "--top-p", ".9", "--top-k", "40"])):
-        rows, printed = run(tmp_path, capsys, policy, PROMPTS[:6], *mixture(reference, a, b), *flags, out=f"{a}.jsonl")
-        assert printed["responses"] == 6  # one each
-        temperature, top_p, top_k = (0.7, 1.0, 0) if a == 1.5 else (1.0, 0.9, 40)
+    for rows in generate.sample_rows(prompts, sample, args, tokens, Progress):
+        yields.append((n_ended, [row["id"] for row in rows]))
         for row in rows:
-            ids, sampled = generate.prompt_ids(tokenizer, row["prompt"]), []
-            for uniform in generate.draws(0, row["id"], 0, 30 if a == 1.5 else 12):
-                with torch.no_grad():
-                    logits = [model(torch.tensor([ids + sampled])).logits[0, -1].double().numpy() for model in models]
-                sampled.append(oracle(a * logits[0] + b * logits[1], uniform, temperature, top_p, top_k))
-                if sampled[-1] == tokenizer.eos_token_id:
-                    break
-            assert row["responses"][0]["token_ids"] == [token for token in sampled if token != tokenizer.eos_token_id]
+            number = int(row["id"][1])
+            ids = [response["token_ids"] for response in row["responses"]]
+            assert ids == [[64 + number, 64], [64 + number, 65]]
+            assert [response["finish"] for response in row["responses"]] == ["stop", "stop"]
+    assert yields == [(5, ["p0", "p1"]), (8, ["p2", "p3"])]
+    assert not any("responses" in row for row, _ in prompts)  # what is on disk takes no memory
 
 
-def test_a_mixture_ignores_its_batch(tmp_path, capsys, policy, reference):
-    assert len({len(row["prompt"][0]["content"]) for row in PROMPTS[:4]}) == 4  # unlike lengths, padded on the left
-    texts = []
-    for size in ("1", "4"):
-        run(tmp_path, capsys, policy, PROMPTS, *mixture(reference, 1.5, -0.5), "--batch-size", size, "--n", "2", out=f"{size}.jsonl")
-        texts.append((tmp_path / f"{size}.jsonl").read_text())
-    assert texts[0] == texts[1]
+class Engine:
+    """In vllm's place: notes what it is given, and ends the last request first."""
+
+    def __init__(self, model, **options):
+        Engine.options, self.waiting, self.llm_engine = options | {"model": model}, [], self
+        Engine.given, Engine.waiting_at_steps = [], []
+
+    def add_request(self, name, prompt, params):
+        self.waiting.append(name)
+        Engine.given.append((name, prompt, params))
+
+    def step(self):
+        Engine.waiting_at_steps.append(len(self.waiting))
+        output = types.SimpleNamespace(token_ids=(65, 66))
+        return [types.SimpleNamespace(request_id=self.waiting.pop(), outputs=[output])]
 
 
-def test_a_reference_with_absolute_positions_ignores_the_padding(tmp_path, capsys, policy):
-    from transformers import GPT2Config, GPT2LMHeadModel  # rotary positions would hide a shift
-    tokenizer = make_tokenizer(tmp_path / "gpt2")
-    torch.manual_seed(1)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=2, initializer_range=0.3,
-                               tie_word_embeddings=False)).save_pretrained(tmp_path / "gpt2")
-    for size in ("1", "4"):
-        run(tmp_path, capsys, policy, PROMPTS, *mixture(str(tmp_path / "gpt2"), 0.5, 0.5), "--batch-size", size, out=f"{size}.jsonl")
-    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "4.jsonl").read_text()
+@pytest.fixture
+def vllm(monkeypatch):
+    parts = {"LLM": Engine, "SamplingParams": dict}
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(**parts))
+    kinds = types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="final"))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
+    monkeypatch.setattr(generate, "vllm_on_cpu", lambda max_length: {})
 
 
-def test_weights_of_one_model_alone_and_mixtures_of_one_model_are_plain_sampling(tmp_path, capsys, policy, reference):
-    settings = ["--n", "2", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "50"]
-    plain, _ = run(tmp_path, capsys, policy, PROMPTS, *settings, out="plain.jsonl")
-    for name, a, b in ((reference, 1, 0), (policy, 1.5, -0.5), (policy, 0.5, 0.5)):
-        run(tmp_path, capsys, policy, PROMPTS, *settings, *mixture(name, a, b), "--overwrite")
-        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
-    mixed, _ = run(tmp_path, capsys, policy, PROMPTS, *settings, *mixture(reference, 0.5, 0.5), "--overwrite")
-    assert all(a["responses"] != b["responses"] for a, b in zip(mixed, plain))
-    other, _ = run(tmp_path, capsys, reference, PROMPTS, *settings, out="other.jsonl")  # all weight on the other model
-    swapped, _ = run(tmp_path, capsys, policy, PROMPTS, *settings, *mixture(reference, 0, 1), "--overwrite")
-    assert [[response["token_ids"] for response in row["responses"]] for row in swapped] == [
-        [response["token_ids"] for response in row["responses"]] for row in other]
+def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, policy, vllm):
+    flags = "--backend vllm --tensor-parallel 2 --preset s2 --max-tokens 7 --dtype bfloat16".split()
+    rows, _ = run(tmp_path, capsys, policy, PROMPTS, *flags)
+    assert [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
+    options = Engine.options
+    assert options["model"] == policy and options["dtype"] == "bfloat16"
+    assert options["tensor_parallel_size"] == 2
+    assert options["generation_config"] == "vllm" and options["skip_tokenizer_init"]
+    tokenizer = generate.load_tokenizer(policy, None)[0]
+    all_ids = [generate.prompt_ids(tokenizer, row["prompt"]) for row in PROMPTS]
+    assert options["max_model_len"] == max(map(len, all_ids)) + 7
+    # 11 prompts with 2 responses each are there before the first step
+    assert Engine.waiting_at_steps == list(range(22, 0, -1))
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "max_tokens": 7, "ignore_eos": True}
+    settings |= {"stop_token_ids": [tokenizer.eos_token_id], "detokenize": False, "output_kind": "final"}
+    seeds = set()
+    for (_, prompt, params), ids in zip(Engine.given, [ids for ids in all_ids for _ in range(2)]):
+        assert prompt == {"prompt_token_ids": ids}
+        seeds.add(params.pop("seed"))
+        assert params == settings
+    assert len(seeds) == 22 and generate.stable_hash(0, "generate", "p3", 1) % 2**32 in seeds
+    run(tmp_path, capsys, policy, PROMPTS, "--backend", "vllm", "--greedy", out="greedy.jsonl")
+    assert {(params["temperature"], params["seed"]) for _, _, params in Engine.given} == {(0.0, None)}
 
 
-def test_padded_embeddings_change_no_token(tmp_path, capsys, policy, reference):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    for name, source, rows, fill in (("policy", policy, 272, 40.0), ("reference", reference, 264, -40.0)):
-        model = AutoModelForCausalLM.from_pretrained(source)
-        vocabulary = model.config.vocab_size
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        with torch.no_grad():  # rows of another scale would be drawn if anything let them
-            model.lm_head.weight[vocabulary:] = model.lm_head.weight[:rows - vocabulary] * fill
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / name)
-    rows, _ = run(tmp_path, capsys, policy, PROMPTS, *mixture(reference, 1.5, -0.5))
-    padded, _ = run(tmp_path, capsys, str(tmp_path / "policy"), PROMPTS, *mixture(str(tmp_path / "reference"), 1.5, -0.5),
-                    out="padded.jsonl")
-    assert [row["responses"][0]["token_ids"] for row in padded] == [row["responses"][0]["token_ids"] for row in rows]
+def test_vllm_is_asked_again_while_other_requests_run(tmp_path, capsys, vllm):
+    model = longer_policy(tmp_path / "model", 2048)
+    rows, _ = run(tmp_path, capsys, model, PROMPTS[:2], "--backend", "vllm", "--diverse", "--n", "3")
+    assert [len(row["responses"]) for row in rows] == [3, 3] and Engine.options["max_model_len"] == 2048
+    # the first of p1 ends, its second is asked for before p0 has ended
+    assert [name for name, _, _ in Engine.given] == ["p0|0", "p1|0", "p1|1", "p1|2", "p0|1", "p0|2"]
 
 
-def test_a_reference_with_another_vocabulary_or_a_shorter_context(tmp_path, capsys, policy):
-    other = make_policy(tmp_path / "other", seed=1)
-    vocabulary = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
-    vocabulary["model"]["vocab"] = {token: 255 - i for token, i in vocabulary["model"]["vocab"].items()}
-    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary))
-    err = refused(tmp_path, capsys, policy, PROMPTS, *mixture(other, 0.5, 0.5))
-    assert f"{other}: its tokenizer has another vocabulary than that of {policy}" in err and not (tmp_path / "out.jsonl").exists()
-    short = longer_policy(tmp_path / "short", 64)
-    _, printed = run(tmp_path, capsys, policy, [{"prompt": "hi"}, {"prompt": "x" * 40}], *mixture(short, 0.5, 0.5))
-    assert (printed["rows"], printed["skipped_too_long"]) == (1, 1)
+def test_the_environment_is_set_before_torch_is_imported():
+    watch = """
+import json, os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(json.dumps(dict(os.environ)))
+            sys.exit()
+
+sys.meta_path.insert(0, Watch())
+import generate
+"""
+    settings = {
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    }
+    plain = {name: value for name, value in os.environ.items() if name not in settings}
+    for more in ({}, {"VLLM_LOGGING_STREAM": "ext://sys.stdout"}):  # what the user has set stays
+        process = subprocess.run(
+            [sys.executable, "-c", watch], cwd=REPO, env=plain | more, capture_output=True, text=True
+        )
+        at_import = json.loads(process.stdout)
+        assert {name: at_import.get(name) for name in settings} == settings | more
 
 
-# ---- S3's sampled beams
+# ----- attention, reports
+def make_gemma(folder):
+    """A Gemma-2 whose attention scores are capped at 0.5, low enough to change what is sampled."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
 
-def test_sampled_beams_are_transformers_own_and_ignore_the_other_prompts(tmp_path, capsys, policy, tokenizer):
-    from transformers import AutoModelForCausalLM
-    rows, printed = run(tmp_path, capsys, policy, PROMPTS, "--num-beams", "3")
-    assert (printed["responses"], printed["rows"]) == (11, 11)
-    model = AutoModelForCausalLM.from_pretrained(policy).eval()
-    for row in rows:
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        torch.manual_seed(generate.stable_hash(0, "generate", row["id"], 0) % 2**63)
-        output = model.generate(**ids, do_sample=True, num_beams=3, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=12)
-        output = output[0, ids["input_ids"].shape[1]:].tolist()
-        assert row["responses"][0]["token_ids"] == (output + [tokenizer.eos_token_id])[:(output + [tokenizer.eos_token_id]).index(
-            tokenizer.eos_token_id)]
-    run(tmp_path, capsys, policy, PROMPTS[:3:-1], "--num-beams", "3", out="others.jsonl", name="others.prompts")
-    assert read_rows(tmp_path / "others.jsonl")[::-1] == rows[4:]
-    plain, _ = run(tmp_path, capsys, policy, PROMPTS, "--n", "1", "--temperature", "1", "--top-p", "1", out="plain.jsonl")
-    two, _ = run(tmp_path, capsys, policy, PROMPTS, "--num-beams", "3", "--n", "2", out="two.jsonl")
-    assert [row["responses"][:1] for row in two] == [row["responses"] for row in rows]
-    for a, b in ((rows, plain), (rows, [{"responses": row["responses"][1:]} for row in two])):
-        assert sum(x["responses"][0]["token_ids"] != y["responses"][0]["token_ids"] for x, y in zip(a, b)) > 8
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        attn_logit_softcapping=0.5,
+        query_pre_attn_scalar=1,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Gemma2ForCausalLM(config).float().save_pretrained(folder)
+    return str(folder), tokenizer
 
-
-# ---- attention, reports
 
 def test_a_soft_cap_on_attention_is_kept(tmp_path, capsys):
-    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
-    tokenizer = make_tokenizer(tmp_path / "gemma")
-    torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                          num_key_value_heads=1, head_dim=32, max_position_embeddings=512, attn_logit_softcapping=0.5,
-                          query_pre_attn_scalar=1, initializer_range=0.3, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id,
-                          bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-    Gemma2ForCausalLM(config).float().save_pretrained(tmp_path / "gemma")
-    model = str(tmp_path / "gemma")
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = make_gemma(tmp_path / "gemma")
     rows, _ = run(tmp_path, capsys, model, PROMPTS, "--greedy")
-    doubled, _ = run(tmp_path, capsys, model, PROMPTS, "--top-p", "1", "--n", "1", *mixture(model, 0.5, 0.5), out="mixed.jsonl")
-    plain, _ = run(tmp_path, capsys, model, PROMPTS, "--top-p", "1", "--n", "1", out="plain.jsonl")
-    assert doubled == plain  # the reference has the cap as well
     firsts = {}
     for attention in ("eager", "sdpa"):
         loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
-        with torch.no_grad():
-            firsts[attention] = [loaded(torch.tensor([generate.prompt_ids(tokenizer, row["prompt"])])).logits[0, -1].argmax().item()
-                                 for row in rows]
-    found = [(row["responses"][0]["token_ids"] + [tokenizer.eos_token_id])[0] for row in rows]
-    assert found == firsts["eager"] != firsts["sdpa"]
-
-
-@pytest.mark.parametrize("text, preamble, header", [
-    ("Here's another response:\nHi", 1, 0), ("Sure, here is a different take on it. Hi", 1, 0), ("Here’s an alternative: hi", 1, 0),
-    ("**Sure!** Here is a completely different answer:", 1, 0), ("Another response:\n\nHi", 1, 0), ("Alternative version 2: Hi", 1, 0),
-    ("Here is the recipe you asked for:", 0, 0), ("Sure, I can help with another one.", 0, 0), ("There is another way.", 0, 0),
-    ("Another day, another dollar: a saying", 0, 0), ("assistant\n\nHi", 0, 1), ("\n<|assistant|>\nHi", 0, 1), ("Assistant:\nHi", 0, 1),
-    ("The assistant\nsaid", 0, 0), ("assistant professors are", 0, 0)])
-def test_what_counts_as_a_preamble_or_a_role_header(text, preamble, header):
-    assert (bool(generate.PREAMBLE.match(text)), bool(generate.ROLE_HEADER.match(text))) == (bool(preamble), bool(header))
+        firsts[attention] = []
+        for row in rows:
+            ids = torch.tensor([generate.prompt_ids(tokenizer, row["prompt"])])
+            with torch.no_grad():
+                firsts[attention].append(loaded(ids).logits[0, -1].argmax().item())
+    sampled = [(row["responses"][0]["token_ids"] + [tokenizer.eos_token_id])[0] for row in rows]
+    assert sampled == firsts["eager"] != firsts["sdpa"]
 
 
 def test_equal_samples_quantiles_and_special_tokens_are_reported(tmp_path, capsys, policy):
-    path = write_rows(tmp_path / "prompts.jsonl", [*PROMPTS, {"id": "s", "prompt": "say <|im_end|> twice: <|im_end|>"}])
+    special = {"id": "s", "prompt": "say <|im_end|> twice: <|im_end|>"}
+    path = write_rows(tmp_path / "prompts.jsonl", [*PROMPTS, special])
     flags = ["--model", policy, "--prompts", path, *HF, "--n", "2"]
-    generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "cold.jsonl"), "--temperature", "1e-4"]))
+    cold = ["--out", str(tmp_path / "cold.jsonl"), "--temperature", "1e-4"]
+    generate.main(generate.parse_args([*flags, *cold]))
     printed = capsys.readouterr()
     report = json.loads(printed.out.splitlines()[-1])
-    assert (report["prompts_with_equal_samples"], report["equal_samples_share"], report["prompts_with_special_tokens"]) == (12, 1.0, 1)
-    assert "100.0% of the prompts have 2 equal samples at temperature 0.0001" in printed.err
-    assert "1 prompts hold one of the tokenizer's special tokens as text" in printed.err
-    generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "hot.jsonl"), "--temperature", "1.5", "--top-p", "1",
-                                       "--max-tokens", "60"]))
+    assert (report["prompts_with_equal_samples"], report["equal_samples_share"]) == (12, 1.0)
+    assert report["prompts_with_special_tokens"] == 1
+    assert "100.0% of the prompts have 2 equal responses" in printed.err
+    assert "1 prompts hold special tokens as text" in printed.err
+    hot = ["--temperature", "1.5", "--top-p", "1", "--max-tokens", "60"]
+    generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "hot.jsonl"), *hot]))
     printed = capsys.readouterr()
     report = json.loads(printed.out.splitlines()[-1])
-    assert report["equal_samples_share"] == 0 and "equal samples" not in printed.err
-    responses = [response for row in read_rows(tmp_path / "hot.jsonl") for response in row["responses"]]
+    assert report["equal_samples_share"] == 0 and "equal responses" not in printed.err
+    responses = list(itertools.chain(*(row["responses"] for row in read_rows(tmp_path / "hot.jsonl"))))
     lengths = sorted(response["tokens"] for response in responses)
-    assert len(lengths) == 24 and report["tokens"] == sum(lengths)
+    assert len(lengths) == 24 and report["tokens_sampled"] == sum(lengths)
     # between the ranks 5 and 6, 11 and 12, 17 and 18 of 24, counted from 0
-    assert report["tokens_min_25_50_75_max"] == [lengths[0], 0.25 * lengths[5] + 0.75 * lengths[6], (lengths[11] + lengths[12]) / 2,
-                                                 0.75 * lengths[17] + 0.25 * lengths[18], lengths[-1]]
+    low, high = 0.25 * lengths[5] + 0.75 * lengths[6], 0.75 * lengths[17] + 0.25 * lengths[18]
+    middle = (lengths[11] + lengths[12]) / 2
+    assert report["tokens_min_25_50_75_max"] == [lengths[0], low, middle, high, lengths[-1]]
     cut = sum(response["finish"] == "length" for response in responses)
     assert 0 < cut < 24 and (report["truncated"], report["truncated_share"]) == (cut, round(cut / 24, 4))
-    meta = json.loads((tmp_path / "hot.meta.json").read_text())
-    assert meta["counts"]["truncated_share"] == report["truncated_share"] and meta["counts"]["prompts_with_special_tokens"] == 1
+    counts = json.loads((tmp_path / "hot.meta.json").read_text())["counts"]
+    assert counts["truncated_share"] == report["truncated_share"]
+    assert counts["prompts_with_special_tokens"] == 1

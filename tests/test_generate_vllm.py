@@ -1,73 +1,68 @@
 """
-The vLLM backend of generate.py and score.py on a CPU, against the hf backend. Skipped where vLLM is not installed.
+The vllm backend of generate.py on a CPU, against transformers. Skipped where vllm is not installed.
 
-Covers  greedy ids equal to hf's in float32; samples that do not depend on the other requests; rewards equal to hf's,
-        raw; a reward model without a head.
-Run     python -m pytest tests/test_generate_vllm.py     (half a minute: four engines start, in one process)
+Covers  greedy ids equal to those of transformers in float32; samples that do not depend on the other requests,
+        nor on where a run was stopped; a model whose weights lack a tensor.
+Run     python -m pytest tests/test_generate_vllm.py     (four engines start, in one process)
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
-import generate
 import pytest
-import score
-import torch
-from conftest import REPO, make_policy, make_tokenizer, read_rows, run_script, write_rows
+from conftest import REPO, make_policy, read_rows, write_rows
+from test_generate import spoil_weights
+
+import generate
 
 pytest.importorskip("vllm")
 
 PROMPTS = [{"id": f"p{k}", "prompt": "Tell me " + "more " * (3 * k % 7) + str(k)} for k in range(6)]
-TEXTS = ["short", "a much longer answer that goes on and on", "", "é 日本", "x", "yes, and no"]
 DRIVER = """
-import importlib, json, sys, traceback
-for script, flags in json.loads(sys.argv[1]):
+import json, os, sys, traceback
+import generate
+
+folder, jobs = json.loads(sys.argv[1])
+for name, flags in jobs:
+    out = f"{folder}/{name}.jsonl"
     try:
-        module = importlib.import_module(script)
-        module.main(module.parse_args(flags))
+        generate.main(generate.parse_args([*flags, "--backend", "vllm", "--out", out]))
+        if name == "hot":  # stopped in the third row, and started again
+            data = open(out, "rb").read()
+            os.rename(out, f"{folder}/whole.jsonl")
+            lines = data.splitlines(keepends=True)
+            open(out, "wb").write(lines[0] + lines[1] + lines[2][:50])
+            generate.main(generate.parse_args([*flags, "--backend", "vllm", "--out", out]))
     except BaseException:
         traceback.print_exc()
 """
 
 
-def make_reward_model(folder):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, num_labels=1,
-                         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, initializer_range=0.2)
-    LlamaForSequenceClassification(config).float().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder with what both wrote: NAME.vllm.jsonl and NAME.hf.jsonl, and the vLLM process's standard error."""
+    """The folder with what both wrote, and the standard output and error of the process with vllm."""
     folder = tmp_path_factory.mktemp("vllm")
-    policy = make_policy(folder / "policy", hidden=128, spread=0.12)  # vLLM's CPU attention wants heads of 64
-    reward_model = make_reward_model(folder / "rm")
+    policy = make_policy(folder / "policy", hidden=128, spread=0.12)  # vllm on a CPU wants heads of 64
+    shutil.copytree(policy, folder / "lacking")
+    spoil_weights(folder / "lacking", "lacking")
     prompts = write_rows(folder / "prompts.jsonl", PROMPTS)
-    data = write_rows(folder / "in.jsonl", [
-        {**row, "responses": [{"text": f"{text} {row['id']}", "source": "on"} for text in TEXTS]}
-        for row in PROMPTS[:3]])
-    sampling = ["--model", policy, "--prompts", prompts, "--dtype", "float32"]
-    hot = ["--max-tokens", "150", "--n", "2", "--temperature", "2", "--top-p", "1"]
-    flags = {"greedy": ("generate", [*sampling, "--max-tokens", "24", "--greedy"]),
-             "six": ("generate", [*sampling, *hot]),
-             "three": ("generate", [*sampling, *hot, "--limit", "3"]),
-             "rm": ("score", ["--scorer", "rm", "--model", reward_model, "--responses", data, "--dtype", "float32"])}
-    jobs = [(script, [*some, "--backend", "vllm", "--out", f"{folder}/{name}.vllm.jsonl"])
-            for name, (script, some) in flags.items()]
-    with open(folder / "err", "w") as err:
-        subprocess.run([sys.executable, "-c", DRIVER, json.dumps(jobs)], cwd=REPO, stdout=subprocess.DEVNULL,
-                       stderr=err,
-                       env={**os.environ, "OMP_NUM_THREADS": "2"})
-    for name, script in (("greedy", generate), ("rm", score)):
-        script.main(script.parse_args([*flags[name][1], "--backend", "hf", "--out", f"{folder}/{name}.hf.jsonl"]))
+    sampling = ["--prompts", prompts, "--dtype", "float32"]
+    hot = "--max-tokens 150 --n 2 --temperature 2 --top-p 1".split()
+    greedy = ["--model", policy, *sampling, "--max-tokens", "24", "--greedy"]
+    jobs = {
+        "greedy": greedy,
+        "hot": ["--model", policy, *sampling, *hot],
+        "three": ["--model", policy, *sampling, *hot, "--limit", "3"],
+        "lacking": ["--model", str(folder / "lacking"), *sampling, "--max-tokens", "24"],
+    }
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        command = [sys.executable, "-c", DRIVER, json.dumps([str(folder), list(jobs.items())])]
+        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        subprocess.run(command, cwd=REPO, stdout=out, stderr=err, env=environment)
+    generate.main(generate.parse_args([*greedy, "--backend", "hf", "--out", f"{folder}/hf.jsonl"]))
     return folder
 
 
@@ -77,40 +72,32 @@ def rows_of(runs, name):
     return read_rows(path)
 
 
-def test_greedy_ids_are_those_of_hf(runs):
-    vllm, hf = rows_of(runs, "greedy.vllm"), rows_of(runs, "greedy.hf")
+def test_greedy_ids_are_those_of_transformers(runs):
+    vllm, hf = rows_of(runs, "greedy"), rows_of(runs, "hf")
     assert vllm == hf  # texts, ids, finish, tokens, keys
     assert len({tuple(row["responses"][0]["token_ids"]) for row in hf}) > 3
 
 
 def test_samples_ignore_the_other_requests(runs):
-    six, three = rows_of(runs, "six.vllm"), rows_of(runs, "three.vllm")
-    assert three == six[:3]
-    responses = [response for row in six for response in row["responses"]]
-    assert len({tuple(response["token_ids"]) for response in responses}) == 12  # every sample has a seed of its own
-    eot = generate.load_tokenizer(str(runs / "policy"), None).eos_token_id
+    whole = rows_of(runs, "whole")
+    assert rows_of(runs, "three") == whole[:3]
+    responses = [response for row in whole for response in row["responses"]]
+    assert len({tuple(response["token_ids"]) for response in responses}) == 12  # each has a seed of its own
+    tokenizer = generate.load_tokenizer(str(runs / "policy"), None)[0]
     for response in responses:
-        assert eot not in response["token_ids"] and len(response["token_ids"]) == response["tokens"]
+        assert tokenizer.eos_token_id not in response["token_ids"]
+        assert len(response["token_ids"]) == response["tokens"]
         assert response["finish"] == ("length" if response["tokens"] == 150 else "stop")
     assert {response["finish"] for response in responses} == {"length", "stop"}
 
 
-def test_rewards_are_those_of_hf(runs):
-    vllm, hf = ([response["reward"] for row in rows_of(runs, f"rm.{backend}") for response in row["responses"]]
-                for backend in ("vllm", "hf"))
-    assert vllm == pytest.approx(hf, abs=1e-3) and len(vllm) == 18
-    assert min(hf) < -0.5 and max(hf) > 0.1  # a sigmoid would lie between 0 and 1
+def test_a_run_goes_on_after_any_row(runs):
+    assert rows_of(runs, "hot") == rows_of(runs, "whole")
+    printed = [json.loads(line) for line in (runs / "out").read_text().splitlines()]
+    # nothing but the last lines of the runs is on standard output
+    assert [line["resumed_rows"] for line in printed] == [0, 0, 2, 0]
 
 
-def test_a_missing_head_is_fatal_here_too(tmp_path):
-    # vLLM itself takes a model without a head and returns what stood in its memory
-    folder = make_policy(tmp_path / "headless", hidden=128)
-    config = json.loads((tmp_path / "headless" / "config.json").read_text())
-    config |= {"id2label": {"0": "L"}, "label2id": {"L": 0}}
-    (tmp_path / "headless" / "config.json").write_text(json.dumps(config))
-    data = write_rows(tmp_path / "in.jsonl", [{**PROMPTS[0], "responses": [{"text": "a", "source": "on"}]}])
-    _, err = run_script("score.py", "--scorer", "rm", "--model", folder, "--responses", data, "--out",
-                        tmp_path / "out.jsonl",
-                        "--dtype", "float32", "--backend", "vllm", expect=2)
-    assert f"score.py: {folder}: expected a ...ForSequenceClassification with one label, found LlamaForCausalLM" in err
-    assert not (tmp_path / "out.jsonl").exists()
+def test_weights_that_lack_a_tensor_are_refused_and_nothing_is_left(runs):
+    assert "up_proj" in (runs / "err").read_text()
+    assert not (runs / "lacking.jsonl").exists() and not (runs / "lacking.meta.json").exists()
