@@ -189,7 +189,7 @@ class Scorer:
                 else:
                     values.setdefault(response["source"], []).append(score)
             if self.sets_reward:
-                agreement += agreement_of(scores, before[row["id"]])
+                agreement.update(agreement_of(scores, before[row["id"]]))
         means = {source: math.fsum(scores) / len(scores) for source, scores in values.items()}
         result = {**counts, "without": without, "mean": means}
         if agreement["pairs"]:
@@ -332,12 +332,14 @@ class RewardModel(Scorer):
         self.chat = bool(self.tokenizer.chat_template)
         if not self.chat and not self.tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has no chat template and no separator for pairs of texts")
-        if args.backend == "vllm" and (not self.chat or args.batch_tokens):
+        can = self.chat and not args.batch_tokens
+        installed = importlib.util.find_spec("vllm")
+        if args.backend == "vllm" and not can:
             fail("vllm reads chats, not pairs of texts, and takes no --batch-tokens: --backend hf")
-        if args.backend == "auto":  # the record says which, and a run that goes on takes the same
-            vllm = self.chat and not args.batch_tokens and importlib.util.find_spec("vllm")
-            args.backend = "vllm" if vllm else "hf"
-        self.vllm = args.backend == "vllm"
+        if args.backend == "vllm" and not installed:
+            fail("--backend vllm needs the package vllm")
+        self.vllm = args.backend == "vllm" or (args.backend == "auto" and can and installed is not None)
+        args.backend = "vllm" if self.vllm else "hf"  # for the record: a run that goes on keeps it
         if args.tensor_parallel > 1 and not self.vllm:
             fail("--tensor-parallel is for vllm; in transformers a model spreads over all GPUs by itself")
         self.max_length = longest_input(args, config, self.tokenizer)
