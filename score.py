@@ -216,7 +216,6 @@ class Scorer:
         """wins[i][j] = P(i beats j), and rewards: the means of values[i], or null because of reasons[i]."""
         row["wins"] = wins
         for i, response in enumerate(row["responses"]):
-            response["wins"] = dict(zip(map(id, row["responses"]), wins[i], strict=True))
             numbers = [value for value in values[i] if value is not None]
             if numbers:
                 self.set_reward(response, math.fsum(numbers) / len(numbers))
@@ -597,13 +596,13 @@ def main(args, kind=None):
         total = sum(len(rows[row_id]["responses"]) for row_id in ids[done:])
         progress = tqdm(total=total, unit="response", desc=scorer.name)
         for start in range(done, len(ids), kind.window):
-            window = [rows[row_id] for row_id in ids[start : start + kind.window]]
+            window = [with_matrices(rows[row_id]) for row_id in ids[start : start + kind.window]]
             if kind.sets_reward:
                 for row in window:
                     row["labeler"] = scorer.labeler
                     row.pop("wins", None)  # another scorer's
             scorer.score(window, progress.update)
-            append_rows(file, [with_matrices(row) for row in window])
+            append_rows(file, window)
         progress.close()
         counts = scorer.summary(before) | {"resumed_rows": done}
         seconds = round(time.time() - started, 2)
@@ -613,7 +612,7 @@ def main(args, kind=None):
 
 
 def with_matrices(row):
-    """The row as it is written: `normalise` made a dict of each response out of the matrices."""
+    """The row with its matrices, of which `normalise` made a dict of each response."""
     for name in ("wins", "cosine"):
         if row.get(name) is not None:
             row[name] = [[one[name].get(id(other)) for other in row["responses"]] for one in row["responses"]]

@@ -110,8 +110,6 @@ class Embed(score.Scorer):
             update(len(batch))
         for row, of_row in zip(rows, vectors, strict=True):
             row["cosine"] = [[cosine(a, b) for b in of_row] for a in of_row]
-            for response, line in zip(row["responses"], row["cosine"], strict=True):
-                response["cosine"] = dict(zip(map(id, row["responses"]), line, strict=True))
 
     def values(self, row):
         """The mean cosine with the other responses; with itself if there is no other."""

@@ -1,8 +1,8 @@
 """
 Rows of a wrong shape, generated from the TypedDicts that a script holds its input to (DESIGN.md, rule 3).
 
-Covers  for build_pairs, boundary and evaluate winrate, every key at every depth of a row: missing, null, of
-        each wrong JSON type, a number out of bounds. What an annotation does not admit, by a second
+Covers  for score, build_pairs, boundary and evaluate winrate, every key at every depth of a row: missing,
+        null, of each wrong JSON type, a number out of bounds. What an annotation does not admit, by a second
         implementation (admits), ends with status 2, one line with file and line, and no output; what it
         admits gives an output or one sentence, never a traceback. Lines that are no rows: torn, no text,
         nested without end, numbers too long. The same for the entries of evaluate's annotations.
@@ -11,6 +11,7 @@ Run     python -m pytest tests/test_shapes.py
 
 import copy
 import importlib
+import importlib.metadata
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ ROWS = [  # name of the run, script, flags before --out
     ("onpolicy", "build_pairs", ["--filter", "onpolicy:1", "--on-ratio", "1", "--scored", "{data}"]),
     ("similarity", "build_pairs", ["--filter", "similarity:1", "--on-ratio", "0", "--scored", "{data}"]),
     ("boundary", "boundary", ["--scored", "{data}"]),
+    ("verify", "score", ["--scorer", "verify", "--responses", "{data}"]),
     ("winrate", "evaluate", ["winrate", "--model", "m-on", "--baseline", "m-off", "--scored", "{data}"]),
 ]
 RUNS = {name: (script, flags) for name, script, flags in ROWS}
@@ -40,7 +42,7 @@ NUMBERS = [-1, -0.5, 0, 2, 2.5, 3, 2**32 - 1, 2**32, 2**64, 1e150, 10**400]
 
 
 def good_row(number):
-    """A row that has every key that any of the three scripts knows."""
+    """A row that has every key that any of the scripts knows."""
     responses = []
     for k, source in enumerate(["on", "on", "off", "off"]):
         responses.append(
@@ -52,6 +54,7 @@ def good_row(number):
                 "token_ids": [7, 8],
                 "tokenizer": "t",
                 "reward": 1.5 - k,
+                "reward_error": None,
                 "scores": {"rm": 0.5 + k},
                 "logp": -3.0 - k,
                 "logp_tokens": 2 + k,
@@ -62,6 +65,7 @@ def good_row(number):
         "prompt": [{"role": "user", "content": f"question {number}"}],
         "responses": responses,
         "category": "math",
+        "answer": str(number),
         "labeler": "rm:A",
         "wins": [[None if i == j else 0.5 + (i < j) / 4 - (i > j) / 4 for j in range(4)] for i in range(4)],
         "cosine": [[1.0 if i == j else 0.25 for j in range(4)] for i in range(4)],
@@ -151,7 +155,7 @@ def test_the_rule_of_admission_by_hand():
     assert all(admits(build_pairs.Row, good_row(number)) for number in range(3))
 
 
-@pytest.mark.parametrize("name", ["build_pairs", "boundary", "evaluate"])
+@pytest.mark.parametrize("name", ["build_pairs", "boundary", "evaluate", "score"])
 def test_the_shapes_are_those_of_the_contract(name):
     """DESIGN.md, Rows, by hand: what the tests below take from the script is right."""
     script = importlib.import_module(name)
@@ -177,7 +181,10 @@ def test_the_shapes_are_those_of_the_contract(name):
                 admits(response[key], None) and admits(response[key], -1) and not admits(response[key], "1")
             )
     assert admits(response["token_ids"], [0, 2**32 - 1]) and not admits(response["token_ids"], [2**32])
-    if name == "build_pairs":
+    if name == "score":
+        assert admits(row["answer"], 1.5) and not admits(row["answer"], ["1"])
+        assert admits(response["reward_error"], "why") and not admits(response["reward_error"], 1)
+    if name in ("build_pairs", "score"):
         assert not admits(response["finish"], "eos") and not admits(response["scores"], {"rm": "1"})
     if name == "boundary":
         assert admits(response["logp_tokens"], 1) and not admits(response["logp_tokens"], 0)
@@ -211,6 +218,7 @@ def run(tmp_path, capsys, monkeypatch):
         path, out = tmp_path / "data.jsonl", tmp_path / "out"
         path.write_bytes(data)
         monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+        monkeypatch.setattr(importlib.metadata, "distributions", list)  # a third of a second each time
         flags = [flag.format(data=path) for flag in flags]
         module = importlib.import_module(script)
         try:
@@ -276,6 +284,11 @@ def test_good_rows_give_an_output(run, name):
     if RUNS[name][0] == "build_pairs":
         pairs = [json.loads(line) for line in text.splitlines()]
         assert [pair["id"] for pair in pairs] == ["p0", "p1", "p2"] and pairs[0]["cosine"] == 0.25
+    elif name == "verify":
+        rows = [json.loads(line) for line in text.splitlines()]
+        # "text 0 of 1...": the last number is that of the row
+        assert [one["reward"] for row in rows for one in row["responses"]] == [1.0] * 12
+        assert rows[0]["labeler"] == "verify" and rows[0]["cosine"] == good_row(0)["cosine"]
     else:
         result = json.loads(text)
         assert result.get("v_on", result.get("n_wins")) == {"boundary": 12}.get(name, 3)
