@@ -270,6 +270,7 @@ def vllm_sampler(args, tokens, max_length):
     All requests are handed over at once, and come back in the order in which they end: the engine never waits
     for the last responses of a batch.
     """
+    check_complete(args)
     cpu = vllm_on_cpu(max_length) if not torch.cuda.is_available() else {}
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -303,6 +304,16 @@ def vllm_sampler(args, tokens, max_length):
                 yield running.pop(output.request_id), list(output.outputs[0].token_ids)
 
     return sample
+
+
+def check_complete(args):
+    """Refuse weights that lack a tensor: vllm would compute with what is in memory. Only names are read."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"revision": args.revision, "device_map": "meta", "use_safetensors": True}
+    _, info = AutoModelForCausalLM.from_pretrained(args.model, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        fail(f"{args.model}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
 
 
 def vllm_on_cpu(max_length):
@@ -355,7 +366,7 @@ def read_prompts(paths):
         for where, row in read_jsonl(path, Row):
             check_prompt(row, where)
             if row["id"] in rows:
-                fail(f"{where}: the id {row['id']} is there twice")
+                fail(f"{where}: the id {row['id']} is twice in the prompts")
             rows[row["id"]] = {key: value for key, value in row.items() if key not in EARLIER}
     return list(rows.values())
 

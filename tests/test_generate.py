@@ -557,11 +557,15 @@ def spoil_weights(folder, kind):
         ),
     ],
 )
-def test_spoiled_weights_are_refused_and_nothing_is_left(tmp_path, capsys, policy, kind, sentence):
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_spoiled_weights_are_refused_and_nothing_is_left(
+    tmp_path, capsys, policy, vllm, backend, kind, sentence
+):
+    # vllm itself accepts a model that lacks this tensor, and computes with what is in memory
     model = tmp_path / "model"
     shutil.copytree(policy, model)
     spoil_weights(model, kind)
-    err = refused(tmp_path, capsys, str(model), PROMPTS[:2])
+    err = refused(tmp_path, capsys, str(model), PROMPTS[:2], "--backend", backend)
     assert sentence.format(model=model) in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "prompts.jsonl"]
 
