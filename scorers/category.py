@@ -47,6 +47,7 @@ CATEGORIES = (  # WildChat's; some contain commas
     "awareness of ethics and other risks",
     "other",
 )
+UNREADABLE = "no number of the list"
 
 
 def parse_args(argv=None):
@@ -57,12 +58,12 @@ def parse_args(argv=None):
     return args
 
 
-def label(choice):
-    """The category of an answer such as "8" or "8."; None if it is no number of the list."""
-    text = (choice.message.content or "").strip().rstrip(".") if choice else ""
+def read(choice):
+    """(the category, None) of an answer such as "8" or "8."; (None, UNREADABLE) of another."""
+    text = (choice.message.content or "").strip().rstrip(".")
     if text.isdecimal() and 1 <= int(text) <= len(CATEGORIES):
-        return CATEGORIES[int(text) - 1]
-    return None
+        return CATEGORIES[int(text) - 1], None
+    return None, UNREADABLE
 
 
 class Category(score.Scorer):
@@ -74,27 +75,24 @@ class Category(score.Scorer):
         self.models = []
         self.server = judge.Server(args)
 
-    def ask(self, rows, update):
-        """The labels of the prompts, and why the first of them has none."""
+    def ask(self, rows):
+        """(category, None) of each prompt, or (None, why there is none)."""
         listed = "\n".join(f"{i}. {name}" for i, name in enumerate(CATEGORIES, 1))
         questions = []
         for row in rows:
             texts = {"categories": listed, "prompt": score.as_text(row["prompt"])}
             questions.append(judge.messages(PROMPT, texts))
-        answers = list(self.server.ask(questions, update, max_tokens=4, temperature=0))
-        return [label(choice) for choice, _ in answers], [reason for _, reason in answers]
+        return list(self.server.ask(questions, read, lambda: None, max_tokens=4, temperature=0))
 
     def score(self, rows, update):
         self.server.check_budget(len(rows))
-        labels, reasons = self.ask(rows, lambda: None)
-        again = [k for k, name in enumerate(labels) if name is None and not reasons[k]]
-        if again:
-            second, _ = self.ask([rows[k] for k in again], lambda: None)
-            for k, name in zip(again, second, strict=True):
-                labels[k] = name
+        answers = self.ask(rows)
+        again = [k for k, (_, reason) in enumerate(answers) if reason == UNREADABLE]
+        for k, answer in zip(again, self.ask([rows[k] for k in again]), strict=True):
+            answers[k] = answer
+        labels = [name for name, _ in answers]
         if len(rows) >= 8 and not any(labels):
-            reason = reasons[0] or "no number of the list"
-            score.fail(f"{self.args.model}: none of {len(rows)} answers could be read: {reason}")
+            score.fail(f"{self.args.model}: none of {len(rows)} answers could be read: {answers[0][1]}")
         for row, name in zip(rows, labels, strict=True):
             row["category"] = name or "other"
             self.counts["unreadable"] += name is None

@@ -111,11 +111,11 @@ class Server:
         """What the server says, without the key."""
         return (error.message.replace(self.key, "...") if self.key else error.message)[:300]
 
-    def answer(self, messages, options):
-        """(the first choice, None), or (None, why there is none)."""
+    def answer(self, messages, read, options):
+        """What `read` makes of the first choice: (a value, None), or (None, why there is none)."""
         try:
             answer = self.client.chat.completions.create(model=self.args.model, messages=messages, **options)
-            return answer.choices[0], None
+            return read(answer.choices[0])
         except self.openai.BadRequestError as error:  # too long, or refused for what it says
             return None, f"refused by the server: {self.said(error)}"
         except (AttributeError, IndexError, TypeError, ValueError):
@@ -128,12 +128,12 @@ class Server:
             sent = f"{self.asked} were sent, and the next window needs {needed}"
             sys.exit(f"--max-requests {limit}: {sent}; what is written stays, and the same command goes on")
 
-    def ask(self, questions, update, **options):
+    def ask(self, questions, read, update, **options):
         """Yield what `answer` gives, in the order of the questions; update() after each."""
         self.asked += len(questions)
         try:
             with ThreadPoolExecutor(THREADS) as pool:
-                for answer in pool.map(lambda messages: self.answer(messages, options), questions):
+                for answer in pool.map(lambda chat: self.answer(chat, read, options), questions):
                     update()
                     yield answer
         except (
@@ -244,10 +244,9 @@ class Judge(score.Scorer):
         n_responses = sum(len(row["responses"]) for row in rows)
         share = n_responses / max(1, len(questions))  # the bar counts responses
         options = {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 6}
-        answers = self.server.ask(questions, lambda: update(share), **options)
+        answers = self.server.ask(questions, preference, lambda: update(share), **options)
         failures = []
-        for (k, i, j), swapped, (choice, reason) in zip(pairs, swaps, answers, strict=True):
-            p, reason = preference(choice) if choice else (None, reason)
+        for (k, i, j), swapped, (p, reason) in zip(pairs, swaps, answers, strict=True):
             if p is None:
                 reasons[k][i] = reasons[k][j] = reason
                 failures.append(reason)

@@ -455,12 +455,10 @@ def test_a_key_that_the_server_repeats(tmp_path, capsys, peer, monkeypatch, stat
     except SystemExit:
         pass
     captured = capsys.readouterr()
-    assert (
-        KEY
-        not in captured.err
-        + captured.out
-        + (tmp_path / "scored.jsonl").read_text()
-        + (tmp_path / "scored.meta.json").read_text()
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert KEY not in captured.err + captured.out + written
+    assert ("the key ..." in written) == (status == 400) and ("the key ..." in captured.err) == (
+        status == 401
     )
 
 
@@ -671,8 +669,8 @@ import judge
 judge.Judge.window, lock = 4, threading.Lock()
 honest, answered = judge.Server.answer, []
 
-def answer(server, messages, options):  # kill -9 when so many answers came
-    result = honest(server, messages, options)
+def answer(server, *rest):  # kill -9 when so many answers came
+    result = honest(server, *rest)
     with lock:
         answered.append(1)
         if len(answered) == int(sys.argv[2]):
@@ -697,14 +695,14 @@ def test_what_was_paid_for_is_asked_again_for_one_window_at_most(tmp_path, capsy
         return done.returncode, len(requests) - before
 
     asked = 0
-    for last, rows in ((5, 0), (13, 4), (11, 4), (17, 8)):
+    for last, rows in ((5, 0), (29, 8)):
         status, count = start(last)
         asked += count
-        assert status == -signal.SIGKILL and last <= count <= last + 12
+        assert status == -signal.SIGKILL and last <= count <= 12 * (rows // 4 + 1)
         path = tmp_path / "scored.jsonl"
         assert path.read_bytes().count(b"\n") == rows
     status, count = start(0)
-    assert status == 0 and count == 6 and asked + count <= 30 + 4 * 12
+    assert status == 0 and count == 6 and asked + count <= 30 + 2 * 12
     result, _ = run(tmp_path, capsys, data, *flags, out="whole.jsonl")
     assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     record = json.loads((tmp_path / "scored.meta.json").read_text())

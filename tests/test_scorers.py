@@ -417,7 +417,7 @@ def test_a_folder_that_is_no_pairrm(tmp_path, capsys, policy):
             "<|candidate|>), found a llama",
         ),
         (unmarked, "expected PairRM"),
-        (deberta, "expected PairRM's weights pretrained_model.* and head_layer.*, found deberta."),
+        (deberta, "expected the weights pretrained_model.* and head_layer.*, found deberta."),
     ):
         err = refused_pairrm(tmp_path, capsys, [hello(*TEXTS)], "--model", folder)
         assert f"{folder}: {sentence}" in err and len(err.strip().splitlines()) == 1
