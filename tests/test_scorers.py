@@ -413,8 +413,8 @@ def test_a_folder_that_is_no_pairrm(tmp_path, capsys, policy):
     for folder, sentence in (
         (
             policy,
-            "expected PairRM (a deberta-v2 whose tokenizer has <|source|>, <|candidate1|>, <|candidate2|>, "
-            "<|candidate|>), found a llama",
+            "expected PairRM, a deberta-v2 whose tokenizer has <|source|>, <|candidate1|>, <|candidate2|>, "
+            "<|candidate|>, found a llama",
         ),
         (unmarked, "expected PairRM"),
         (deberta, "expected the weights pretrained_model.* and head_layer.*, found deberta."),
