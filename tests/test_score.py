@@ -752,10 +752,12 @@ def test_rewards_of_two_labelers(tmp_path, capsys, policy):
         write_rows(tmp_path / "1.jsonl", of("a", "on")),
         write_rows(tmp_path / "2.jsonl", of("b", "off")),
     ]
-    err = refused(tmp_path, capsys, paths, *LOGP, "--model", policy)  # it would keep both
-    assert "the rewards are of different labelers, a and b" in err
-    rows, _ = run(tmp_path, capsys, paths, "--scorer", "verify")
-    assert rows[0]["labeler"] == "verify" and rewards(rows) == [1.0, 1.0]
+    for flags in ([*LOGP, "--model", policy], ["--scorer", "verify"]):
+        err = refused(tmp_path, capsys, paths, *flags)
+        assert "the rewards are of different labelers, a and b" in err
+        assert not (tmp_path / "scored.jsonl").exists()
+    rows, _ = run(tmp_path, capsys, paths[:1], "--scorer", "verify")
+    assert rows[0]["labeler"] == "verify" and rewards(rows) == [1.0]
 
 
 # ----- models that do not fit, and rows that do not fit the model
