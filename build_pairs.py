@@ -326,8 +326,8 @@ def read_jsonl(path, shape):
             yield f"{path}:{number}", row
 
 
-def read_responses(paths, needs_reward=True, one_labeler=True):
-    """{id: row} of scored files, rows of one id merged. Rewards of two labelers are not comparable."""
+def read_responses(paths, needs_reward=True):
+    """{id: row} of scored files, rows of one id merged. All rewards must be of one labeler."""
     rows, labelers, places = {}, set(), set()
     for path in paths:
         file = os.path.realpath(path)
@@ -345,7 +345,7 @@ def read_responses(paths, needs_reward=True, one_labeler=True):
                 fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
             given = {key: value for key, value in first.items() if value is not None}
             rows[row["id"]] = row | given | {"responses": first["responses"] + row["responses"]}
-    if one_labeler and len(labelers) > 1:
+    if len(labelers) > 1:
         fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     return rows
 

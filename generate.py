@@ -1,28 +1,30 @@
 """
-Stage 1: prompts -> responses, sampled from a model.
+Stage 1 of the pipeline: prompts -> responses, sampled from a model.
 
 Reads   --prompts FILE ...  {"id": "uf-17", "prompt": [{"role": "user", "content": "..."}], ...} per line;
                             a text is one user turn, a missing id becomes a hash of the prompt, other keys
                             are passed on
 Writes  --out FILE          the same rows in their order, each with "responses": [{"text", "source", "model",
-                            "finish": "stop" | "length", "tokens", "token_ids", "tokenizer"}, ...]; token_ids
-                            are as sampled, without the end-of-turn token. Beside it x.meta.json, the record
+                            "finish": "stop" | "length", "tokens", "token_ids", "tokenizer"}, ...]. token_ids
+                            are as sampled, without the end-of-turn token; tokenizer is a fingerprint. For
+                            x.jsonl also the record x.meta.json: arguments, hashes, versions, counts
 
-Sampling follows SimpleMix (S1 section 3.1 footnote 2, section 5.1): four responses per prompt, temperature
-0.7, top-p 0.9. --preset s2 is Table 7 of S2, s3 is Table 6 of S3. The papers do not give the longest response
-of S1 and S2 (2,048 as in S1's code) and the top-p of S3 (1).
+Sampling follows the paper SimpleMix (S1 section 3.1 footnote 2, section 5.1): four responses per prompt,
+temperature 0.7, top-p 0.9. --preset s2 is Table 7 of S2, "Is On-Policy Data always the Best Choice [...]?",
+s3 is Table 6 of S3, "What Matters in Data for DPO?". S1 and S2 leave out --max-tokens (here 2,048, as in S1's
+code), S3 leaves out top-p (here 1).
     --greedy   one response, always the most probable token (S1 Appendix D)
     --diverse  responses one after another, each asked to differ from those before it (S1 Appendix H)
 
-Every draw is a function of --seed, prompt id and number of the response, so two models (or two settings)
-sampled with one seed share their random numbers and begin alike: for a second answer, take another --seed.
+Within a backend, every draw is a function of --seed, prompt id and number of the response. So two models (or
+two settings) that are sampled with one seed share their random numbers, and their responses tend to begin
+alike: for a second answer to a prompt, take another --seed.
 
     python generate.py --model out/models/policy --prompts data/demo_train.jsonl --out out/on.jsonl
 
-If it is stopped, the same command goes on. On a CPU in float32 the rows are then equal byte for byte; the
-kernels of a GPU give slightly different numbers in batches of different sizes. Prints one JSON object last:
-rows, responses, tokens and their quantiles, and how many were cut off, empty or all equal. The papers are S1
-SimpleMix, S2 "Is On-Policy Data always the Best Choice [...]?", S3 "What Matters in Data for DPO?".
+If it is stopped, the same command resumes it. On a CPU in float32 the rows are then equal byte for byte. On a
+GPU they are not: numbers differ slightly with what else is in a batch. Prints one JSON object last: rows,
+responses, tokens and their quantiles, and how many responses were truncated, empty or equal.
 """
 
 import argparse
@@ -47,8 +49,9 @@ from typing import NamedTuple, Required, TypedDict
 import msgspec
 import numpy as np
 
-# Read when torch and vllm are imported. vllm starts its workers by spawn, since CUDA does not survive a fork;
-# it logs on standard error. Large tensors get huge pages, which is a tenth faster on a CPU.
+# torch and vllm read these on import. vllm starts its workers by spawn, since CUDA does not survive a fork,
+# and torch must not start CUDA to see whether there is a GPU. vllm logs on standard error and reports no
+# usage. Large tensors get huge pages, which is a tenth faster on a CPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -59,7 +62,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 30 ms, at every new length
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
 PRESETS = {  # S1 section 3.1 footnote 2 and section 5.1; S2 Table 7; S3 Table 6
     "s1": {"n": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "max_tokens": 2048},
@@ -67,16 +70,16 @@ PRESETS = {  # S1 section 3.1 footnote 2 and section 5.1; S2 Table 7; S3 Table 6
     "s3": {"n": 8, "temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_tokens": 1024},
 }
 GREEDY = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
-BLOCK = 64  # rows written together; also what a shard consists of, and what transformers samples together
-CANDIDATES = 1024  # top-p is looked for among so many best tokens before the whole vocabulary is sorted
+BLOCK = 64  # rows that a shard takes at once, and that backend hf works on before the next
+CANDIDATES = 1024  # these best tokens are tried first; all are sorted if they do not reach top-p
 ASK_AGAIN = (  # the prompt z of S1 Appendix H, word for word
     "Please generate another response that is different from all the previous ones. It can differ in aspects "
     "such as but not limited to tone, formality, strategy, judgment, conciseness, structure. It can also "
     "involve asking for clarity if the input prompt is unclear."
 )
-# arguments that may change between a run that was stopped and the one that goes on
-FREE = {"out", "overwrite", "limit", "batch_size", "tensor_parallel"}
-EARLIER = ("responses", "wins", "cosine", "labeler")  # what a row says about the responses it had
+# arguments that may change between a run that was stopped and the one that resumes it
+MAY_CHANGE = {"out", "overwrite", "limit", "batch_size", "tensor_parallel"}
+EARLIER = ("responses", "wins", "cosine", "labeler")  # keys of later stages, about responses of before
 Message = TypedDict("Message", {"role": str, "content": str})
 
 
@@ -108,10 +111,10 @@ def make_parser(description):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--model", required=True, help="Hugging Face folder or hub id")
+    flag("--model", required=True, help="model folder, or OWNER/NAME on the hub")
     flag("--prompts", required=True, nargs="+", metavar="FILE", help="prompts, JSONL")
     flag("--out", required=True, metavar="FILE", help="responses, JSONL")
-    flag("--preset", choices=list(PRESETS), default="s1", help="the next five (default %(default)s)")
+    flag("--preset", choices=list(PRESETS), default="s1", help="sets the next five (default %(default)s)")
     flag("--n", type=int, help="responses per prompt")
     flag("--temperature", type=float)
     flag("--top-p", type=float, help="nucleus; 1 is off")
@@ -124,23 +127,23 @@ def make_parser(description):
     flag("--tensor-parallel", type=int, default=1, metavar="GPUS", help="for one model, backend vllm")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
     flag("--batch-size", type=int, help="sequences at once, backend hf (default 64)")
-    flag("--source", choices=["on", "off"], default="on", help="off: from another model than will be trained")
+    flag("--source", choices=["on", "off"], default="on", help="label: is this the model to be trained?")
     flag("--chat-template", metavar="FILE", help="Jinja chat template, for a model that has none")
     flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="switches of the template")
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--shard", default="0/1", metavar="I/N", help="every N-th block of 64 rows, from the I-th, from 0")
-    flag("--limit", type=int, help="only the first rows")
+    flag("--limit", type=int, help="only the first rows that fit, before --shard")
     flag("--overwrite", action="store_true", help="start anew if --out is there")
     return parser
 
 
 def parse_args(argv=None, parser=None):
     parser = parser or make_parser(__doc__)
-    known, _ = parser.parse_known_args(argv)
+    known, _ = parser.parse_known_args(argv)  # to know which defaults there are
     parser.set_defaults(**PRESETS[known.preset] | (GREEDY if known.greedy else {}))
     args = parser.parse_args(argv)
     if args.greedy and any(getattr(args, name) != value for name, value in GREEDY.items()):
-        parser.error("--greedy is one response without chance: --n, --temperature, --top-p, --top-k, --seed")
+        parser.error("--greedy does not go with --n, --temperature, --top-p, --top-k and --seed")
     if not args.greedy and not 0 < args.temperature < math.inf:
         parser.error(f"--temperature must be above 0 and finite, found {args.temperature} (0 is --greedy)")
     if not 0 < args.top_p <= 1 or args.top_k < 0:
@@ -155,7 +158,7 @@ def parse_args(argv=None, parser=None):
     if args.backend == "auto":
         args.backend = "vllm" if importlib.util.find_spec("vllm") else "hf"
     if args.backend == "vllm" and (args.batch_size or args.temperature > 2):
-        parser.error("vllm takes temperatures up to 2 and no --batch-size: --backend hf")
+        parser.error("vllm takes temperatures up to 2, and no --batch-size; use --backend hf")
     if args.backend == "hf" and args.tensor_parallel > 1:
         parser.error("--tensor-parallel is for --backend vllm")
     if args.dtype == "auto":
@@ -170,31 +173,33 @@ def draws(seed, prompt_id, sample, count):
 
 
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
-    """One token per sequence, by inversion of the cumulative distribution: it does not depend on the batch.
+    """One token per sequence, by inversion of the cumulative distribution: a draw ignores its batch.
 
     logits (B, V), uniforms (B,) in [0, 1) -> token ids (B,). Temperature comes first, then top-k, then top-p
-    on what top-k left: the fewest best tokens whose probability reaches top_p, renormalised.
+    on what top-k left: the fewest best tokens whose total probability reaches top_p, renormalised. This is
+    the rule of backend hf; vllm has its own, with the settings in vllm_sampler.
     """
     logits = logits.float() / temperature
     if not top_k and top_p == 1:  # nothing is cut off, so nothing has to be sorted
         cumulative = logits.double().softmax(-1).cumsum(-1)  # (B, V)
-        thresholds = uniforms[:, None].double() * cumulative[:, -1:]
+        thresholds = uniforms[:, None] * cumulative[:, -1:]
         choice = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
         return choice.clamp(max=logits.shape[-1] - 1)
     width = min(top_k or CANDIDATES, logits.shape[-1])
     cumulative, tokens = best_tokens(logits, width, top_k)
     if not top_k and (cumulative[:, -1] < top_p).any():
         cumulative, tokens = best_tokens(logits, logits.shape[-1], top_k)
-    last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)  # (B, 1)
-    thresholds = uniforms[:, None].double() * cumulative.gather(-1, last)
+    # the last token of the nucleus, (B, 1), and the draw, scaled to the probability up to there
+    last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
+    thresholds = uniforms[:, None] * cumulative.gather(-1, last)
     choice = torch.searchsorted(cumulative, thresholds, right=True).minimum(last)
     return tokens.gather(-1, choice)[:, 0]
 
 
 def best_tokens(logits, width, top_k):
-    """The `width` best tokens and their cumulative probability, (B, width) each.
+    """The cumulative probability of the `width` best tokens, and these tokens; (B, width) each.
 
-    With top-k their probabilities add up to 1; without it they keep their share of the whole vocabulary.
+    With top-k their probabilities add up to 1; without it they are those under the whole vocabulary.
     """
     values, tokens = logits.topk(width, dim=-1)
     total = (values if top_k else logits).double().logsumexp(-1, keepdim=True)
@@ -213,8 +218,9 @@ def diverse_turns(turns, texts):
 def hf_sampler(args, tokens, more_processors=None):
     """Load the model with transformers; returns sample(queue), which yields (request, token ids).
 
-    The queue is a list of requests. It is sampled in batches of similar length, and may grow meanwhile.
-    `more_processors(mask)` gives logits processors that come before the draw (recipes/sample_mixture.py).
+    The queue is a list of requests; the caller may append to it between two results, as --diverse does.
+    Batches are of similar length. `more_processors(mask)` gives logits processors that come before the draw
+    (recipes/sample_mixture.py).
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -222,7 +228,7 @@ def hf_sampler(args, tokens, more_processors=None):
     # only these settings: temperature or penalties of the model's generation_config.json must not take part
     model.generation_config = GenerationConfig(
         max_new_tokens=args.max_tokens,
-        do_sample=False,
+        do_sample=False,  # the draw is ours, see draw_by
         eos_token_id=tokens.stop_ids,
         pad_token_id=tokens.pad_id,
     )
@@ -287,6 +293,7 @@ def vllm_sampler(args, tokens, max_length):
         **cpu,
     ).llm_engine
     common = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    # only our tokens end a response
     common |= {"max_tokens": args.max_tokens, "stop_token_ids": tokens.stop_ids, "ignore_eos": True}
     common |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
 
@@ -319,8 +326,10 @@ def check_complete(args):
 def vllm_on_cpu(max_length):
     """Settings of vllm without a GPU: arguments are returned, environment variables are set."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: starts faster
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; its own choice is the whole machine
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")  # it leaves one core idle
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; the default is all memory
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}"
+    )  # the default leaves a core idle
     # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, cached prefixes change the rounding
     settings = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False}
     return settings | {"max_num_batched_tokens": max(8192, max_length)}
@@ -336,7 +345,9 @@ def main(args, make_sampler=None, other_models=()):
     inputs = args.prompts + ([args.chat_template] if args.chat_template else [])
     record = make_record(args, inputs, [(args.model, args.revision), *other_models])
     hf = args.backend == "hf"
-    with open_output(args, record, len(prompts), BLOCK if hf else 1) as (file, done):
+    # transformers: the blocks of a resumed run must be those of the whole run. vllm: all requests at once
+    block, kept = (BLOCK, BLOCK) if hf else (len(prompts), 1)
+    with open_output(args, record, len(prompts), kept) as (file, done):
         if done < len(prompts) and hf:
             sample = (make_sampler or hf_sampler)(args, tokens)
         elif done < len(prompts):
@@ -344,14 +355,13 @@ def main(args, make_sampler=None, other_models=()):
             sample = vllm_sampler(args, tokens, tokens.context if args.diverse else longest)
         if not done:
             file.truncate(0)
-            write_record(args.out, record)  # before the first row: rows without a record could not go on
+            write_record(args.out, record)  # before the first row: rows without a record could not be resumed
         sampling_started = time.time()
         total, n_done = len(prompts) * args.n, done * args.n
         with tqdm(total=total, initial=n_done, unit="response", desc=args.backend) as progress:
-            window = BLOCK if hf else len(prompts)  # fixed for transformers: a run that goes on has the same
-            for start in range(done, len(prompts), window):
-                for rows in sample_rows(prompts[start : start + window], sample, args, tokens, progress):
-                    append_rows(file, rows)
+            for start in range(done, len(prompts), block):
+                for complete in sample_rows(prompts[start : start + block], sample, args, tokens, progress):
+                    append_rows(file, complete)
         counts |= count_responses(args)
         counts |= {"resumed_rows": done, "sampling_seconds": round(time.time() - sampling_started, 2)}
         seconds = round(time.time() - started, 2)
@@ -382,7 +392,7 @@ def read_tokens(args):
             fail(f"--chat-template {args.chat_template}: no such file")
         tokenizer.chat_template = Path(args.chat_template).read_text()
     for name in args.template_kwargs:
-        if name not in (tokenizer.chat_template or name):
+        if tokenizer.chat_template and name not in tokenizer.chat_template:
             fail(f"--template-kwargs: the chat template of {args.model} knows no {name!r}")
     end_id = end_of_turn(tokenizer)
     try:
@@ -401,7 +411,7 @@ def read_tokens(args):
 
 
 def encode_prompts(rows, args, tokens):
-    """([(row, ids of its prompt), ...] of this shard, counts); prompts without room for a response go."""
+    """([(row, ids of its prompt), ...] of this shard, counts), without prompts that leave no room."""
     room = tokens.context - args.max_tokens
     fitting, too_long = [], []
     for row in rows:
@@ -421,15 +431,12 @@ def encode_prompts(rows, args, tokens):
     texts = ["\n".join(turn["content"] for turn in row["prompt"]) for row, _ in prompts]
     with_special = count_special(texts, tokens.tokenizer)
     if with_special:
-        print(
-            f"{with_special} prompts hold special tokens as text, which the model sees as such",
-            file=sys.stderr,
-        )
+        print(f"{with_special} prompts hold special tokens as text; the model sees tokens", file=sys.stderr)
     return prompts, {"skipped_too_long": len(too_long), "prompts_with_special_tokens": with_special}
 
 
 def sample_rows(prompts, sample, args, tokens, progress):
-    """Yield the rows in their order, in lists, as soon as they and all before them have their responses."""
+    """Yield lists of rows, in order, as soon as they and all before them are complete."""
     rows, queue = [row for row, _ in prompts], []
     for row, ids in prompts:
         row["responses"] = [None] * args.n
@@ -446,12 +453,16 @@ def sample_rows(prompts, sample, args, tokens, progress):
                 queue.append(Request(request.row, request.sample + 1, ids))
             else:
                 del responses[request.sample + 1 :]  # no room to ask again
-        complete = list(itertools.takewhile(lambda row: None not in row["responses"], rows))
+        complete = list(itertools.takewhile(is_complete, rows))
         if complete:
             yield complete
             del rows[: len(complete)]
             for row in complete:
-                del row["responses"]  # they are on disk
+                del row["responses"]  # the caller has written them
+
+
+def is_complete(row):
+    return None not in row["responses"]
 
 
 def make_response(sampled, args, tokens):
@@ -485,7 +496,7 @@ def count_responses(args):
         counts["skipped_context_too_long"] = counts["rows"] * args.n - counts["responses"]
     equal = counts["prompts_with_equal_samples"] / counts["rows"]
     if equal > 0.05:
-        print(f"{equal:.1%} of the prompts have {args.n} equal responses", file=sys.stderr)
+        print(f"{equal:.1%} of the prompts have equal responses only", file=sys.stderr)
     quantiles = np.percentile(lengths, (0, 25, 50, 75, 100)).tolist()
     shares = {"truncated_share": round(counts["truncated"] / counts["responses"], 4)}
     shares["equal_samples_share"] = round(equal, 4)
@@ -565,9 +576,10 @@ def model_state(name, revision):
 
 @contextmanager
 def open_output(args, record, n_rows, window):
-    """Lock --out; gives the file to append to, and how many rows are there from a run that was stopped.
+    """Lock --out; yields the file to append to, and how many rows stay from a run that was stopped.
 
-    Of these, whole windows of rows stay, so that what follows does not depend on where the run was stopped.
+    The number of rows that stay is a multiple of `window` (or all rows): a resumed run works on the same
+    windows as one that was not stopped.
     """
     meta = os.path.splitext(args.out)[0] + ".meta.json"
     taken = [*record["inputs"], *(os.path.splitext(path)[0] + ".meta.json" for path in record["inputs"])]
@@ -589,17 +601,18 @@ def open_output(args, record, n_rows, window):
 
 
 def rows_done(args, meta, record, n_rows, window):
-    """How many rows of --out stay; what other inputs, arguments or models made is refused."""
+    """How many rows of --out stay; the run ends if other inputs, arguments or models made it."""
     try:
         before = json.loads(Path(meta).read_text())
     except (OSError, ValueError):
         fail(f"--out {args.out} is there, and no {meta} says what made it; --overwrite starts anew")
     now = json.loads(json.dumps(record))
     for part in ("args", "inputs", "models"):
-        for name in sorted((before[part].keys() | now[part].keys()) - FREE):
-            then, value = before[part].get(name), now[part].get(name)
-            if then != value:
-                change = f"{name} was {then!r} and is {value!r}"
+        then = before.get(part, {})
+        for name in sorted(then.keys() | now[part].keys()):
+            old, new = then.get(name), now[part].get(name)
+            if old != new and name not in MAY_CHANGE:
+                change = f"{name} was {old!r} and is {new!r}"
                 fail(f"--out {args.out} was made with other {part}: {change}; --overwrite starts anew")
     ends = [0]  # of the whole rows, in bytes
     with open(args.out, "rb") as file:
@@ -616,10 +629,9 @@ def rows_done(args, meta, record, n_rows, window):
 
 
 def append_rows(file, rows):
-    """Write whole rows and have them on disk before going on."""
+    """Write whole rows. A kill does not lose them: the operating system has them."""
     file.write("".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode())
     file.flush()
-    os.fsync(file.fileno())
 
 
 def write_record(out, record):
@@ -630,7 +642,7 @@ def write_record(out, record):
 
 
 def load_tokenizer(name, revision):
-    """(tokenizer, config) of a model folder with safetensors or of a hub id."""
+    """(tokenizer, config) of a model folder with safetensors, or of OWNER/NAME on the hub."""
     from transformers import AutoConfig, AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -660,24 +672,30 @@ def check_weights(folder):
             fail(f"{path}: {error}")
 
 
-def load_model(kind, name, revision, dtype, unused=None):
-    """The model for inference by one of transformers' Auto classes. Its files must have all weights but those
-    whose names contain `unused`."""
+def load_model(auto_class, name, revision, dtype, unused=None):
+    """The model for inference, by one of transformers' Auto classes; on several GPUs it spreads over all.
+
+    The run ends if its files lack a weight, unless the weight's name contains `unused`.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
     options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    if torch.cuda.device_count() > 1:
+        options["device_map"] = "auto"
     if getattr(config, "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
-    model, info = kind.from_pretrained(name, output_loading_info=True, **options)
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
     if missing:
         fail(f"{name}: the weights lack {', '.join(missing[:3])}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if torch.cuda.device_count() == 1:
+        model = model.to("cuda")
+    return model.eval()
 
 
 def prompt_ids(tokenizer, turns, **switches):
-    """Ids of a chat as its template renders it, nothing added.
+    """Ids of a chat as its template renders it, with no other special tokens.
 
     Where a template has no system role (Gemma-2), the system's text opens the first user turn.
     """
@@ -697,9 +715,7 @@ def prompt_ids(tokenizer, turns, **switches):
 def end_of_turn(tokenizer):
     """The token that ends an assistant's turn: what the chat template renders right after the response."""
     if not tokenizer.chat_template:
-        fail(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja gives it one)"
-        )
+        fail(f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja adds one)")
     turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
     tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
@@ -709,7 +725,7 @@ def end_of_turn(tokenizer):
 
 
 def count_special(texts, tokenizer):
-    """How many texts hold one of the tokenizer's special tokens, which a model takes as such."""
+    """How many texts hold one of the tokenizer's special tokens, which a model would read as that token."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
     return sum(bool(pattern.search(text)) for text in texts)

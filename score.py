@@ -1,31 +1,33 @@
 """
-Stage 2: responses -> scored responses: one row per prompt, with a reward for every response.
+Stage 2 of the pipeline: responses -> scored responses, one row per prompt.
 
 Reads   --responses FILE ...  a Row (below) per prompt, as generate.py, data/import_responses.py and this
                               script write it; several files are merged by id, responses in the files' order
-Writes  --out FILE            the same rows; every response gains "reward", null where "reward_error" tells
-                              why, and "scores": {NAME: ...}; the row gains "labeler", what made the rewards.
-                              Beside it x.meta.json, the record
+Writes  --out FILE            the same rows. rm and verify: every response gains "reward", null where
+                              "reward_error" tells why, and "scores": {NAME: ...}; the row gains "labeler",
+                              what made the rewards. logp: every response gains "logp" and "logp_tokens". For
+                              x.jsonl also the record x.meta.json: arguments, hashes, versions, counts
 
---scorer rm      the logit of a reward model, any AutoModelForSequenceClassification with one label, in
-                 float32. If it has a chat template, it reads prompt and response as a chat (Skywork-Reward,
-                 of S1 section 3.1 and S3 section 5.1), else as a pair of texts (the demo's cross-encoder).
-                 What is longer than --max-length gets no reward; nothing is cut
---scorer verify  1 if the last boxed answer, or else the last number, is the row's "answer", else 0 (GSM8K)
---scorer logp    log pi(y|x) of the --model: "logp", the sum over the response's tokens and its end-of-turn
-                 token, which a response that was cut off does not have, and "logp_tokens", their number (S1
-                 section 5.3 "on-policiness", S2 Table 8). With --name N they are logp_N and logp_N_tokens.
-                 Rewards stay as they are
-scorers/ has others with the same rows: pairrm.py and judge.py compare responses with each other, category.py
-labels prompts, embed.py measures how similar responses are. The last scorer's rewards are the "reward", and
-how often they order two responses as the rewards before is printed (S3 B.1).
+--scorer rm      the raw logit of a reward model, any AutoModelForSequenceClassification with one label. If it
+                 has a chat template, it reads prompt and response as a chat (Skywork-Reward, of S1 section
+                 3.1 and S3 section 5.1), else as a pair of texts (the demo's cross-encoder). What is longer
+                 than --max-length gets no reward; nothing is cut
+--scorer verify  1 if the last boxed answer, or else what follows the last ####, or else the last number,
+                 equals the row's "answer", else 0 (GSM8K)
+--scorer logp    log pi(y|x) of the --model: the sum over the response's tokens and its end-of-turn token,
+                 which a truncated response does not have, and the number of these tokens (S1 section 5.3
+                 "on-policiness", S2 Table 8). With --name N the keys are logp_N and logp_N_tokens
+scorers/ has more, which read and write the same rows: pairrm.py and judge.py compare responses with each
+other, category.py labels prompts, embed.py measures how similar responses are. "reward" is always the last
+scorer's; how often it orders two responses of a prompt as the reward before did is printed (S3 B.1).
 
     python score.py --model out/models/reward --responses out/on.jsonl out/off.jsonl --out out/scored.jsonl
     python score.py --scorer logp --model out/models/policy --responses out/scored.jsonl --out out/logp.jsonl
 
-If it is stopped, the same command goes on. Prints one JSON object last: rows, responses, why responses have
-no score, mean score by source, agreement with the rewards before, tokens. S1 is the paper SimpleMix, S2 "Is
-On-Policy Data always the Best Choice [...]?", S3 "What Matters in Data for DPO?".
+If it is stopped, the same command resumes it. Prints one JSON object last: rows, responses, why responses
+have no score, mean score by source, agreement with the rewards before; tokens and padding are of this run. S1
+is the paper SimpleMix, S2 "Is On-Policy Data always the Best Choice [...]?", S3 "What Matters in Data for
+DPO?".
 """
 
 import argparse
@@ -52,8 +54,9 @@ from typing import Annotated, Literal, Required, TypedDict
 
 import msgspec
 
-# Read when torch and vllm are imported. vllm starts its workers by spawn, since CUDA does not survive a fork;
-# it logs on standard error. Large tensors get huge pages, which is a tenth faster on a CPU.
+# torch and vllm read these on import. vllm starts its workers by spawn, since CUDA does not survive a fork,
+# and torch must not start CUDA to see whether there is a GPU. vllm logs on standard error and reports no
+# usage. Large tensors get huge pages, which is a tenth faster on a CPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -65,10 +68,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 30 ms, at every new length
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
-# arguments that may change between a run that was stopped and the one that goes on
-FREE = {"out", "overwrite", "limit", "batch_tokens", "tensor_parallel", "max_requests"}
+# arguments that may change between a run that was stopped and the one that resumes it
+MAY_CHANGE = {"out", "overwrite", "limit", "batch_tokens", "tensor_parallel", "max_requests"}
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once
 CHECKED_BYTES = 4e9  # weights up to here are also loaded by transformers, to check vllm's rewards
 LONGEST_VLLM = 32768  # vllm's longest input unless --max-length says more: it reserves memory for it
@@ -94,7 +97,7 @@ class Row(TypedDict, total=False):
     answer: str | int | float | None  # for --scorer verify
     labeler: str | None
     wins: list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]] | None  # P(response i beats j)
-    cosine: list[list[float | None]] | None
+    cosine: list[list[float | None]] | None  # similarity of responses i and j
 
 
 def make_parser(description):
@@ -104,7 +107,7 @@ def make_parser(description):
     flag = parser.add_argument
     flag("--responses", required=True, nargs="+", metavar="FILE", help="responses, JSONL, merged by id")
     flag("--out", required=True, metavar="FILE", help="scored responses, JSONL")
-    flag("--shard", default="0/1", metavar="I/N", help="every N-th block of rows, from the I-th, from 0")
+    flag("--shard", default="0/1", metavar="I/N", help="part I of N, counted from 0, in blocks")
     flag("--limit", type=int, help="only the first rows")
     flag("--overwrite", action="store_true", help="start anew if --out is there")
     return parser
@@ -113,7 +116,7 @@ def make_parser(description):
 def add_model_flags(parser):
     """The flags of scorers that load a model with transformers."""
     flag = parser.add_argument
-    flag("--model", help="Hugging Face folder or hub id")
+    flag("--model", help="model folder, or OWNER/NAME on the hub")
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
     flag("--batch-tokens", type=int, help="tokens in a batch, padding included (default 8192)")
@@ -124,10 +127,10 @@ def parse_args(argv=None):
     add_model_flags(parser)
     flag = parser.add_argument
     flag("--scorer", choices=list(SCORERS), default="rm", help="default %(default)s")
-    flag("--name", help='key in "scores" (default: the scorer); logp: part of its keys')
+    flag("--name", help='key in "scores" (default: the scorer); logp: end of its keys')
     flag("--max-length", type=int, help="longest input in tokens (default: what the model can read)")
     flag("--backend", choices=["auto", "vllm", "hf"], default="auto", help="rm; auto: vllm if it can")
-    flag("--tensor-parallel", type=int, default=1, metavar="GPUS", help="for one model, rm by vllm")
+    flag("--tensor-parallel", type=int, default=1, metavar="GPUS", help="for one model, rm with vllm")
     args = parser.parse_args(argv)
     check_args(parser, args)
     if args.scorer == "verify":
@@ -151,33 +154,36 @@ def check_args(parser, args):
 
 
 class Scorer:
-    """What main needs of a scorer. Each writes its results into the rows that it is given."""
+    """What main needs of a scorer: a subclass has `score`, and `load` if there is a model."""
 
     sets_reward = True
     window = 256  # rows that are scored together and then written
 
     def __init__(self, args, rows):
-        """Check what can be known before a model loads; rows: {id: row}, all that will be scored."""
+        """Check what can be known before a model loads; rows: {id: row}, all that --out will have."""
         self.args = args
         self.name = args.name or args.scorer
         self.labeler = f"{self.name}:{args.model}" if args.model else self.name
-        self.models = [(args.model, args.revision)] if args.model else []  # local or on the hub
-        self.files = []  # other inputs
+        self.models = [(args.model, args.revision)] if args.model else []  # for the record
+        self.files = []  # other inputs, for the record
         self.counts = Counter()  # for the last line
 
     def load(self):
         """Load the model."""
 
     def score(self, rows, update):
-        """Score a window of rows; update(n) moves the bar by n responses."""
+        """Write the results into a window of rows, by set_reward for every response if sets_reward.
+
+        update(n) moves the bar by n responses.
+        """
         raise NotImplementedError
 
     def values(self, row):
-        """What the responses of a scored row got, for the last line; None for nothing."""
+        """The number that each response of a scored row got, or None; for the last line."""
         return [response["scores"][self.name] for response in row["responses"]]
 
     def summary(self, before):
-        """Counts over --out; before: {id: rewards that the responses had}."""
+        """Counts over --out, and those of this run; before: {id: rewards that the responses had}."""
         counts, without, values, agreement = Counter(), Counter(), {}, Counter()
         for _, row in read_jsonl(self.args.out, Row):
             scores = self.values(row)
@@ -213,7 +219,10 @@ class Scorer:
         response["reward"], response["reward_error"] = reward, error
 
     def set_wins(self, row, wins, values, reasons):
-        """wins[i][j] = P(i beats j), and rewards: the means of values[i], or null because of reasons[i]."""
+        """Set row["wins"], wins[i][j] = P(i beats j), and the rewards (scorers/pairrm.py, judge.py).
+
+        The reward of i is the mean of the numbers in values[i]; if all are None, reasons[i] is its error.
+        """
         row["wins"] = wins
         for i, response in enumerate(row["responses"]):
             numbers = [value for value in values[i] if value is not None]
@@ -224,7 +233,10 @@ class Scorer:
 
 
 def agreement_of(scores, rewards):
-    """S3 B.1: pairs of responses that both order, those ordered alike, and whether a pair is not."""
+    """S3 B.1: the pairs of responses that tie in neither, and how many of them both order alike.
+
+    prompts_that_differ is 1 if a pair is ordered the other way.
+    """
     orders = []
     for i, j in combinations(range(len(scores)), 2):
         if None not in (scores[i], scores[j], rewards[i], rewards[j]):
@@ -236,12 +248,12 @@ def agreement_of(scores, rewards):
 # ----- verify
 def final_answer(text):
     """The answer of a solution: the last \\boxed{...}, else what follows ####, else the last number."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for end in range(start + 6, len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    _, boxed, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for end, character in enumerate(rest if boxed else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[start + 7 : end]
+            return rest[:end]
     if "####" in text:
         return text.rpartition("####")[2]
     numbers = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
@@ -281,7 +293,8 @@ class Verify(Scorer):
 def token_batches(sequences, args, counts, pad_id=0):
     """Yield (indices, ids (B, T), mask (B, T)) of sequences of token ids, padded on the right.
 
-    Sequences are sorted by length; a batch has at most --batch-tokens, and padding up to 8 % of a sequence.
+    Sequences are sorted by length. A batch has at most --batch-tokens, or one sequence that is longer; its
+    longest sequence is at most 8 % longer than its shortest.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches, shortest = [], 0
@@ -313,15 +326,15 @@ def as_text(prompt):
 
 
 class RewardModel(Scorer):
-    """The raw logit of a model with one label, in float32."""
+    """The raw logit of a model with one label; the model runs in --dtype."""
 
     def __init__(self, args, rows):
         super().__init__(args, rows)
         self.tokenizer, config = load_tokenizer(args.model, args.revision)
-        kind = (config.architectures or ["no architecture"])[0]
-        if config.num_labels != 1 or not kind.endswith("ForSequenceClassification"):
-            found = f"{kind} with {config.num_labels} labels"
-            fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {found}")
+        architecture = (config.architectures or ["no architecture"])[0]
+        if config.num_labels != 1 or not architecture.endswith("ForSequenceClassification"):
+            description = f"{architecture} with {config.num_labels} labels"
+            fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {description}")
         paths = Path(args.model).glob("*.safetensors")  # none of a hub id
         names = [name for path in paths for name in safe_open(path, "pt").keys()]
         if names and not any(name.startswith(("score", "classifier")) for name in names):
@@ -338,7 +351,7 @@ class RewardModel(Scorer):
         if args.backend == "vllm" and not installed:
             fail("--backend vllm needs the package vllm")
         self.vllm = args.backend == "vllm" or (args.backend == "auto" and can and installed is not None)
-        args.backend = "vllm" if self.vllm else "hf"  # for the record: a run that goes on keeps it
+        args.backend = "vllm" if self.vllm else "hf"  # for the record: a resumed run keeps it
         if args.tensor_parallel > 1 and not self.vllm:
             fail("--tensor-parallel is for vllm; in transformers a model spreads over all GPUs by itself")
         self.max_length = longest_input(args, config, self.tokenizer)
@@ -365,13 +378,15 @@ class RewardModel(Scorer):
             self.load_hf()
 
     def load_hf(self):
-        from transformers import AutoModelForSequenceClassification as kind
+        from transformers import AutoModelForSequenceClassification as auto_class
 
-        self.model = load_model(kind, self.args.model, self.args.revision, self.args.dtype)
+        self.model = load_model(auto_class, self.args.model, self.args.revision, self.args.dtype)
 
     def load_vllm(self):
-        """The engine. 8 of its rewards are held to those of transformers, unless the model is a large one:
-        another activation or pooled token would show."""
+        """The engine. Of a local model of at most 4 GB, up to 8 rewards are compared with transformers'.
+
+        A wrong activation or pooled token would show.
+        """
         size = sum(path.stat().st_size for path in Path(self.args.model).glob("*.safetensors"))
         sequences, expected, counts = [], [], self.counts.copy()
         if 0 < size <= CHECKED_BYTES:
@@ -386,8 +401,8 @@ class RewardModel(Scorer):
             gc.collect()
             torch.cuda.empty_cache()
         else:
-            reason = "they are not compared with those of transformers: --limit 8 --backend hf gives these"
-            print(f"rewards of vllm: {reason}", file=sys.stderr)
+            advice = "to check, score 8 rows with --limit 8 --backend hf"
+            print(f"vllm's rewards are not compared with transformers'; {advice}", file=sys.stderr)
         self.engine = vllm_pooling(self.args, self.max_length)
         for ours, theirs in zip(expected, self.vllm_rewards(sequences), strict=True):
             if math.isfinite(ours) and not abs(ours - theirs) <= 0.1 + 0.03 * abs(ours):  # bfloat16 is coarse
@@ -398,14 +413,14 @@ class RewardModel(Scorer):
         responses, sequences, types = [], [], []
         for row in rows:
             for response in row["responses"]:
-                ids, kinds = self.encode(row["prompt"], response["text"])
+                ids, token_types = self.encode(row["prompt"], response["text"])
                 if len(ids) > self.max_length:
                     self.set_reward(response, None, f"longer than {self.max_length} tokens")
                     update(1)
                     continue
                 responses.append(response)
                 sequences.append(ids)
-                types.append(kinds)
+                types.append(token_types)
         if self.vllm:
             rewards = self.vllm_rewards(sequences)
             update(len(sequences))
@@ -420,7 +435,8 @@ class RewardModel(Scorer):
         pad_id = self.tokenizer.pad_token_id or 0
         for batch, ids, mask in token_batches(sequences, self.args, self.counts, pad_id):
             # Decoders have a linear `score` on the last token. transformers looks for it by the padding id,
-            # which is wrong if padding is also the end-of-turn token; here its place is known.
+            # which is wrong if padding is also the end-of-turn token; here its place is known. They need no
+            # mask: padding is on the right, and no token sees those after it.
             if hasattr(self.model, "score"):
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
                 last = hidden[torch.arange(len(batch), device=hidden.device), mask.sum(1) - 1]  # (B, d)
@@ -428,8 +444,8 @@ class RewardModel(Scorer):
             else:
                 options = {}
                 if types[batch[0]]:
-                    kinds = [torch.tensor(types[i], device=ids.device) for i in batch]
-                    options["token_type_ids"] = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)
+                    rows = [torch.tensor(types[i], device=ids.device) for i in batch]
+                    options["token_type_ids"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
                 logits = self.model(input_ids=ids, attention_mask=mask, **options).logits[:, 0].float()
             for index, reward in zip(batch, logits.tolist(), strict=True):
                 rewards[index] = reward
@@ -451,8 +467,10 @@ def vllm_pooling(args, max_length):
     options = {}
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: starts faster
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; its own choice is the whole machine
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")  # it leaves a core idle
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; the default is all memory
+        os.environ.setdefault(
+            "VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}"
+        )  # the default leaves a core idle
         options["enforce_eager"] = True
     from vllm import LLM
 
@@ -470,11 +488,15 @@ def vllm_pooling(args, max_length):
 
 # ----- logp
 def completion_ids(tokenizer, mark, end_id, response):
-    """Ids of a response as a model is trained on it: those sampled if they are of this tokenizer."""
+    """Ids of a response as a model is trained on it, with the end-of-turn token unless it was truncated.
+
+    They are those sampled if this tokenizer made them, else those of the text.
+    """
     ids = response.get("token_ids")
     if ids is None or response.get("tokenizer") != mark:
         ids = tokenizer(response["text"], add_special_tokens=False)["input_ids"]
-    return list(ids) + [end_id] * (response.get("finish") != "length")
+    truncated = response.get("finish") == "length"
+    return list(ids) if truncated else [*ids, end_id]
 
 
 def check_token_ids(rows, mark, config, model):
@@ -577,27 +599,27 @@ SCORERS = {"rm": RewardModel, "verify": Verify, "logp": LogProbability}
 
 
 # ----- main
-def main(args, kind=None):
-    """Score; scorers/*.py bring their own kind of Scorer."""
+def main(args, scorer_class=None):
+    """Score; scorers/*.py bring their own class."""
     started = time.time()
-    kind = kind or SCORERS[args.scorer]
-    rows = read_responses(args.responses, needs_reward=False, one_labeler=not kind.sets_reward)
-    ids = shard_of(list(rows)[: args.limit], kind.window, args.shard)
+    scorer_class = scorer_class or SCORERS[args.scorer]
+    rows = read_responses(args.responses, needs_reward=False)
+    ids = shard_of(list(rows)[: args.limit], scorer_class.window, args.shard)
     rows = {row_id: rows[row_id] for row_id in ids}
     before = {row_id: [one.get("reward") for one in rows[row_id]["responses"]] for row_id in ids}
-    scorer = kind(args, rows)
+    scorer = scorer_class(args, rows)
     record = make_record(args, args.responses + scorer.files, scorer.models)
-    with open_output(args, record, len(ids), kind.window) as (file, done):
+    with open_output(args, record, len(ids), scorer_class.window) as (file, done):
         if done < len(ids):
             scorer.load()
         if not done:
             file.truncate(0)
-            write_record(args.out, record)  # before the first row: rows without a record could not go on
+            write_record(args.out, record)  # before the first row: rows without a record could not be resumed
         total = sum(len(rows[row_id]["responses"]) for row_id in ids[done:])
         progress = tqdm(total=total, unit="response", desc=scorer.name)
-        for start in range(done, len(ids), kind.window):
-            window = [with_matrices(rows[row_id]) for row_id in ids[start : start + kind.window]]
-            if kind.sets_reward:
+        for start in range(done, len(ids), scorer_class.window):
+            window = [with_matrices(rows[row_id]) for row_id in ids[start : start + scorer_class.window]]
+            if scorer_class.sets_reward:
                 for row in window:
                     row["labeler"] = scorer.labeler
                     row.pop("wins", None)  # another scorer's
@@ -612,12 +634,15 @@ def main(args, kind=None):
 
 
 def with_matrices(row):
-    """The row with its matrices, of which `normalise` made a dict of each response."""
+    """The row with its matrices again; `normalise` gave each response its line of them, by other response.
+
+    Pairs of responses from different files are null.
+    """
+    responses = row["responses"]
     for name in ("wins", "cosine"):
         if row.get(name) is not None:
-            row[name] = [[one[name].get(id(other)) for other in row["responses"]] for one in row["responses"]]
-        for response in row["responses"]:
-            del response[name]
+            lines = [response.pop(name, {}) for response in responses]
+            row[name] = [[line.get(id(other)) for other in responses] for line in lines]
     return row
 
 
@@ -642,8 +667,8 @@ def read_jsonl(path, shape):
             yield f"{path}:{number}", row
 
 
-def read_responses(paths, needs_reward=True, one_labeler=True):
-    """{id: row} of scored files, rows of one id merged. Rewards of two labelers are not comparable."""
+def read_responses(paths, needs_reward=True):
+    """{id: row} of scored files, rows of one id merged. All rewards must be of one labeler."""
     rows, labelers, places = {}, set(), set()
     for path in paths:
         file = os.path.realpath(path)
@@ -661,7 +686,7 @@ def read_responses(paths, needs_reward=True, one_labeler=True):
                 fail(f"{where}: the id {row['id']} has another prompt in an earlier file")
             given = {key: value for key, value in first.items() if value is not None}
             rows[row["id"]] = row | given | {"responses": first["responses"] + row["responses"]}
-    if one_labeler and len(labelers) > 1:
+    if len(labelers) > 1:
         fail(f"{', '.join(paths)}: the rewards are of different labelers, {' and '.join(sorted(labelers))}")
     return rows
 
@@ -677,8 +702,10 @@ def normalise(row, where, needs_reward):
         matrix = row.get(name)
         if matrix is not None and [len(line) for line in matrix] != [n] * n:
             fail(f'{where}: expected "{name}" to have a row and a column for every response')
-        for response, line in zip(responses, matrix or [[]] * n, strict=True):
-            response[name] = dict(zip(map(id, responses), line, strict=False))  # {} without a matrix
+        for response in responses:
+            response.pop(name, None)
+        for response, line in zip(responses, matrix or [], strict=False):
+            response[name] = dict(zip(map(id, responses), line, strict=True))
     for response in responses:
         if needs_reward and "reward" not in response:
             fail(f'{where}: expected every response to have a "reward" (score.py writes it)')
@@ -721,9 +748,10 @@ def model_state(name, revision):
 
 @contextmanager
 def open_output(args, record, n_rows, window):
-    """Lock --out; gives the file to append to, and how many rows are there from a run that was stopped.
+    """Lock --out; yields the file to append to, and how many rows stay from a run that was stopped.
 
-    Of these, whole windows of rows stay, so that what follows does not depend on where the run was stopped.
+    The number of rows that stay is a multiple of `window` (or all rows): a resumed run works on the same
+    windows as one that was not stopped.
     """
     meta = os.path.splitext(args.out)[0] + ".meta.json"
     taken = [*record["inputs"], *(os.path.splitext(path)[0] + ".meta.json" for path in record["inputs"])]
@@ -745,17 +773,18 @@ def open_output(args, record, n_rows, window):
 
 
 def rows_done(args, meta, record, n_rows, window):
-    """How many rows of --out stay; what other inputs, arguments or models made is refused."""
+    """How many rows of --out stay; the run ends if other inputs, arguments or models made it."""
     try:
         before = json.loads(Path(meta).read_text())
     except (OSError, ValueError):
         fail(f"--out {args.out} is there, and no {meta} says what made it; --overwrite starts anew")
     now = json.loads(json.dumps(record))
     for part in ("args", "inputs", "models"):
-        for name in sorted((before[part].keys() | now[part].keys()) - FREE):
-            then, value = before[part].get(name), now[part].get(name)
-            if then != value:
-                change = f"{name} was {then!r} and is {value!r}"
+        then = before.get(part, {})
+        for name in sorted(then.keys() | now[part].keys()):
+            old, new = then.get(name), now[part].get(name)
+            if old != new and name not in MAY_CHANGE:
+                change = f"{name} was {old!r} and is {new!r}"
                 fail(f"--out {args.out} was made with other {part}: {change}; --overwrite starts anew")
     ends = [0]  # of the whole rows, in bytes
     with open(args.out, "rb") as file:
@@ -772,10 +801,9 @@ def rows_done(args, meta, record, n_rows, window):
 
 
 def append_rows(file, rows):
-    """Write whole rows and have them on disk before going on."""
+    """Write whole rows. A kill does not lose them: the operating system has them."""
     file.write("".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode())
     file.flush()
-    os.fsync(file.fileno())
 
 
 def write_record(out, record):
@@ -786,7 +814,7 @@ def write_record(out, record):
 
 
 def load_tokenizer(name, revision):
-    """(tokenizer, config) of a model folder with safetensors or of a hub id."""
+    """(tokenizer, config) of a model folder with safetensors, or of OWNER/NAME on the hub."""
     from transformers import AutoConfig, AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -816,24 +844,30 @@ def check_weights(folder):
             fail(f"{path}: {error}")
 
 
-def load_model(kind, name, revision, dtype, unused=None):
-    """The model for inference by one of transformers' Auto classes. Its files must have all weights but those
-    whose names contain `unused`."""
+def load_model(auto_class, name, revision, dtype, unused=None):
+    """The model for inference, by one of transformers' Auto classes; on several GPUs it spreads over all.
+
+    The run ends if its files lack a weight, unless the weight's name contains `unused`.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
     options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    if torch.cuda.device_count() > 1:
+        options["device_map"] = "auto"
     if getattr(config, "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
-    model, info = kind.from_pretrained(name, output_loading_info=True, **options)
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
     if missing:
         fail(f"{name}: the weights lack {', '.join(missing[:3])}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if torch.cuda.device_count() == 1:
+        model = model.to("cuda")
+    return model.eval()
 
 
 def prompt_ids(tokenizer, turns, **switches):
-    """Ids of a chat as its template renders it, nothing added.
+    """Ids of a chat as its template renders it, with no other special tokens.
 
     Where a template has no system role (Gemma-2), the system's text opens the first user turn.
     """
@@ -853,9 +887,7 @@ def prompt_ids(tokenizer, turns, **switches):
 def end_of_turn(tokenizer):
     """The token that ends an assistant's turn: what the chat template renders right after the response."""
     if not tokenizer.chat_template:
-        fail(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja gives it one)"
-        )
+        fail(f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja adds one)")
     turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
     tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
@@ -865,7 +897,7 @@ def end_of_turn(tokenizer):
 
 
 def count_special(texts, tokenizer):
-    """How many texts hold one of the tokenizer's special tokens, which a model takes as such."""
+    """How many texts hold one of the tokenizer's special tokens, which a model would read as that token."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
     return sum(bool(pattern.search(text)) for text in texts)

@@ -13,11 +13,14 @@ import importlib
 import json
 import os
 import shutil
+import sys
 
 import pytest
-from conftest import make_policy, run_script, write_rows
+from conftest import REPO, make_policy, run_script, write_rows
 
-QUICK = ["build_pairs", "boundary", "winrate"]  # they hold rows to their TypedDicts and replace their output
+sys.path.insert(0, str(REPO / "data"))
+
+QUICK = ["build_pairs", "boundary", "winrate"]  # they replace their output
 DATA = ["generate", "import", "score", *QUICK]  # data-reading commands that need no training
 ALL = [*DATA, "train_dpo"]
 PROMPT = [{"role": "user", "content": "hi"}]
@@ -49,7 +52,7 @@ def flags_of(command, data, out, model):
     sampling = ["--backend", "hf", "--n", "1", "--max-tokens", "4"]
     return {
         "generate": ["--model", model, "--prompts", data, "--out", out, *sampling],
-        "import": ["--import-format", "rows", "--import-data", data, "--out", out],
+        "import": ["--format", "rows", "--data", data, "--out", out],
         "score": ["--scorer", "verify", "--responses", data, "--out", out],
         "build_pairs": ["--scored", data, "--out", out],
         "boundary": ["--scored", data, "--out", out],
@@ -59,7 +62,8 @@ def flags_of(command, data, out, model):
 
 
 def start(command, data, out, model, *more):
-    script = importlib.import_module({"import": "generate", "winrate": "evaluate"}.get(command, command))
+    names = {"import": "import_responses", "winrate": "evaluate"}
+    script = importlib.import_module(names.get(command, command))
     flags = flags_of(command, str(data), str(out), str(model))
     script.main(script.parse_args([*flags, *map(str, more)]))
 
@@ -115,7 +119,7 @@ def test_a_line_that_is_no_object(tmp_path, capsys, policy, command, line, sente
     lines[2] = line
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     err = refused(tmp_path, capsys, command, tmp_path / "data.jsonl", policy)
-    expected = sentence if command in QUICK else "expected a JSON object, found"
+    expected = sentence if command != "train_dpo" else "expected a JSON object, found"
     assert f"{tmp_path}/data.jsonl:3: {expected}" in err
 
 
@@ -125,7 +129,7 @@ def test_bytes_that_are_no_text(tmp_path, capsys, policy, command):
     with open(tmp_path / "data.jsonl", "ab") as file:
         file.write(b'{"id": "\xff\xfe"}\n')
     err = refused(tmp_path, capsys, command, tmp_path / "data.jsonl", policy)
-    expected = "'utf-8' codec can't decode byte 0xff" if command in QUICK else "expected a JSON object"
+    expected = "'utf-8' codec can't decode byte 0xff" if command != "train_dpo" else "expected a JSON object"
     assert f"data.jsonl:5: {expected}" in err
 
 
@@ -139,7 +143,7 @@ def test_an_empty_file_and_none(tmp_path, capsys, policy, command):
         ("folder", "no such file"),
     ):
         err = refused(tmp_path, capsys, command, tmp_path / name, policy)
-        expected = "no file or an empty one" if command in QUICK else sentence
+        expected = "no file or an empty one" if command != "train_dpo" else sentence
         assert f"{tmp_path}/{name}: expected JSON lines, found {expected}" in err
 
 
@@ -150,7 +154,7 @@ def test_an_id_that_is_twice_in_a_file(tmp_path, capsys, policy, command):
     rows[2][key] = "p0"
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
     expected = (
-        "the id p0 is twice in this file" if command in QUICK else f"the {key} p0 stands twice in the file"
+        "the id p0 is twice in" if command != "train_dpo" else f"the {key} p0 stands twice in the file"
     )
     assert f"data.jsonl:3: {expected}" in err
 
@@ -176,9 +180,8 @@ def test_an_id_that_is_twice_in_a_second_file(tmp_path, capsys, policy, command)
     """A prompt may be in several files, but once in each."""
     rows = good_rows(command)
     more = second_file(tmp_path, command, [rows[0], rows[1], rows[0]])
-    twice = "is twice in this file" if command in QUICK else "stands twice in the file"
     err = refused(tmp_path, capsys, command, "", policy, *more)
-    assert f"second.jsonl:3: the id p0 {twice}" in err
+    assert "second.jsonl:3: the id p0 is twice in this file" in err
 
 
 @pytest.mark.parametrize("command", ["score", *QUICK])
@@ -216,7 +219,7 @@ def test_a_missing_key(tmp_path, capsys, policy, command, key):
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
     expected = (
         f"Object missing required field `{key}`\n"
-        if command in QUICK
+        if command != "train_dpo"
         else f"expected the key {key!r}, found "
     )
     assert f"data.jsonl:2: {expected}" in err
@@ -254,7 +257,7 @@ def test_a_prompt_that_is_none(tmp_path, capsys, policy, command, prompt, old, n
     rows = good_rows(command)
     rows[3]["prompt"] = prompt
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
-    assert f"data.jsonl:4: {new if command in QUICK else old}" in err
+    assert f"data.jsonl:4: {new if command != 'train_dpo' else old}" in err
 
 
 @pytest.mark.parametrize("command", ["score", *QUICK])
@@ -276,7 +279,7 @@ def test_responses_that_are_none(tmp_path, capsys, policy, command, responses, s
     rows = good_rows(command)
     rows[1]["responses"] = responses
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
-    expected = sentence if command in QUICK else 'expected "responses" to be a list of'
+    expected = sentence
     assert f"data.jsonl:2: {expected}" in err
 
 
@@ -371,13 +374,11 @@ def test_a_folder_that_is_no_model(tmp_path, capsys, policy, command):
     (tmp_path / "pickled").mkdir()  # a model, but not in safetensors
     shutil.copy(f"{policy}/config.json", tmp_path / "pickled")
     (tmp_path / "pickled" / "pytorch_model.bin").touch()
-    no_model = "expected a Hugging Face model folder, found no config.json with *.safetensors in it"
-    for model, sentence in (
-        ("empty", no_model),
-        ("pickled", no_model),
-        ("data.jsonl", "expected a Hugging Face model folder or a hub id, found a file"),
-        ("absent", "expected a Hugging Face model folder or a hub id, found nothing"),
-    ):
+    no_model = "expected a model folder, found no config.json with *.safetensors in it"
+    sentences = {name: no_model for name in ("empty", "pickled", "data.jsonl", "absent")}
+    if command == "train_dpo":
+        sentences = {name: "expected a Hugging Face model folder" for name in sentences}
+    for model, sentence in sentences.items():
         err = refused(tmp_path, capsys, command, data, policy, *more, tmp_path / model)
         assert f"{tmp_path}/{model}: {sentence}" in err
 

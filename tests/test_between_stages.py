@@ -9,9 +9,13 @@ Run     python -m pytest tests/test_between_stages.py
 """
 
 import json
+import sys
 
 import pytest
-from conftest import read_rows, write_rows
+from conftest import REPO, read_rows, write_rows
+
+sys.path.insert(0, str(REPO / "data"))
+import import_responses
 
 import boundary
 import build_pairs
@@ -30,7 +34,7 @@ def run(script, *flags, expect=None):
 
 
 def import_rows(kind, path, out):
-    run(generate, "--import-format", kind, "--import-data", path, "--out", out)
+    run(import_responses, "--format", kind, "--data", path, "--out", out)
     return read_rows(out)
 
 

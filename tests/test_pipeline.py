@@ -55,7 +55,7 @@ def test_the_whole_pipeline(folder):
     sampling = "--max-tokens 12 --backend hf"
     said = run(f"generate.py --model policy --prompts prompts.jsonl --out on.jsonl {sampling}")
     assert (said["rows"], said["responses"]) == (12, 48)
-    run("generate.py --import-format rows --import-data written.jsonl --out off.jsonl")
+    run("data/import_responses.py --format rows --data written.jsonl --out off.jsonl")
     said = run("score.py --model reward --responses on.jsonl off.jsonl --out scored.jsonl --backend hf")
     assert (said["rows"], said["responses"], said["without"]) == (12, 72, {})
     run("score.py --scorer logp --model policy --responses scored.jsonl --out logp.jsonl")
