@@ -1019,7 +1019,7 @@ def test_a_real_judge_goes_on_to_the_same_bytes(tmp_path, capsys, server, monkey
     run(tmp_path, capsys, data, *server, out="whole.jsonl")
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, capsys, data, *server, "--max-requests", "20")
-    assert "--max-requests 20: 10 were sent, and the next window needs 12" in stopped.value.code
+    assert "--max-requests 20: 11 were sent, and the next window needs 12" in stopped.value.code
     assert len(read_rows(tmp_path / "scored.jsonl")) == 4
     rows, printed = run(tmp_path, capsys, data, *server, "--max-requests", "24")
     assert printed["requests"] == 24 and printed["resumed_rows"] == 4
