@@ -21,7 +21,7 @@ PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 20
 
 def parse_args(argv=None):
     generate.PRESETS["beams"] = PRESET
-    generate.FREE.discard("batch_size")  # a batch draws together, so a run that goes on keeps its size
+    generate.MAY_CHANGE.discard("batch_size")  # a batch draws together, so a run that goes on keeps its size
     parser = generate.make_parser(__doc__)
     parser.set_defaults(preset="beams", backend="hf")
     parser.add_argument("--beams", type=int, default=3, help="default %(default)s")

@@ -287,7 +287,7 @@ def test_several_prompt_files_are_read_as_one(tmp_path, capsys, policy):
     again = write_rows(tmp_path / "again.jsonl", PROMPTS[10:])
     with pytest.raises(SystemExit):
         generate.main(generate.parse_args([*flags[:-1], str(tmp_path / "x.jsonl"), "--prompts", rest, again]))
-    assert f"{again}:1: the id p10 is there twice" in capsys.readouterr().err
+    assert f"{again}:1: the id p10 is twice in the prompts" in capsys.readouterr().err
 
 
 # ----- runs that were stopped
@@ -752,15 +752,15 @@ def test_presets():
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--greedy", "--n", "2"], "--greedy is one response without chance"),
-        (["--greedy", "--seed", "1"], "--greedy is one response without chance"),
-        (["--greedy", "--temperature", "1"], "--greedy is one response without chance"),
-        (["--greedy", "--top-p", "0.9"], "--greedy is one response without chance"),
+        (["--greedy", "--n", "2"], "--greedy does not go with --n, --temperature"),
+        (["--greedy", "--seed", "1"], "--greedy does not go with --n, --temperature"),
+        (["--greedy", "--temperature", "1"], "--greedy does not go with --n, --temperature"),
+        (["--greedy", "--top-p", "0.9"], "--greedy does not go with --n, --temperature"),
         (["--greedy", "--diverse"], "--diverse is about several responses, and --n is 1"),
         (["--diverse", "--n", "1"], "--diverse is about several responses, and --n is 1"),
-        (["--backend", "vllm", "--batch-size", "2"], "vllm takes temperatures up to 2 and no --batch-size"),
+        (["--backend", "vllm", "--batch-size", "2"], "vllm takes temperatures up to 2, and no --batch-size"),
         # vllm takes at most 2, and says so only once the model is loaded
-        (["--backend", "vllm", "--temperature", "3"], "vllm takes temperatures up to 2 and no --batch-size"),
+        (["--backend", "vllm", "--temperature", "3"], "vllm takes temperatures up to 2, and no --batch-size"),
         (["--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel is for --backend vllm"),
         (["--temperature", "0"], "--temperature must be above 0 and finite, found 0.0 (0 is --greedy)"),
         (["--temperature", "inf"], "--temperature must be above 0 and finite, found inf"),
@@ -1011,7 +1011,7 @@ def test_equal_samples_quantiles_and_special_tokens_are_reported(tmp_path, capsy
     report = json.loads(printed.out.splitlines()[-1])
     assert (report["prompts_with_equal_samples"], report["equal_samples_share"]) == (12, 1.0)
     assert report["prompts_with_special_tokens"] == 1
-    assert "100.0% of the prompts have 2 equal responses" in printed.err
+    assert "100.0% of the prompts have equal responses only" in printed.err
     assert "1 prompts hold special tokens as text" in printed.err
     hot = ["--temperature", "1.5", "--top-p", "1", "--max-tokens", "60"]
     generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "hot.jsonl"), *hot]))

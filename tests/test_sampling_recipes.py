@@ -27,7 +27,7 @@ from recipes.sample_mixture import mix_logits
 def as_imported(monkeypatch):
     """The recipes add to these; the other tests must not see it."""
     monkeypatch.setattr(generate, "PRESETS", dict(generate.PRESETS))
-    monkeypatch.setattr(generate, "FREE", set(generate.FREE))
+    monkeypatch.setattr(generate, "MAY_CHANGE", set(generate.MAY_CHANGE))
 
 
 @pytest.fixture(scope="module")
