@@ -330,6 +330,7 @@ results["gsm8k_cot"] = {"exact_match,flexible-extract": 0.375, "exact_match_stde
                         "exact_match,strict-match": 0.0}
 found = {"results": results, "n-samples": {name: {"effective": 10 + i} for i, name in enumerate(leaves)},
          "n-shot": {name: 3 for name in leaves}, "versions": {name: 7 for name in leaves},
+         "lm_eval_version": "0.4.13", "transformers_version": "5.19.0", "config": {"model_sha": "c0ffee"},
          "asked": {"argv": sys.argv, "flags": flags, "suite": json.loads(suite)}}
 folder = pathlib.Path(flags["--output_path"], "model")
 folder.mkdir(parents=True)
@@ -361,6 +362,9 @@ def test_what_lm_eval_is_asked_and_what_it_answers(policy, tmp_path, fake):
     printed = run(*flags, "--suite", "simplemix", env=fake, expect=0)
     result = json.loads((tmp_path / "r.json").read_text())
     assert json.loads(printed) == result  # lm-eval's own table is on standard error
+    record = json.loads((tmp_path / "r.meta.json").read_text())
+    versions = {"lm_eval_version": "0.4.13", "transformers_version": "5.19.0", "model_sha": "c0ffee"}
+    assert {name: record[name] for name in versions} == versions
     tasks = [
         {"group" if task == "mmlu" else "task": task, "num_fewshot": 0}
         for task in evaluate.SUITES["simplemix"]
