@@ -153,9 +153,7 @@ def test_an_id_that_is_twice_in_a_file(tmp_path, capsys, policy, command):
     key = "pair_id" if command == "train_dpo" else "id"
     rows[2][key] = "p0"
     err = refused(tmp_path, capsys, command, write_rows(tmp_path / "data.jsonl", rows), policy)
-    expected = (
-        "the id p0 is twice in" if command != "train_dpo" else f"the {key} p0 stands twice in the file"
-    )
+    expected = "the id p0 is twice in" if command != "train_dpo" else f"the {key} p0 stands twice in the file"
     assert f"data.jsonl:3: {expected}" in err
 
 

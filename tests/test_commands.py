@@ -40,6 +40,8 @@ def commands(text):
             command.append(word.removesuffix(";"))
             if word.endswith(";"):
                 break
+        if "on_all_gpus.sh" in line:
+            command += ["--out", "x"]  # which it adds
         found.append((match[1], command))
     return found
 
