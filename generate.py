@@ -276,7 +276,10 @@ def vllm_sampler(args, tokens, max_length):
     All requests are handed over at once, and come back in the order in which they end: the engine never waits
     for the last responses of a batch.
     """
-    check_complete(args)
+    from transformers import AutoModelForCausalLM
+
+    # vllm would compute with what is in memory where the files lack a weight
+    load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype, device_map="meta")
     cpu = vllm_on_cpu(max_length) if not torch.cuda.is_available() else {}
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -311,16 +314,6 @@ def vllm_sampler(args, tokens, max_length):
                 yield running.pop(output.request_id), list(output.outputs[0].token_ids)
 
     return sample
-
-
-def check_complete(args):
-    """Refuse weights that lack a tensor: vllm would compute with what is in memory. Only names are read."""
-    from transformers import AutoModelForCausalLM
-
-    options = {"revision": args.revision, "device_map": "meta", "use_safetensors": True}
-    _, info = AutoModelForCausalLM.from_pretrained(args.model, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        fail(f"{args.model}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
 
 
 def vllm_on_cpu(max_length):
@@ -677,24 +670,28 @@ def check_weights(folder):
             fail(f"{path}: {error}")
 
 
-def load_model(auto_class, name, revision, dtype, unused=None):
+def load_model(auto_class, name, revision, dtype, unused=None, **options):
     """The model for inference, by one of transformers' Auto classes; on several GPUs it spreads over all.
 
-    The run ends if its files lack a weight, unless the weight's name contains `unused`.
+    The run ends if its files lack a weight, unless the weight's name contains `unused`. With
+    device_map="meta" only that is checked, and no weights are read.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
-    options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    options |= {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
     if torch.cuda.device_count() > 1:
-        options["device_map"] = "auto"
+        options.setdefault("device_map", "auto")
     if getattr(config, "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    try:
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f"{name}: {str(error).splitlines()[0]}")
     missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
     if missing:
         fail(f"{name}: the weights lack {', '.join(missing[:3])}")
-    if torch.cuda.device_count() == 1:
+    if torch.cuda.is_available() and "device_map" not in options:
         model = model.to("cuda")
     return model.eval()
 
@@ -719,13 +716,17 @@ def prompt_ids(tokenizer, turns, **switches):
 
 def end_of_turn(tokenizer):
     """The token that ends an assistant's turn: what the chat template renders right after the response."""
+    name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        fail(f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja adds one)")
+        fail(f"{name}: the tokenizer has no chat template (chat_template.jinja adds one)")
     turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
+    try:
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
+    except TemplateError as error:
+        fail(f"{name}: the chat template cannot be rendered: {error}")
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     if ids[0] not in tokenizer.added_tokens_decoder:
-        fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, no special token")
+        fail(f"{name}: the chat template ends a turn with {tail[:20]!r}, no special token")
     return ids[0]
 
 

@@ -335,12 +335,6 @@ class RewardModel(Scorer):
         if config.num_labels != 1 or not architecture.endswith("ForSequenceClassification"):
             description = f"{architecture} with {config.num_labels} labels"
             fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {description}")
-        paths = Path(args.model).glob("*.safetensors")  # none of a hub id
-        names = [name for path in paths for name in safe_open(path, "pt").keys()]
-        if names and not any(name.startswith(("score", "classifier")) for name in names):
-            fail(
-                f"{args.model}: the weights hold no reward head (score or classifier)"
-            )  # vllm would not miss it
         self.chat = bool(self.tokenizer.chat_template)
         if not self.chat and not self.tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has no chat template and no separator for pairs of texts")
@@ -377,10 +371,11 @@ class RewardModel(Scorer):
         else:
             self.load_hf()
 
-    def load_hf(self):
+    def load_hf(self, **options):
         from transformers import AutoModelForSequenceClassification as auto_class
 
-        self.model = load_model(auto_class, self.args.model, self.args.revision, self.args.dtype)
+        args = self.args
+        self.model = load_model(auto_class, args.model, args.revision, args.dtype, **options)
 
     def load_vllm(self):
         """The engine. Of a local model of at most 4 GB, up to 8 rewards are compared with transformers'.
@@ -401,6 +396,7 @@ class RewardModel(Scorer):
             gc.collect()
             torch.cuda.empty_cache()
         else:
+            self.load_hf(device_map="meta")  # vllm would not miss a weight that the files lack
             advice = "to check, score 8 rows with --limit 8 --backend hf"
             print(f"vllm's rewards are not compared with transformers'; {advice}", file=sys.stderr)
         self.engine = vllm_pooling(self.args, self.max_length)
@@ -849,24 +845,28 @@ def check_weights(folder):
             fail(f"{path}: {error}")
 
 
-def load_model(auto_class, name, revision, dtype, unused=None):
+def load_model(auto_class, name, revision, dtype, unused=None, **options):
     """The model for inference, by one of transformers' Auto classes; on several GPUs it spreads over all.
 
-    The run ends if its files lack a weight, unless the weight's name contains `unused`.
+    The run ends if its files lack a weight, unless the weight's name contains `unused`. With
+    device_map="meta" only that is checked, and no weights are read.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
-    options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    options |= {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
     if torch.cuda.device_count() > 1:
-        options["device_map"] = "auto"
+        options.setdefault("device_map", "auto")
     if getattr(config, "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma-2: sdpa leaves the soft cap out
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    try:
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f"{name}: {str(error).splitlines()[0]}")
     missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
     if missing:
         fail(f"{name}: the weights lack {', '.join(missing[:3])}")
-    if torch.cuda.device_count() == 1:
+    if torch.cuda.is_available() and "device_map" not in options:
         model = model.to("cuda")
     return model.eval()
 
@@ -891,13 +891,17 @@ def prompt_ids(tokenizer, turns, **switches):
 
 def end_of_turn(tokenizer):
     """The token that ends an assistant's turn: what the chat template renders right after the response."""
+    name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        fail(f"{tokenizer.name_or_path}: the tokenizer has no chat template (chat_template.jinja adds one)")
+        fail(f"{name}: the tokenizer has no chat template (chat_template.jinja adds one)")
     turns = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
+    try:
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].lstrip()
+    except TemplateError as error:
+        fail(f"{name}: the chat template cannot be rendered: {error}")
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     if ids[0] not in tokenizer.added_tokens_decoder:
-        fail(f"{tokenizer.name_or_path}: the chat template ends a turn with {tail[:20]!r}, no special token")
+        fail(f"{name}: the chat template ends a turn with {tail[:20]!r}, no special token")
     return ids[0]
 
 

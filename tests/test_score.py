@@ -253,8 +253,8 @@ def test_a_missing_head_is_fatal(tmp_path, capsys):
     for folder, architecture, sentence in (
         ("policy", [], no_classifier + "LlamaForCausalLM"),
         ("bert", [], no_classifier + "BertModel"),
-        ("policy", ["LlamaForSequenceClassification"], "the weights hold no reward head"),
-        ("bert", ["BertForSequenceClassification"], "the weights hold no reward head"),
+        ("policy", ["LlamaForSequenceClassification"], "the weights lack score.weight"),
+        ("bert", ["BertForSequenceClassification"], "the weights lack classifier.bias, classifier.weight"),
     ):
         err = refused(tmp_path, capsys, ROWS, *RM, "--model", relabelled(tmp_path / folder, *architecture))
         assert f"{tmp_path / folder}: {sentence}" in err

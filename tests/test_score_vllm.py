@@ -146,10 +146,18 @@ def test_rewards_of_vllm_that_are_not_numbers(tmp_path, capsys, stand_in, reward
 
 def test_a_large_model_is_not_loaded_twice(tmp_path, capsys, stand_in, reward_model, monkeypatch):
     monkeypatch.setattr(score, "CHECKED_BYTES", 1000)
-    monkeypatch.setattr(score, "load_model", lambda *rest: pytest.fail("loaded by transformers"))
+    devices, load_model = [], score.load_model
+
+    def load(*rest, **options):
+        model = load_model(*rest, **options)
+        devices.extend({parameter.device.type for parameter in model.parameters()})
+        return model
+
+    monkeypatch.setattr(score, "load_model", load)
     stand_in.change = lambda x: x + 1
     rows, _ = run(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
     assert stand_in.requests == [0, 18] and None not in rewards(rows)
+    assert devices == ["meta"]  # only the names of its weights were looked at
 
 
 def test_which_backend_auto_is(tmp_path, capsys, stand_in, reward_model, bert_rm):  # noqa: F811
