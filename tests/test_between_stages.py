@@ -253,11 +253,11 @@ def test_what_has_no_result_is_counted_with_its_reason(tmp_path, capsys):
     path = write_rows(tmp_path / "in.jsonl", rows)
     verify(path, out=tmp_path / "1.jsonl")
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["reasons"] == {"the prompt carries no answer": 1}
+    assert said["without"] == {"the prompt has no answer": 1}
     # a response that the first scorer could not score does not keep a second one away (S3 B.1)
     verify(tmp_path / "1.jsonl", out=tmp_path / "2.jsonl", flags=["--name", "again"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["reasons"] == {"the prompt carries no answer": 1} and said["mean"] == {"on": 1.0}
+    assert said["without"] == {"the prompt has no answer": 1} and said["mean"] == {"on": 1.0}
     verify(path, out=tmp_path / "3.jsonl", flags=["--shard", "1/2"], expect=2)
-    sentence = "--shard 1/2: expected at most one shard per window of 256 rows, found none for this one"
+    sentence = "--shard 1/2: 2 rows are too few for 2 blocks of 256"
     assert sentence in capsys.readouterr().err
