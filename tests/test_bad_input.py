@@ -538,7 +538,7 @@ def test_an_output_of_another_run_is_refused(tmp_path, capsys, policy, command, 
     rows = good_rows(command)
     write_rows(data, [*rows[:3], {**rows[3], "note": "changed"}])
     err = refused(tmp_path, capsys, command, data, policy)
-    assert "belongs to a run with other inputs" in err and contents(out.parent) == before
+    assert "was made with other inputs" in err and contents(out.parent) == before
     (tmp_path / "out" / "out.meta.json").unlink()
     err = refused(tmp_path, capsys, command, data, policy)
     assert f"{out}: exists, and no out.meta.json says what made it; --overwrite starts anew" in err
