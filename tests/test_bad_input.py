@@ -541,7 +541,7 @@ def test_an_output_of_another_run_is_refused(tmp_path, capsys, policy, command, 
     assert "was made with other inputs" in err and contents(out.parent) == before
     (tmp_path / "out" / "out.meta.json").unlink()
     err = refused(tmp_path, capsys, command, data, policy)
-    assert f"{out}: exists, and no out.meta.json says what made it; --overwrite starts anew" in err
+    assert f"{out} is there, and no {out.with_suffix('')}.meta.json says what made it" in err
 
 
 def test_as_a_user_sees_it(tmp_path):
