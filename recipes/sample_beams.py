@@ -21,7 +21,6 @@ PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 20
 
 def parse_args(argv=None):
     generate.PRESETS["beams"] = PRESET
-    generate.MAY_CHANGE.discard("batch_size")  # a batch draws together, so a run that goes on keeps its size
     parser = generate.make_parser(__doc__)
     parser.set_defaults(preset="beams", backend="hf")
     parser.add_argument("--beams", type=int, default=3, help="default %(default)s")
@@ -30,7 +29,7 @@ def parse_args(argv=None):
         parser.error(f"--beams must be at least 2 and --n is 1, found {args.beams} and {args.n}")
     if args.greedy or args.backend != "hf":
         parser.error("--greedy and --backend vllm do not go with beams that sample")
-    args.batch_size = args.batch_size or 16
+    args.beam_batch = args.batch_size or 16  # draws together, so a resumed run must have the same
     return args
 
 
@@ -53,7 +52,7 @@ def beam_sampler(args, tokens):
     def sample(queue):
         queue.sort(key=lambda request: len(request.ids))
         while queue:
-            batch = queue[: args.batch_size]
+            batch = queue[: args.beam_batch]
             del queue[: len(batch)]
             ids, mask = generate.pad_left([request.ids for request in batch], tokens.pad_id, model.device)
             names = [request.row["id"] for request in batch]

@@ -1025,7 +1025,7 @@ def test_a_real_judge_goes_on_to_the_same_bytes(tmp_path, capsys, server, monkey
     assert printed["requests"] == 24 and printed["resumed_rows"] == 4
     assert [row["id"] for row in rows] == [row["id"] for row in data]
     for mine, theirs in zip(rewards(rows), rewards(read_rows(tmp_path / "whole.jsonl"))):
-        assert mine == (theirs if theirs is None else pytest.approx(theirs, abs=1e-5))
+        assert mine == (theirs if theirs is None else pytest.approx(theirs, abs=1e-3))
 
 
 def test_what_a_real_server_refuses(tmp_path, capsys, server):
