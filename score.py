@@ -338,13 +338,15 @@ class RewardModel(Scorer):
         self.chat = bool(self.tokenizer.chat_template)
         if not self.chat and not self.tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has no chat template and no separator for pairs of texts")
-        can = self.chat and not args.batch_tokens
+        suits_vllm = self.chat and not args.batch_tokens
         installed = importlib.util.find_spec("vllm")
-        if args.backend == "vllm" and not can:
+        if args.backend == "vllm" and not suits_vllm:
             fail("vllm reads chats, not pairs of texts, and takes no --batch-tokens: --backend hf")
         if args.backend == "vllm" and not installed:
             fail("--backend vllm needs the package vllm")
-        self.vllm = args.backend == "vllm" or (args.backend == "auto" and can and installed is not None)
+        self.vllm = args.backend == "vllm"
+        if args.backend == "auto":
+            self.vllm = suits_vllm and installed is not None
         args.backend = "vllm" if self.vllm else "hf"  # for the record: a resumed run keeps it
         if args.tensor_parallel > 1 and not self.vllm:
             fail("--tensor-parallel is for vllm; in transformers a model spreads over all GPUs by itself")
@@ -462,11 +464,10 @@ def vllm_pooling(args, max_length):
     """vllm's engine with the reward head."""
     options = {}
     if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: starts faster
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; the default is all memory
-        os.environ.setdefault(
-            "VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}"
-        )  # the default leaves a core idle
+        # in this process, which starts faster; 4 GiB, not all memory; every core, where one is left idle
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")
         options["enforce_eager"] = True
     from vllm import LLM
 

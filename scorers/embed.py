@@ -30,9 +30,7 @@ POOLING["pooling_mode_lasttoken"] = "last"
 def parse_args(argv=None):
     parser = score.make_parser(__doc__)
     score.add_model_flags(parser)
-    parser.add_argument(
-        "--max-length", type=int, help="longest input in tokens (default: what the model reads)"
-    )
+    parser.add_argument("--max-length", type=int, help="longest input in tokens (default: all it reads)")
     args = parser.parse_args(argv)
     score.check_args(parser, args)
     if not args.model:
@@ -79,8 +77,10 @@ class Embed(score.Scorer):
 
     def encode(self, row, response):
         """(ids of the prompt, ids of the response); the prompt has none for an encoder."""
+        if not self.causal and not response["text"].strip():
+            return [], []
         if not self.causal:
-            return [], self.tokenizer(response["text"])["input_ids"] if response["text"].strip() else []
+            return [], self.tokenizer(response["text"])["input_ids"]
         cut = {**response, "finish": "length"}  # without the end-of-turn token
         completion = score.completion_ids(self.tokenizer, self.mark, self.end_id, cut)
         return score.prompt_ids(self.tokenizer, row["prompt"]), completion

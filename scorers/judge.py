@@ -136,9 +136,8 @@ class Server:
                 for answer in pool.map(lambda chat: self.answer(chat, read, options), questions):
                     update()
                     yield answer
-        except (
-            self.openai.APIError
-        ) as error:  # the key, the model's name, no server, errors that did not pass
+        except self.openai.APIError as error:
+            # the key, the model's name, no server, or an error that did not pass
             reason = f"{type(error).__name__}: {self.said(error)}"
             score.fail(f"{self.args.base_url}: {reason} (the same command goes on after the last window)")
 
@@ -161,10 +160,13 @@ def preference(choice):
         return None, "no log-probabilities in the server's answer"
     # vllm's list begins with the token that was sampled, whatever its rank
     best = sorted(content[0].top_logprobs, key=lambda top: -top.logprob)[:5]
-    m, other = (sum(math.exp(top.logprob) for top in best if top.token == name) for name in "mM")
-    if not m + other:
+    p = {"m": 0.0, "M": 0.0}
+    for top in best:
+        if top.token in p:
+            p[top.token] += math.exp(top.logprob)
+    if p["m"] + p["M"] == 0:
         return None, "neither m nor M among the five most likely first tokens"
-    return m / (m + other), None
+    return p["m"] / (p["m"] + p["M"]), None
 
 
 class Judge(score.Scorer):
@@ -187,9 +189,8 @@ class Judge(score.Scorer):
         self.template = Path(path).read_text()
         for name in ("{instruction}", "{output_1}", "{output_2}"):
             if name not in self.template:
-                score.fail(
-                    f"{path}: expected {{instruction}}, {{output_1}} and {{output_2}}, found no {name}"
-                )
+                expected = "{instruction}, {output_1} and {output_2}"
+                score.fail(f"{path}: expected {expected}, found no {name}")
         self.files = [path]
         digest = hashlib.sha256(self.template.encode()).hexdigest()[:8]
         self.labeler += f":{Path(path).name}@{digest}"
@@ -198,9 +199,8 @@ class Judge(score.Scorer):
         name, files = self.args.baseline, ", ".join(self.args.responses)
         models = {str(one.get("model")) for row in rows.values() for one in row["responses"]}
         if name not in models:
-            score.fail(
-                f"{files}: no response is of the model {name!r}; there are {', '.join(sorted(models))}"
-            )
+            names = ", ".join(sorted(models))
+            score.fail(f"{files}: no response is of the model {name!r}; there are {names}")
         without = 0
         for row in rows.values():
             sides = {response.get("model") == name for response in row["responses"]}
@@ -223,7 +223,9 @@ class Judge(score.Scorer):
         swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
         if self.args.baseline and row["responses"][j].get("model") == self.args.baseline:
             swapped = not swapped
-        first, second = (row["responses"][k]["text"] for k in ((j, i) if swapped else (i, j)))
+        first, second = row["responses"][i]["text"], row["responses"][j]["text"]
+        if swapped:
+            first, second = second, first
         texts = {"instruction": instruction, "output_1": first, "output_2": second}
         return messages(self.template, texts), swapped
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPO
 
 # Formatted lines. All are above their plans (380, 320, 540): the trials had no row types and no record.
-SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683, "generate": 749, "score": 924}
+SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683, "generate": 749, "score": 925}
 REWRITTEN_LATER = ["train_dpo"]  # by the next issue; left out in ruff.toml too
 TOP = [*SIZES, *REWRITTEN_LATER]
 FOLDERS = ("data", "scorers", "recipes", "report")
