@@ -1,0 +1,213 @@
+"""
+Losses that sample from the policy in every step: train_dpo.py with HyPO (S1) and online DPO (S3).
+
+Reads and writes as train_dpo.py, whose flags it has but --loss; metrics.jsonl gains sample_tokens and
+sample_truncated, the length of samples and the share that was cut off.
+
+--method hypo        DPO on the pairs, plus --hypo-lambda times KL(policy || reference), estimated on
+                     --samples responses from the policy to each prompt (S1 Table 1). Metrics gain kl_est,
+                     the mean log-ratio of the samples, and advantage_rms
+--method online-dpo  DPO of the chosen response against one sample from the policy (S3 section 4, Theorem 4.5;
+                     Table 2). The file's rejected response is not trained on
+
+    python recipes/train_online.py --method hypo --model out/models/policy --pairs out/on0.pairs.jsonl \\
+        --out out/hypo
+
+Samples are drawn from the policy as it computes, at temperature 1 with nothing cut off, of at most --max-new
+tokens, in one call for all of a process's prompts of a step. For that all layers are gathered (2 bytes a
+parameter on every GPU: 16 GB at 8B, impossible at 70B), and the reference model stays in memory, sharded. With
+--eval-pairs, plain DPO is measured. S1 is the paper SimpleMix, S3 "What Matters in Data for DPO?".
+"""
+
+# ruff: noqa: E402, I001
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_dpo  # sets the environment before torch is imported
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+
+def parse_args(argv=None):
+    parser = train_dpo.make_parser(__doc__)
+    flag = parser.add_argument
+    flag("--method", choices=["hypo", "online-dpo"], required=True)
+    flag("--hypo-lambda", type=float, default=1e-4, help="weight of the divergence (default %(default)s)")
+    flag("--samples", type=int, default=2, help="of each prompt, hypo (default %(default)s)")
+    flag("--max-new", type=int, default=256, help="longest sample in tokens (default %(default)s)")
+    args = train_dpo.parse_args(argv, parser)
+    if args.loss != "dpo" or args.length_normalize or args.nll_weight:
+        parser.error("--loss, --length-normalize and --nll-weight are for train_dpo.py")
+    if args.method == "online-dpo":
+        if args.samples != 2 or args.hypo_lambda != 1e-4:
+            parser.error("--samples and --hypo-lambda do nothing with --method online-dpo")
+        args.samples = 1
+    return args
+
+
+# ----- HyPO's divergence
+def rloo_advantages(log_ratios):
+    """(B, k): each sample's log-ratio minus the mean of the others'; a single sample has no baseline."""
+    k = log_ratios.shape[1]
+    if k == 1:
+        return log_ratios
+    return (log_ratios - log_ratios.mean(1, keepdim=True)) * k / (k - 1)
+
+
+def hypo_kl(logps, reference_logps):
+    """(B, k) of samples from the policy -> (B,), whose expected gradient is that of KL(policy || reference).
+
+    S1 Table 1 prints -lambda log(y|x) sg(pi/pi_SFT): it lacks pi in the first logarithm and the logarithm
+    in sg, and has the sign of an objective to maximise. The raw ratio would be the gradient of half the
+    chi-squared divergence.
+    """
+    return (rloo_advantages((logps - reference_logps).detach()) * logps).mean(1)
+
+
+# ----- sampling
+def sample(policy, prompts, seeds, longest, end_id):
+    """A response to each prompt, at most `longest` ids, of which the last is end_id if it ended by itself.
+
+    argmax(logits - log E) with E exponential is a draw from the softmax. The noise of a response has its own
+    seed: neither the rest of the batch nor the number of processes changes what is drawn. All processes call
+    this, also one without prompts.
+    """
+    from transformers import GenerationConfig
+
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False, recurse=False)
+    with torch.no_grad():  # gathers all layers; then generate needs no other process, however long it takes
+        train_dpo.sequence_logps(policy, [train_dpo.DUMMY])
+    responses = []
+    if prompts:
+        model, width = policy.model, max(map(len, prompts))
+        noise = [torch.Generator(model.device).manual_seed(seed % 2**63) for seed in seeds]
+
+        def disturbed(ids, logits):
+            draws = torch.empty_like(logits)
+            for row, generator in zip(draws, noise, strict=True):
+                row.exponential_(generator=generator)
+            return logits - draws.log()
+
+        ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        policy.eval()  # activation checkpointing would forbid the cache of keys and values
+        model.set_attn_implementation("sdpa")
+        kept = model.generation_config  # none of the model's own settings may act
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=longest, eos_token_id=end_id, pad_token_id=end_id
+        )
+        with torch.no_grad():
+            output = model.generate(
+                ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=[disturbed]
+            )
+        model.generation_config = kept
+        model.set_attn_implementation("packed")
+        policy.train()
+        for row in output[:, width:].tolist():
+            responses.append(row[: row.index(end_id) + 1] if end_id in row else row)
+    train_dpo.release(policy)
+    return responses
+
+
+class Online:
+    """forward_backward of train_dpo.py with samples; keeps the reference model."""
+
+    def __init__(self, args):
+        self.args = args
+        self.end_id = train_dpo.end_of_turn(train_dpo.load_tokenizer(args.model, args.revision)[0])
+        self.reference = None
+
+    def __call__(self, policy, pairs, args, step, train=True):
+        if not train:
+            return train_dpo.forward_backward(policy, pairs, args, step, train=False)
+        if self.reference is None:
+            revision = args.revision if args.reference == args.model else None
+            self.reference = train_dpo.load_policy(args.reference, revision, args).requires_grad_(False)
+        samples = self.draw(policy, pairs, step)  # k for each pair
+        flat = [sequence for sequences in samples for sequence in sequences]
+        flat_logps = train_dpo.all_logps(self.reference, flat, 4 * args.micro_tokens)
+        logps = [flat_logps[i : i + args.samples] for i in range(0, len(flat), args.samples)]
+        if args.method == "online-dpo":
+            pairs = [with_sample(*each) for each in zip(pairs, samples, logps, strict=True)]
+            rows = train_dpo.forward_backward(policy, pairs, args, step)
+        else:
+            rows = train_dpo.forward_backward(policy, pairs, args, step)
+            self.add_divergence(policy, pairs, samples, logps, rows)
+        sampled = {pair.pair_id: sequences for pair, sequences in zip(pairs, samples, strict=True)}
+        for row in rows:
+            responses = [response_of(sequence) for sequence in sampled[row["pair_id"]]]
+            if args.method == "hypo":
+                row["tokens"] += sum(len(sequence.ids) for sequence in sampled[row["pair_id"]])
+            row["sample_tokens"] = sum(map(len, responses)) / len(responses)
+            cut = [response[-1] != self.end_id for response in responses]
+            row["sample_truncated"] = sum(cut) / len(cut)
+        return rows
+
+    def draw(self, policy, pairs, step):
+        """args.samples sequences for each pair, on all processes; they share the work."""
+        rank, world = train_dpo.rank_and_world()
+        prompts, seeds = [], []
+        for pair in pairs[rank::world]:
+            chosen = pair.sequences[0]
+            for i in range(self.args.samples):
+                prompts.append(chosen.ids[: chosen.trained.index(True)])
+                seeds.append(train_dpo.stable_hash(self.args.seed, "sample", step, pair.pair_id, i))
+        responses = sample(policy, prompts, seeds, self.args.max_new, self.end_id)
+        sequences = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            trained = [False] * len(prompt) + [True] * len(response)
+            sequences.append(train_dpo.Sequence(prompt + response, trained))
+        everyone = [None] * world
+        dist.all_gather_object(everyone, sequences)
+        remaining = [iter(each) for each in everyone]  # pair i belongs to process i % world
+        drawn = []
+        for index in range(len(pairs)):
+            drawn.append(list(itertools.islice(remaining[index % world], self.args.samples)))
+        return drawn
+
+    def add_divergence(self, policy, pairs, samples, reference_logps, rows):
+        """Add the gradient of lambda times the mean divergence, and its metrics and loss to the rows."""
+        lengths = [sum(len(sequence.ids) for sequence in sequences) for sequences in samples]
+        mine = []
+        for batch in train_dpo.micro_batches(lengths, self.args.micro_tokens, *train_dpo.rank_and_world()):
+            sequences = [sequence for index in batch for sequence in samples[index]]
+            logps, _ = train_dpo.sequence_logps(policy, sequences or [train_dpo.DUMMY])
+            if not batch:
+                (0 * logps.sum()).backward()
+                continue
+            logps = logps.view(len(batch), -1)  # (B, k)
+            reference = logps.new_tensor([reference_logps[index] for index in batch])
+            terms = self.args.hypo_lambda * hypo_kl(logps, reference)
+            (terms.sum() / len(pairs)).backward()
+            log_ratios = (logps - reference).detach()
+            advantages = rloo_advantages(log_ratios).square().mean(1).sqrt()
+            values = torch.stack([terms.detach(), log_ratios.mean(1), advantages]).T.tolist()
+            mine += [(pairs[index].pair_id, value) for index, value in zip(batch, values, strict=True)]
+        measured = dict(train_dpo.from_all_processes(mine))
+        for row in rows:
+            term, row["kl_est"], row["advantage_rms"] = measured[row["pair_id"]]
+            row["loss"] += term
+
+
+def with_sample(pair, sequences, logps):
+    """The pair with the sample in place of the rejected response."""
+    return pair._replace(
+        sequences=[pair.sequences[0], *sequences], reference_logps=(pair.reference_logps[0], *logps)
+    )
+
+
+def response_of(sequence):
+    return sequence.ids[sequence.trained.index(True) :]
+
+
+if __name__ == "__main__":
+    try:
+        args = parse_args()
+        train_dpo.main(args, Online(args))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command with --resume goes on from the last checkpoint")
