@@ -27,7 +27,7 @@ losses are below, each with its equation. How a pair becomes a gradient, in read
         --out uf/dpo
 
 Bytes on a GPU, for N parameters, W GPUs, L layers, width d, vocabulary V and T tokens in a row (at most
---micro-tokens, at least one pair): 16 N/W for the state, 8 V d for gathered embedding and head, 60 d T L
+--micro-tokens, at least one pair): 16 N/W for the state, 8 V d for gathered embedding and head, 54 d T L
 for activations (2 d T L and one layer's with --activation-checkpointing), 8 V min(T, 4096) for logits. A
 checkpoint has 12 N.
 
@@ -85,30 +85,13 @@ from tqdm import tqdm
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
 PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6; S3 section 5.1 and B.3
-    "s1": {
-        "beta": 0.1,
-        "lr": 5e-7,
-        "epochs": 1,
-        "batch_size": 256,
-        "schedule": "linear",
-        "adam_beta2": 0.999,
-    },
-    "s2": {
-        "beta": 0.01,
-        "lr": 5e-7,
-        "epochs": 1,
-        "batch_size": 128,
-        "schedule": "cosine",
-        "adam_beta2": 0.999,
-    },
-    "s3": {"beta": 0.1, "lr": 5e-7, "epochs": 2, "batch_size": 32, "schedule": "cosine", "adam_beta2": 0.99},
+    "s1": {"beta": 0.1, "epochs": 1, "batch_size": 256, "schedule": "linear", "adam_beta2": 0.999},
+    "s2": {"beta": 0.01, "epochs": 1, "batch_size": 128, "schedule": "cosine", "adam_beta2": 0.999},
+    "s3": {"beta": 0.1, "epochs": 2, "batch_size": 32, "schedule": "cosine", "adam_beta2": 0.99},
 }
+LR = 5e-7  # in all three papers
 MAX_LENGTH = {"s1": 4096, "s2": 4096, "s3": 2048}  # room for a prompt and the longest response of generate.py
-SFT = {
-    "s1": {},
-    "s2": {"lr": 2e-5},
-    "s3": {"lr": 1e-6, "adam_beta2": 0.95},
-}  # what --loss sft changes in a preset
+SFT = {"s1": {}, "s2": {"lr": 2e-5}, "s3": {"lr": 1e-6, "adam_beta2": 0.95}}  # changes by --loss sft
 FLAG_OF = {  # flags that only some losses have
     "reference": ("dpo", "hinge", "ipo", "revkl"),
     "beta": ("dpo", "hinge", "ipo", "revkl", "simpo"),
@@ -125,10 +108,7 @@ WARMUP = 0.1  # of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
-ROUNDING = {
-    "float32": 2e-4,
-    "bfloat16": 0.3,
-}  # of a token's log-probability, in nats; of T tokens sqrt(T) times
+ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # of a token's log-probability; of T tokens sqrt(T) times
 # arguments that may change between a run that was stopped and the one that resumes it
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "micro_tokens", "activation_checkpointing"}
 Message = TypedDict("Message", {"role": str, "content": str})
@@ -178,17 +158,15 @@ def make_parser(description):
     flag("--eval-pairs", metavar="FILE", help="held-out pairs, measured every --save-every steps and last")
     flag("--out", required=True, metavar="FOLDER", help="the trained model")
     flag("--loss", choices=["dpo", "hinge", "ipo", "revkl", "slic", "sft", "simpo"], default="dpo")
-    flag("--preset", choices=list(PRESETS), default="s1", help="sets the next six (default %(default)s)")
+    flag("--preset", choices=list(PRESETS), default="s1", help="sets the next five (default %(default)s)")
     flag("--beta", type=float, help="simpo has 2; with --length-normalize the others have 5")
-    flag("--lr", type=float, help="highest learning rate")
+    flag("--lr", type=float, default=LR, help="highest learning rate (default %(default)s)")
     flag("--epochs", type=int)
     flag("--batch-size", type=int, help="pairs in an optimizer step, over all GPUs")
     flag("--schedule", choices=["linear", "cosine"], help="how the learning rate falls after the warm-up")
     flag("--max-length", type=int, help="pairs with a longer side are dropped and counted")
     flag("--length-normalize", action="store_true", help="compare log-ratios per token")
-    flag(
-        "--nll-weight", type=float, default=0.0, help="weight of the chosen response's likelihood, per token"
-    )
+    flag("--nll-weight", type=float, default=0.0, help="weight of nll_loss of the chosen response")
     flag("--label-smoothing", type=float, default=0.0, help="share of labels held to be wrong (dpo, simpo)")
     flag("--margin-scale", type=float, default=1.0, help="s of revkl (default %(default)s)")
     flag("--slic-delta", type=float, default=1.0, help="margin of slic (default %(default)s)")
@@ -365,9 +343,8 @@ class TokenLogps(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            d_logits = (
-                head_logits(states[rows], wide, bias).sub_(lse[rows, None]).exp_()
-            )  # softmax (CHUNK, V)
+            d_logits = head_logits(states[rows], wide, bias)  # (CHUNK, V)
+            d_logits.sub_(lse[rows, None]).exp_()  # softmax
             d_logits.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
             if bias is not None:
                 grad_bias += d_logits.sum(0)
@@ -393,9 +370,7 @@ def packed_attention(
         fail("this architecture does not pass on where sequences begin, so they cannot be packed into a row")
     window = sliding_window or math.inf
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or window < max(lengths):
-        fail(
-            "this model's attention has a soft cap, sinks or a window shorter than a sequence: not done here"
-        )
+        fail("this model's attention has a soft cap, sinks or a window shorter than a sequence: not done")
     if query.is_cuda and query.dtype == torch.bfloat16:  # one kernel for all sequences
         options = {"scale": scaling, "window_size": (-1, 0)}  # causal
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -434,22 +409,25 @@ class PolicyLogps(nn.Module):
 
 def sequence_logps(policy, sequences):
     """Summed log-probabilities of the trained tokens of S sequences, and their number; (S,) float64."""
-    ids, positions, before, targets, lengths, counts = [], [], [], [], [], []
-    for sequence in sequences:
-        trained = [i for i in range(1, len(sequence.ids)) if sequence.trained[i]]
-        before += [len(ids) + i - 1 for i in trained]  # the state before a token predicts it
-        targets += [sequence.ids[i] for i in trained]
-        ids += sequence.ids
-        positions += range(len(sequence.ids))
-        lengths.append(len(sequence.ids))
-        counts.append(len(trained))
+    lengths = [len(sequence.ids) for sequence in sequences]
+    counts = [sum(sequence.trained) for sequence in sequences]
+    ids = torch.tensor([token for sequence in sequences for token in sequence.ids])  # (T,)
+    trained = torch.tensor([flag for sequence in sequences for flag in sequence.trained])
+    (trained,) = trained.nonzero(as_tuple=True)  # (C,) places in the row
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    # the state before a token predicts it; the first token of a sequence is never trained
+    row = [ids[None], positions[None], ends, trained - 1, ids[trained]]
     device = policy.model.device
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    ids, positions = torch.tensor([ids, positions], device=device)[:, None]  # (1, T) each
-    before, targets = torch.tensor([before, targets], device=device)  # (C,) each
+    ids, positions, ends, before, targets = (to_device(tensor, device) for tensor in row)
     logps = policy(ids, positions, lengths, ends, before, targets)
     sums = torch.stack([part.double().sum() for part in logps.split(counts)])
-    return sums, torch.tensor(counts, dtype=torch.float64, device=device)
+    return sums, to_device(torch.tensor(counts, dtype=torch.float64), device)
+
+
+def to_device(tensor, device):
+    """A copy that does not wait for a GPU to finish its work, so that the GPU need not wait for Python."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 # ----- a step
@@ -479,30 +457,30 @@ def micro_batches(lengths, budget, rank, world):
 
 def forward_backward(policy, pairs, args, step, train=True):
     """Metrics of every pair, on all processes; with `train` also the gradient of the pairs' mean loss."""
-    names, columns, members = [], [], []
+    measured = []
     for batch in micro_batches([pair.tokens() for pair in pairs], args.micro_tokens, *rank_and_world()):
-        sequences = [sequence for index in batch for sequence in pairs[index].sequences]
+        members = [pairs[index] for index in batch]
+        sequences = [sequence for pair in members for sequence in pair.sequences]
         logps, counts = sequence_logps(policy, sequences or [DUMMY])
-        if not batch:
+        if not members:
             if train:
                 (0 * logps.sum()).backward()  # the others wait for this process to reduce gradients
             continue
         logps, counts = logps.view(len(batch), -1), counts.view(len(batch), -1)  # (B, 2): chosen, rejected
-        reference_logps = logps.new_tensor([pairs[index].reference_logps for index in batch])
-        reward_margins = logps.new_tensor([pairs[index].reward_margin for index in batch])
+        known = [[*pair.reference_logps, pair.reward_margin] for pair in members]
+        known = to_device(torch.tensor(known, dtype=torch.float64), logps.device)
+        reference_logps, reward_margins = known[:, :-1], known[:, -1]
         losses = pair_losses(args, logps, reference_logps, counts, reward_margins)
         if train:
             (losses.sum() / len(pairs)).backward()  # over the pairs of the step, not of this batch
-        metrics = pair_metrics(args, losses, logps, reference_logps, counts)
-        names = list(metrics)
-        columns.append(
-            torch.stack(list(metrics.values())).detach()
-        )  # stays on the device until the step ends
-        members += [pairs[index] for index in batch]
+        metrics = pair_metrics(args, losses.detach(), logps.detach(), reference_logps, counts)
+        measured.append((members, metrics))  # which stay on the device until the step ends
     rows = []
-    for pair, values in zip(members, torch.cat(columns, 1).T.tolist() if columns else [], strict=True):
-        labels = {"pair_id": pair.pair_id, "source": pair.source, "tokens": pair.tokens()}
-        rows.append(labels | dict(zip(names, values, strict=True)))
+    for members, metrics in measured:
+        columns = {name: values.tolist() for name, values in metrics.items()}
+        for place, pair in enumerate(members):
+            row = {"pair_id": pair.pair_id, "source": pair.source, "tokens": pair.tokens()}
+            rows.append(row | {name: values[place] for name, values in columns.items()})
     rows = from_all_processes(rows)
     wrong = [row["pair_id"] for row in rows if not math.isfinite(row["loss"])]
     if wrong:
@@ -594,7 +572,8 @@ def with_reference(policy, pairs, cache, args):
     for pair in pairs:
         logps = tuple(known[sequence_key(sequence)] for sequence in pair.sequences)
         scored.append(pair._replace(reference_logps=logps))
-    check_packing(policy, scored, args, f"in {cache} or beside others")
+    for pair in sorted(scored, key=lambda pair: stable_hash(args.seed, "check", pair.pair_id))[:2]:
+        check_packing(policy, pair.sequences, pair.reference_logps, args, f"in {cache}")
     return scored
 
 
@@ -615,17 +594,15 @@ def open_cache(path):
         yield file, lines
 
 
-def check_packing(policy, pairs, args, where):
-    """reference_logps of two pairs must be those of each sequence alone: else others of its row were seen."""
-    for pair in sorted(pairs, key=lambda pair: stable_hash(args.seed, "check", pair.pair_id))[:2]:
-        for sequence, logp in zip(pair.sequences, pair.reference_logps, strict=True):
-            (alone,) = all_logps(policy, [sequence], 1)
-            if not abs(alone - logp) <= ROUNDING[args.dtype] * math.sqrt(sum(sequence.trained)):
-                fail(
-                    f"{args.reference or args.model}: a response of {pair.pair_id} has the log-probability "
-                    f"{alone:.4f} alone and {logp:.4f} {where}; the cache is another model's, or this "
-                    "architecture's sequences cannot be packed into a row"
-                )
+def check_packing(policy, sequences, logps, args, place):
+    """Log-probabilities of sequences must be those of each alone, else others of its row were seen."""
+    for sequence, logp in zip(sequences, logps, strict=True):
+        (alone,) = all_logps(policy, [sequence], 1)
+        if not abs(alone - logp) <= ROUNDING[args.dtype] * math.sqrt(sum(sequence.trained)):
+            fail(
+                f"{args.reference or args.model}: a response has the log-probability {alone:.4f} alone and "
+                f"{logp:.4f} {place}: the cache is another model's, or this architecture cannot be packed"
+            )
 
 
 # ----- loading, sharding and writing the model
@@ -641,13 +618,9 @@ def load_policy(name, revision, args):
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
             fail(f"{name}: {config.model_type} models change their logits by {key}, which is not done here")
-    options = {
-        "revision": revision,
-        "dtype": "auto",
-        "use_safetensors": True,
-        "attn_implementation": "packed",
-    }
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    options = {"dtype": "auto", "use_safetensors": True, "attn_implementation": "packed"}
+    options |= {"revision": revision, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(name, **options)
     if info["missing_keys"]:
         fail(f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     for module in model.modules():
@@ -661,14 +634,11 @@ def load_policy(name, revision, args):
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     policy = PolicyLogps(model).train()
     layers = [each for each in model.modules() if type(each).__name__ in (model._no_split_modules or ())]
-    for module in [
-        *reversed(layers),
-        policy,
-    ]:  # embedding, last norm and head stay in the root: they may be tied
+    # embedding, last norm and head stay in the root's group: they may be tied
+    for module in [*reversed(layers), policy]:
         fully_shard(module.to(device).float(), mesh=mesh, mp_policy=precision)
-        module.set_gradient_divide_factor(
-            1.0
-        )  # gradients are summed: the loss is divided by the step's pairs
+        # gradients are summed: the loss is divided by the pairs of the step
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     release(policy)
     return policy
@@ -759,9 +729,7 @@ def load_pairs(path, tokenizer, config, args):
     pairs = [pair for pair in pairs.values() if pair]
     if int(os.environ.get("RANK", 0)) == 0:
         if retokenised:
-            note(
-                f"{path}: {retokenised} responses were sampled with another tokenizer and are tokenised anew"
-            )
+            note(f"{path}: {retokenised} responses were sampled with another tokenizer: tokenised anew")
         if dropped:
             note(f"{path}: {len(pairs)} pairs; dropped: {dict(dropped)}")
     return pairs or fail(f"{path}: no pair is left: {dict(dropped)}"), dropped
@@ -872,13 +840,9 @@ def load_models(args, record, pairs, held_out):
     """The policy, and pairs and held-out pairs with the log-probabilities of the reference."""
     if not args.reference:
         policy = load_policy(args.model, args.revision, args)
-        together = iter(
-            all_logps(policy, [each for pair in pairs[:2] for each in pair.sequences], sys.maxsize)
-        )
-        measured = [
-            pair._replace(reference_logps=tuple(next(together) for _ in pair.sequences)) for pair in pairs[:2]
-        ]
-        check_packing(policy, measured, args, "beside others")
+        sequences = [sequence for pair in pairs[:2] for sequence in pair.sequences]
+        together = all_logps(policy, sequences, sys.maxsize)
+        check_packing(policy, sequences, together, args, "beside others")
         return policy, pairs, held_out
     revision = args.revision if args.reference == args.model else None
     policy = load_policy(args.reference, revision, args)
@@ -938,19 +902,15 @@ def main(args, forward_backward=forward_backward):
             reference_started = time.time()
             policy, pairs, held_out = load_models(args, record, pairs, held_out)
             reference_seconds = time.time() - reference_started
-            betas = (0.9, args.adam_beta2)
-            optimizer = torch.optim.AdamW(
-                policy.parameters(), lr=args.lr, betas=betas, weight_decay=0.0, fused=True
-            )
+            adam = {"betas": (0.9, args.adam_beta2), "weight_decay": 0.0, "fused": True}
+            optimizer = torch.optim.AdamW(policy.parameters(), **adam)
             if done:
                 load_checkpoint(Path(args.out, "checkpoints", f"{done:08d}"), policy, optimizer)
             if first:
                 begin(args, file, record, done)
                 show(tokenizer, min(pairs, key=lambda pair: stable_hash(args.seed, "show", pair.pair_id)))
-            progress = tqdm(
-                range(done, steps), initial=done, total=steps, desc="train", unit="step", disable=not first
-            )
-            for step in progress:
+            bar = {"initial": done, "total": steps, "desc": "train", "unit": "step", "disable": not first}
+            for step in tqdm(range(done, steps), **bar):
                 step_started = time.time()
                 epoch, place = divmod(step, steps_per_epoch)
                 if step == done or place == 0:

@@ -19,7 +19,7 @@ python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval
 for beta in 0.01 0.1 0.5 1 5; do
   for lr in 5e-7 1e-6 5e-6; do
     model=$OUT/beta_${beta}_lr_$lr
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/pairs.jsonl" --beta "$beta" --lr "$lr" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$OUT/pairs.jsonl" --beta "$beta" --lr "$lr" \
       --out "$model"
     python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \

@@ -20,7 +20,7 @@ for share in 0 0.2 0.3 0.4 0.5 0.6 0.7 0.8 1; do  # every share of the same prom
   for seed in 0 1 2; do
     model=$OUT/dpo_${share}_seed$seed
     python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio "$share" --seed "$seed" --out "$model.pairs.jsonl"
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --seed "$seed" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$model.pairs.jsonl" --seed "$seed" \
       --out "$model"
     python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \

@@ -25,7 +25,7 @@ for p in 0.1 0.2 0.3 0.4 0.5; do
   python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0 --filter similarity:$p --out "$OUT/dpo_similarity_$p.pairs.jsonl"
   for filter in quality onpolicy contrast similarity; do
     model=$OUT/dpo_${filter}_$p
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
     python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"

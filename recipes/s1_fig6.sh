@@ -20,7 +20,7 @@ total=$(wc -l < "$OUT/dpo_high.pairs.jsonl")
 python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 0.5 --total "$total" \
   --out "$OUT/dpo_same_size.pairs.jsonl"
 for name in mix high same_size; do
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
     --out "$OUT/dpo_$name"
 done
 

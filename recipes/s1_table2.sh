@@ -27,18 +27,18 @@ done
 for share in 0 0.5 1; do  # off-policy DPO, SimpleMix, on-policy DPO
   python build_pairs.py --scored "$OUT/scored_0.jsonl" "$OUT/scored_1.jsonl" --on-ratio "$share" --total "$TOTAL" \
     --out "$OUT/dpo_$share.pairs.jsonl"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/dpo_$share.pairs.jsonl" \
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$OUT/dpo_$share.pairs.jsonl" \
     --out "$OUT/dpo_$share"
 done
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --loss hypo --model "$MODEL" --pairs "$OUT/dpo_0.pairs.jsonl" --out "$OUT/hypo"
+torchrun --nproc-per-node "$GPUS" recipes/train_online.py --resume --activation-checkpointing --method hypo --model "$MODEL" --pairs "$OUT/dpo_0.pairs.jsonl" --out "$OUT/hypo"
 
 python build_pairs.py --scored "$OUT/scored_0.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_1.pairs.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$OUT/mixp_1.pairs.jsonl" --out "$OUT/mixp_1"
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$OUT/mixp_1.pairs.jsonl" --out "$OUT/mixp_1"
 python recipes/sample_mixture.py --model "$OUT/mixp_1" --reference "$MODEL" --weights 1.5 -0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_a.jsonl"
 python recipes/sample_mixture.py --model "$OUT/mixp_1" --reference "$MODEL" --weights 0.5 0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_b.jsonl"
 python score.py --model "$REWARD" --responses "$OUT/mixp_a.jsonl" "$OUT/mixp_b.jsonl" --out "$OUT/mixp_scored.jsonl"
 python build_pairs.py --scored "$OUT/mixp_scored.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_2.pairs.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.pairs.jsonl" \
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.pairs.jsonl" \
   --out "$OUT/mixp_2"
 
 python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"

@@ -27,7 +27,7 @@ done
 for name in prompting tau_1 tau_2 tau_3; do
   model=$OUT/dpo_$name
   python build_pairs.py --scored "$OUT/scored_$name.jsonl" --on-ratio 1 --truncated keep --out "$model.pairs.jsonl"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$model.pairs.jsonl" --out "$model"
   python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
   python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
     --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"

@@ -22,10 +22,10 @@ python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio
 python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/dpo_llama.pairs.jsonl"
 python build_pairs.py --scored "$OUT/wins_on.jsonl" --on-ratio 1 --out "$OUT/dpo_on.pairs.jsonl"
 for name in off llama on; do
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
     --out "$OUT/dpo_$name"
 done
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/dpo_llama.pairs.jsonl" \
+torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/dpo_llama.pairs.jsonl" \
   --out "$OUT/dpo_off-llama"
 
 python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"

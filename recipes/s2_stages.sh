@@ -15,9 +15,9 @@ GPUS=${GPUS:-4}
 
 train() { # START PAIRS OUT
   case $LOSS in
-    dpo) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --loss dpo --model "$1" --pairs "$2" --out "$3" ;;
-    slic) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --loss slic --model "$1" --pairs "$2" --out "$3" ;;
-    hinge) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s2 --loss hinge --model "$1" --pairs "$2" --out "$3" ;;
+    dpo) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --loss dpo --model "$1" --pairs "$2" --out "$3" ;;
+    slic) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --loss slic --model "$1" --pairs "$2" --out "$3" ;;
+    hinge) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --loss hinge --model "$1" --pairs "$2" --out "$3" ;;
   esac
 }
 iteration() { # START: its boundary score, pairs of its own, and a model from either kind of pairs with START as the reference

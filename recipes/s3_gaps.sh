@@ -30,7 +30,7 @@ python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval
 for name in lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
     python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \

@@ -41,7 +41,7 @@ python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval
 for name in hq_0 hq_0.1 hq_0.2 hq_0.1_rejected hq_0.2_rejected lq_0 lq_0.1 lq_0.2 lq_0.1_rejected lq_0.2_rejected; do
   for seed in 0 1 2; do
     model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$model"
     python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \

@@ -37,13 +37,13 @@ python recipes/s3_pairs.py --scored "$OUT/scored.jsonl" --tiers high/worst --out
 python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
 for seed in 0 1 2; do
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst; do
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
+    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
       --out "$OUT/${name}_seed$seed"
   done
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss sft --model "$MODEL" \
+  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s3 --seed "$seed" --loss sft --model "$MODEL" \
     --pairs "$OUT/best_worst.pairs.jsonl" --out "$OUT/sft_seed$seed"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --preset s3 --seed "$seed" --loss online-dpo --online-max-new 1024 \
-    --model "$MODEL" --pairs "$OUT/best_worst.pairs.jsonl" --out "$OUT/online_seed$seed"
+  torchrun --nproc-per-node "$GPUS" recipes/train_online.py --resume --activation-checkpointing --method online-dpo \
+    --max-new 1024 --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/best_worst.pairs.jsonl" --out "$OUT/online_seed$seed"
   for name in best_worst best_low best_medium best_high low_worst medium_worst high_worst sft online; do
     model=$OUT/${name}_seed$seed
     python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"

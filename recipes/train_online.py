@@ -15,8 +15,8 @@ sample_truncated, the length of samples and the share that was cut off.
 
 Samples are drawn from the policy as it computes, at temperature 1 with nothing cut off, of at most --max-new
 tokens, in one call for all of a process's prompts of a step. For that all layers are gathered (2 bytes a
-parameter on every GPU: 16 GB at 8B, impossible at 70B), and the reference model stays in memory, sharded. With
---eval-pairs, plain DPO is measured. S1 is the paper SimpleMix, S3 "What Matters in Data for DPO?".
+parameter on every GPU: 16 GB at 8B, impossible at 70B), and the reference model stays in memory, sharded.
+With --eval-pairs, plain DPO is measured. S1 is the paper SimpleMix, S3 "What Matters in Data for DPO?".
 """
 
 # ruff: noqa: E402, I001
