@@ -14,11 +14,11 @@ losses are below, each with its equation. How a pair becomes a gradient, in read
 
 1) load_pairs makes two sequences of a pair, prompt + chosen and prompt + rejected: ids and what is trained.
 2) micro_batches lays the pairs of a step into rows of at most --micro-tokens, sequences end to end without
-   padding; packed_attention keeps them apart.
+   padding; packed_attention keeps them apart. Each process takes its share of the rows.
 3) PolicyLogps runs a row through the model. Only states before a trained token meet the output head, and
    TokenLogps never holds the logits of more than CHUNK tokens; backward computes them again.
 4) forward_backward sums the log-probabilities of a sequence, takes the loss and runs backward, divided by the
-   pairs of the whole step, so neither rows nor the number of GPUs change the gradient.
+   pairs of the whole step, so rows and the number of GPUs change the gradient by rounding only.
 5) main clips the gradient and steps. Weights, gradients and Adam's moments are float32 (a step of 5e-7 would
    be lost in bfloat16 weights), sharded by FSDP2; forward and backward are in --dtype.
 
@@ -85,14 +85,16 @@ from tqdm import tqdm
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
 PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6; S3 section 5.1 and B.3
-    "s1": {"beta": 0.1, "epochs": 1, "batch_size": 256, "schedule": "linear", "adam_beta2": 0.999},
-    "s2": {"beta": 0.01, "epochs": 1, "batch_size": 128, "schedule": "cosine", "adam_beta2": 0.999},
-    "s3": {"beta": 0.1, "epochs": 2, "batch_size": 32, "schedule": "cosine", "adam_beta2": 0.99},
+    # a longest sequence of 4096 has room for a prompt and the longest response of generate.py
+    "s1": {"beta": 0.1, "epochs": 1, "batch_size": 256, "schedule": "linear", "max_length": 4096},
+    "s2": {"beta": 0.01, "epochs": 1, "batch_size": 128, "schedule": "cosine", "max_length": 4096},
+    "s3": {"beta": 0.1, "epochs": 2, "batch_size": 32, "schedule": "cosine", "max_length": 2048},
 }
 LR = 5e-7  # in all three papers
-MAX_LENGTH = {"s1": 4096, "s2": 4096, "s3": 2048}  # room for a prompt and the longest response of generate.py
-SFT = {"s1": {}, "s2": {"lr": 2e-5}, "s3": {"lr": 1e-6, "adam_beta2": 0.95}}  # changes by --loss sft
-FLAG_OF = {  # flags that only some losses have
+SFT_LR = {"s1": LR, "s2": 2e-5, "s3": 1e-6}  # with --loss sft
+ADAM_BETA2 = {"s1": 0.999, "s2": 0.999, "s3": 0.99}
+SFT_ADAM_BETA2 = ADAM_BETA2 | {"s3": 0.95}
+LOSSES_WITH = {  # flags that only some losses have; one without a reference gets plain log-probabilities
     "reference": ("dpo", "hinge", "ipo", "revkl"),
     "beta": ("dpo", "hinge", "ipo", "revkl", "simpo"),
     "length_normalize": ("dpo", "hinge", "ipo", "revkl"),
@@ -159,24 +161,26 @@ def make_parser(description):
     flag("--out", required=True, metavar="FOLDER", help="the trained model")
     flag("--loss", choices=["dpo", "hinge", "ipo", "revkl", "slic", "sft", "simpo"], default="dpo")
     flag("--preset", choices=list(PRESETS), default="s1", help="sets the next five (default %(default)s)")
-    flag("--beta", type=float, help="simpo has 2; with --length-normalize the others have 5")
-    flag("--lr", type=float, default=LR, help="highest learning rate (default %(default)s)")
+    flag("--beta", type=float, help="default: the preset's; simpo 2; with --length-normalize 5")
+    flag("--lr", type=float, default=LR, help="highest learning rate (default 5e-7; sft: the preset's)")
     flag("--epochs", type=int)
     flag("--batch-size", type=int, help="pairs in an optimizer step, over all GPUs")
     flag("--schedule", choices=["linear", "cosine"], help="how the learning rate falls after the warm-up")
-    flag("--max-length", type=int, help="pairs with a longer side are dropped and counted")
+    flag("--max-length", type=int, help="pairs with more tokens in a sequence are dropped")
     flag("--length-normalize", action="store_true", help="compare log-ratios per token")
     flag("--nll-weight", type=float, default=0.0, help="weight of nll_loss of the chosen response")
-    flag("--label-smoothing", type=float, default=0.0, help="share of labels held to be wrong (dpo, simpo)")
+    flag("--label-smoothing", type=float, default=0.0, help="probability that a label is wrong (dpo, simpo)")
     flag("--margin-scale", type=float, default=1.0, help="s of revkl (default %(default)s)")
     flag("--slic-delta", type=float, default=1.0, help="margin of slic (default %(default)s)")
     flag("--slic-lambda", type=float, default=0.1, help="weight of slic's likelihood (default %(default)s)")
-    flag("--slic-norm", choices=["sum", "mean"], default="sum", help="slic's log-probabilities over tokens")
+    flag(
+        "--slic-norm", choices=["sum", "mean"], default="sum", help="slic compares sums or means over tokens"
+    )
     flag("--simpo-gamma", type=float, default=1.0, help="margin of simpo (default %(default)s)")
     flag("--seed", type=int, default=0, help="of the order of the pairs (default %(default)s)")
     flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="as generate.py had them")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
-    flag("--micro-tokens", type=int, help="tokens in a row (default 4096 on CUDA, 1024 on a CPU)")
+    flag("--micro-tokens", type=int, help="tokens in a row (default 4096 on CUDA, else 1024)")
     flag("--activation-checkpointing", action="store_true", help="less memory, a third slower")
     flag("--save-every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
     flag("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
@@ -187,9 +191,9 @@ def make_parser(description):
 def parse_args(argv=None, parser=None):
     parser = parser or make_parser(__doc__)
     known, _ = parser.parse_known_args(argv)  # to know which defaults there are
-    parser.set_defaults(**PRESETS[known.preset], max_length=MAX_LENGTH[known.preset])
+    parser.set_defaults(**PRESETS[known.preset], adam_beta2=ADAM_BETA2[known.preset])
     if known.loss == "sft":
-        parser.set_defaults(**SFT[known.preset])
+        parser.set_defaults(lr=SFT_LR[known.preset], adam_beta2=SFT_ADAM_BETA2[known.preset])
     if known.loss in ("sft", "slic"):
         parser.set_defaults(beta=1.0)  # they have none; the rewards of slic's metrics are log-probabilities
     if known.loss == "simpo":
@@ -197,10 +201,10 @@ def parse_args(argv=None, parser=None):
     if known.length_normalize:
         parser.set_defaults(beta=5.0)
     args = parser.parse_args(argv)
-    for name, losses in FLAG_OF.items():
+    for name, losses in LOSSES_WITH.items():
         if args.loss not in losses and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does nothing with --loss {args.loss}")
-    if args.loss in FLAG_OF["reference"]:
+    if args.loss in LOSSES_WITH["reference"]:
         args.reference = args.reference or args.model
     on_cuda = torch.cuda.is_available()
     if args.dtype == "auto":
@@ -211,7 +215,8 @@ def parse_args(argv=None, parser=None):
     for name, value in vars(args).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not (0 < value < math.inf or value == 0 and name in may_be_0):
-            parser.error(f"--{name.replace('_', '-')} must be above 0 and finite, found {value}")
+            bound = "0 or more" if name in may_be_0 else "above 0"
+            parser.error(f"--{name.replace('_', '-')} must be {bound} and finite, found {value}")
     if args.label_smoothing >= 0.5:
         parser.error("--label-smoothing must lie in [0, 0.5)")
     if args.revision and os.path.isdir(args.model):
@@ -223,7 +228,8 @@ def parse_args(argv=None, parser=None):
     return args
 
 
-# ----- losses of B pairs, each (B,). A ratio is log(pi(y|x) / pi_ref(y|x)), with --length-normalize per token
+# ----- losses of B pairs, each (B,). A ratio is log(pi(y|x) / pi_ref(y|x)), per token with --length-normalize
+# A new loss is a function here, a branch of pair_losses, a choice of --loss, and its flags in LOSSES_WITH.
 def dpo_loss(chosen_ratios, rejected_ratios, beta, label_smoothing=0.0):
     """DPO (S1 eq. 1): -log sigma(beta h). Labels are held to be wrong with probability label_smoothing."""
     h = chosen_ratios - rejected_ratios
@@ -285,8 +291,10 @@ def pair_losses(args, logps, reference_logps, counts, reward_margins):
         losses = hinge_loss(chosen, rejected, args.beta)
     elif args.loss == "ipo":
         losses = ipo_loss(chosen, rejected, args.beta)
-    else:
+    elif args.loss == "revkl":
         losses = revkl_loss(chosen, rejected, args.beta, reward_margins, args.margin_scale)
+    else:
+        raise ValueError(f"pair_losses has no branch for {args.loss}")
     return losses + args.nll_weight * nll_loss(logps[:, 0], counts[:, 0])
 
 
@@ -363,8 +371,8 @@ def packed_attention(
 ):
     """Causal attention within each sequence of a row, for transformers' AttentionInterface.
 
-    query (1, H, T, D), key and value (1, H_kv, T, D); lengths of the sequences, which sum to T, and where
-    they end, int32 from 0 -> (1, T, H, D)
+    query (1, H, T, D), key and value (1, H_kv, T, D); lengths of the S sequences, which sum to T, and their
+    boundaries `ends`, int32 (S + 1,), 0 first -> (1, T, H, D)
     """
     if lengths is None:
         fail("this architecture does not pass on where sequences begin, so they cannot be packed into a row")
@@ -391,7 +399,8 @@ def packed_attention(
 class PolicyLogps(nn.Module):
     """A causal language model whose forward gives log-probabilities of tokens, never logits.
 
-    The head is used within this forward, where FSDP2 holds its weight whole and in the compute type.
+    The head is used within this forward, where FSDP2 holds its weight whole and in the compute type. Before
+    backward FSDP2 gathers it again into the same tensor, so TokenLogps may keep it.
     """
 
     def __init__(self, model):
@@ -413,11 +422,11 @@ def sequence_logps(policy, sequences):
     counts = [sum(sequence.trained) for sequence in sequences]
     ids = torch.tensor([token for sequence in sequences for token in sequence.ids])  # (T,)
     trained = torch.tensor([flag for sequence in sequences for flag in sequence.trained])
-    (trained,) = trained.nonzero(as_tuple=True)  # (C,) places in the row
+    (places,) = trained.nonzero(as_tuple=True)  # (C,) of the trained tokens in the row
     positions = torch.cat([torch.arange(length) for length in lengths])
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     # the state before a token predicts it; the first token of a sequence is never trained
-    row = [ids[None], positions[None], ends, trained - 1, ids[trained]]
+    row = [ids[None], positions[None], ends, places - 1, ids[places]]
     device = policy.model.device
     ids, positions, ends, before, targets = (to_device(tensor, device) for tensor in row)
     logps = policy(ids, positions, lengths, ends, before, targets)
@@ -466,7 +475,8 @@ def forward_backward(policy, pairs, args, step, train=True):
             if train:
                 (0 * logps.sum()).backward()  # the others wait for this process to reduce gradients
             continue
-        logps, counts = logps.view(len(batch), -1), counts.view(len(batch), -1)  # (B, 2): chosen, rejected
+        # (B, 2), chosen and rejected; with --loss sft (B, 1)
+        logps, counts = logps.view(len(batch), -1), counts.view(len(batch), -1)
         known = [[*pair.reference_logps, pair.reward_margin] for pair in members]
         known = to_device(torch.tensor(known, dtype=torch.float64), logps.device)
         reference_logps, reward_margins = known[:, :-1], known[:, -1]
@@ -511,7 +521,7 @@ def pair_metrics(args, losses, logps, reference_logps, counts):
 
 
 def means(rows):
-    """Means over pairs; of margin and diversity also the standard deviation, of diversity the mean size."""
+    """Means over pairs; of margin and diversity also the deviation, of diversity the mean absolute value."""
     names = [name for name in rows[0] if name not in ("pair_id", "source", "tokens")]
     mean = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
     for name in ("margin", "diversity"):
@@ -563,6 +573,8 @@ def with_reference(policy, pairs, cache, args):
     for start in tqdm(range(0, len(keys), size), desc="reference", unit="window", disable=not first):
         window = keys[start : start + size]
         logps = all_logps(policy, [missing[key] for key in window], 4 * args.micro_tokens)
+        if not all(map(math.isfinite, logps)):
+            fail(f"{args.reference}: a response has the log-probability nan or infinity")
         new = dict(zip(window, logps, strict=True))
         known |= new
         if first:
@@ -573,7 +585,7 @@ def with_reference(policy, pairs, cache, args):
         logps = tuple(known[sequence_key(sequence)] for sequence in pair.sequences)
         scored.append(pair._replace(reference_logps=logps))
     for pair in sorted(scored, key=lambda pair: stable_hash(args.seed, "check", pair.pair_id))[:2]:
-        check_packing(policy, pair.sequences, pair.reference_logps, args, f"in {cache}")
+        check_packing(policy, pair.sequences, pair.reference_logps, args, f"in {cache}; delete this file")
     return scored
 
 
@@ -583,7 +595,7 @@ def sequence_key(sequence):
 
 @contextmanager
 def open_cache(path):
-    """The reference cache and its lines. Runs share it, so it is locked; what a kill tore is cut off."""
+    """The reference cache and its lines. Runs share it, so it is locked; a torn last line is removed."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -595,13 +607,13 @@ def open_cache(path):
 
 
 def check_packing(policy, sequences, logps, args, place):
-    """Log-probabilities of sequences must be those of each alone, else others of its row were seen."""
+    """Log-probabilities must be those of each sequence alone; if not, attention sees its neighbours."""
     for sequence, logp in zip(sequences, logps, strict=True):
         (alone,) = all_logps(policy, [sequence], 1)
         if not abs(alone - logp) <= ROUNDING[args.dtype] * math.sqrt(sum(sequence.trained)):
             fail(
                 f"{args.reference or args.model}: a response has the log-probability {alone:.4f} alone and "
-                f"{logp:.4f} {place}: the cache is another model's, or this architecture cannot be packed"
+                f"{logp:.4f} {place}"
             )
 
 
@@ -632,23 +644,25 @@ def load_policy(name, revision, args):
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     compute = torch.bfloat16 if args.dtype == "bfloat16" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    policy = PolicyLogps(model).train()
+    policy = PolicyLogps(model).train()  # else there is no activation checkpointing
     layers = [each for each in model.modules() if type(each).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        fail(f"{name}: transformers does not say which modules of {config.model_type} are its layers")
     # embedding, last norm and head stay in the root's group: they may be tied
     for module in [*reversed(layers), policy]:
         fully_shard(module.to(device).float(), mesh=mesh, mp_policy=precision)
-        # gradients are summed: the loss is divided by the pairs of the step
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        if dist.get_world_size() > 1:  # gradients are summed: the loss is divided by the pairs of the step
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     release(policy)
     return policy
 
 
 def release(policy):
-    """Free what a forward without backward gathered: an optimizer would train copies of it."""
+    """Free what a forward without backward gathered; else the optimizer would get copies, not the shards."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
-            # a single process has nothing to free between forward and backward
+            # one process keeps what it gathers until backward: freeing it would save little
             module.set_reshard_after_forward(dist.get_world_size() > 1, recurse=False)
             module.reshard()
 
@@ -673,7 +687,7 @@ def export(policy, tokenizer, config, args):
     if dist.get_rank() == 0:
         save_torch_state_dict(stored, args.out, metadata={"format": "pt"})
         tokenizer.save_pretrained(args.out)
-        for name in ("generation_config.json", "config.json"):  # as they are, and last what makes it a model
+        for name in ("generation_config.json", "config.json"):  # unchanged; config.json last: it is whole now
             options = {"revision": args.revision, "_raise_exceptions_for_missing_entries": False}
             path = cached_file(args.model, name, **options)
             if path:
@@ -685,7 +699,8 @@ def export(policy, tokenizer, config, args):
 def load_pairs(path, tokenizer, config, args):
     """All pairs as token ids, and how many were dropped by reason and source.
 
-    Both sides decide, whatever the loss reads, so runs with different losses train on the same pairs.
+    A pair is dropped if either side is too long, also with --loss sft, which reads the chosen one: runs with
+    different losses train on the same pairs.
     """
     mark, end_id = fingerprint(tokenizer), end_of_turn(tokenizer)
     text_config = config.get_text_config()
@@ -722,9 +737,13 @@ def load_pairs(path, tokenizer, config, args):
         source = row.get("source") or ""
         if reason:
             dropped[f"{reason} ({source})" if source else reason] += 1
-        sequences = [Sequence(ids + end, [False] * len(ids) + [True] * len(end)) for end in completions]
+        sequences = []
+        for completion in completions:
+            trained = [False] * len(ids) + [True] * len(completion)
+            sequences.append(Sequence(ids + completion, trained))
         margin = 0.0 if None in rewards else rewards[0] - rewards[1]
         kept = sequences[:1] if args.loss == "sft" else sequences
+        # None keeps the id of a dropped pair, so that a second pair of this id is noticed
         pairs[str(pair_id)] = None if reason else Pair(str(pair_id), source, kept, margin)
     pairs = [pair for pair in pairs.values() if pair]
     if int(os.environ.get("RANK", 0)) == 0:
@@ -777,7 +796,7 @@ def show(tokenizer, pair):
 
 # ----- the run
 def check_paths(args, tokenizer):
-    """Refuse a reference that reads other ids, and an --out that is a model which is read or not ours."""
+    """Refuse a reference with another tokenizer, and an --out that is a model in use or not made here."""
     if args.reference not in (None, args.model):
         if fingerprint(load_tokenizer(args.reference, None)[0]) != fingerprint(tokenizer):
             fail(f"{args.reference}: its tokenizer is not that of {args.model}")
@@ -817,6 +836,8 @@ def open_run(args, record, steps):
                 fail(f"--out {args.out}: a run was stopped here; --resume goes on, --overwrite starts anew")
             saved = [int(each.name) for each in folder.glob("checkpoints/[0-9]*")]
             done = max([step for step in saved if step <= rows], default=0)
+            if rows and counts is None and not done:
+                note("the run was stopped before its first checkpoint, and starts from step 0")
             from_first_process((done, counts))
             yield file, done, counts
     finally:
@@ -825,8 +846,11 @@ def open_run(args, record, steps):
 
 
 def begin(args, file, record, done):
-    """Set up --out for a new run, or cut off the metrics that are later than the checkpoint."""
+    """Set up --out for a new run, or remove what is later than the checkpoint."""
     if done:
+        for folder in Path(args.out, "checkpoints").glob("[0-9]*"):
+            if int(folder.name) > done:
+                shutil.rmtree(folder)
         lines = Path(file.name).read_bytes().splitlines(keepends=True)
         file.truncate(sum(len(line) for line in lines[:done]))
         return
@@ -842,12 +866,14 @@ def load_models(args, record, pairs, held_out):
         policy = load_policy(args.model, args.revision, args)
         sequences = [sequence for pair in pairs[:2] for sequence in pair.sequences]
         together = all_logps(policy, sequences, sys.maxsize)
-        check_packing(policy, sequences, together, args, "beside others")
+        check_packing(
+            policy, sequences, together, args, "in a row with others: this model cannot be trained here"
+        )
         return policy, pairs, held_out
     revision = args.revision if args.reference == args.model else None
     policy = load_policy(args.reference, revision, args)
     state = json.dumps(record["models"][args.reference])
-    key = stable_hash(args.reference, state, args.dtype, torch.cuda.is_available())
+    key = stable_hash(args.reference, state, args.dtype, torch.cuda.is_available(), torch.__version__)
     cache = f"{Path(args.out).parent}/reference_cache/{key:016x}.jsonl"
     pairs = with_reference(policy, pairs, cache, args)
     if held_out:
@@ -877,8 +903,8 @@ def load_checkpoint(folder, policy, optimizer):
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
 
 
-def main(args, forward_backward=forward_backward):
-    """Train; recipes/train_online.py brings its own forward_backward."""
+def main(args, run_step=forward_backward):
+    """Train; recipes/train_online.py brings its own run_step."""
     started = time.time()
     tokenizer, config = load_tokenizer(args.model, args.revision)
     check_paths(args, tokenizer)
@@ -894,7 +920,9 @@ def main(args, forward_backward=forward_backward):
         models.append((args.reference, None))
     record = make_record(args, files, models)
     hashes = sorted(stable_hash(pair.pair_id, pair.sequences) for pair in pairs + held_out)
-    record["inputs"]["token ids"] = f"{stable_hash(*hashes):016x}"  # a date in a chat template changes them
+    record["inputs"]["token ids of the pairs"] = (
+        f"{stable_hash(*hashes):016x}"  # a date in a chat template changes them
+    )
     start_processes()
     first = dist.get_rank() == 0
     with open_run(args, record, steps) as (file, done, counts):
@@ -916,7 +944,7 @@ def main(args, forward_backward=forward_backward):
                 if step == done or place == 0:
                     order = epoch_order(pairs, args.seed, epoch)
                 batch = order[place * args.batch_size :][: args.batch_size]
-                row = metrics_row(forward_backward(policy, batch, args, step))
+                row = metrics_row(run_step(policy, batch, args, step))
                 norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
                 if not math.isfinite(norm):
                     names = ", ".join(pair.pair_id for pair in batch)
@@ -946,12 +974,13 @@ def main(args, forward_backward=forward_backward):
             shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
             print(json.dumps({"out": args.out, **counts}))
     policy = None
-    gc.collect()  # sharded tensors must be gone before their processes part
+    gc.collect()  # sharded tensors must be gone before the process group is
     dist.destroy_process_group()
 
 
 @torch.no_grad()
 def evaluate(policy, pairs, args, step):
+    """The metrics of held-out pairs; of the loss alone, without the samples of recipes/train_online.py."""
     row = metrics_row(forward_backward(policy, pairs, args, step, train=False))
     release(policy)
     return row
@@ -995,6 +1024,7 @@ def from_all_processes(rows):
 
 
 def from_first_process(value):
+    """The first process's value, on every one; all wait for it."""
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]

@@ -1,126 +1,307 @@
 """
-train_dpo.py against TRL's DPOTrainer on the same pairs, one after the other on this machine, each in its own process and environment.
+train_dpo.py against TRL's DPOTrainer on the same pairs, in one run on this machine.
 
-    python -m venv .venv-trl && .venv-trl/bin/pip install trl==1.16.0        # the peer, for this measurement only
-    python benchmarks/train_vs_trl.py --model out/demo/models/policy --pairs PAIRS.jsonl --trl-python .venv-trl/bin/python
+    python -m venv .venv-trl
+    .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0
+    python benchmarks/train_vs_trl.py --model out/demo/models/policy --trl-python .venv-trl/bin/python \
+        --responses alpaca_eval_805x8_responses.jsonl.gz
 
-PAIRS is any pairs file (default: the demo's); --responses FILE --models CHOSEN REJECTED makes one from rows {"prompt", "model",
-"response"} of several models instead. 4 pairs a step, one epoch, at most 1024 tokens a side, no activation checkpointing, beta 0.1,
-learning rate 1e-6, --dtype float32 or bfloat16 (TRL: autocast). TRL runs as it comes, with the reference in every step, and with
-precomputed reference log-probabilities, on the same batches and learning rates, so that the losses can be compared. Tokens are
-counted the same way for all: prompt + chosen plus prompt + rejected, never padding; the seconds are those of the optimizer steps,
-and ours also with the reference pass, whose cache starts empty. Prints a table and a JSON object.
+--pairs takes a file of pairs instead of --responses, rows {"prompt", "model", "response"}, of which the first
+of --models is chosen and the second rejected. The systems run in turn, --rounds times, each run in a process
+of its own and TRL in its own environment:
+
+train_dpo.py                 and with --old SCRIPT another version of it
+TRL as it comes              gradient checkpointing, its default, and the reference in every step
+TRL without checkpointing    the reference in every step
+the same, precomputed        its best; the pass that precomputes the reference is not counted
+
+4 pairs a step, one epoch, at most 1,024 tokens a side, DPO with beta 0.1 and AdamW. All take the same pairs
+in the same order at the same learning rates, so their losses can be compared. Speed is in tokens of prompt +
+chosen and prompt + rejected, never padding, per second of the optimizer steps. TRL with a live reference has
+it in its steps. Ours is counted twice: the steps alone, and with loading the model and the reference pass,
+whose cache starts empty. Memory is the largest resident size of the process, on CUDA what torch allocated.
+(TRL 1.16 too multiplies only tokens of responses with the head; what differs is padding, and see above.)
+
+Prints a Markdown table, medians with the smallest and largest of the rounds in brackets, and one JSON object
+last; a line for each run on standard error.
 """
 
 import argparse
 import gzip
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-PEER = '''
-import json, resource, sys, time
-import datasets, torch, transformers, trl
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-model_name, pairs, out, dtype, precompute, rates = sys.argv[1:]
-rates = json.loads(rates)
-data = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in map(json.loads, open(pairs))])
-model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32), AutoTokenizer.from_pretrained(model_name)
-losses, times = [], []
-class Watch(TrainerCallback):
-    def on_step_begin(self, *args, **kwargs):
-        times.append(-time.perf_counter())
-    def on_step_end(self, *args, **kwargs):
-        times[-1] += time.perf_counter()
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            losses.append(float(logs["loss"]))
-config = trl.DPOConfig(output_dir=out, per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-6, beta=0.1, max_length=1024,
-                       bf16=dtype == "bfloat16", use_cpu=True, precompute_ref_log_probs=precompute == "yes", report_to=[], logging_steps=1,
-                       save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)
-class InOrder(trl.DPOTrainer):  # the file's order and our learning rates, so that losses can be compared
-    def _get_train_sampler(self, *args):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0], weight_decay=0.0)
-schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, len(rates) - 1)] / rates[0])
-InOrder(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()],
-        optimizers=(optimizer, schedule)).train()
-print(json.dumps({"seconds": sum(times), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "losses": losses,
-                  "versions": {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}}))
-'''
+OURS, OLD = "train_dpo.py", "train_dpo.py, --old"
+BATCH, MAX_LENGTH, BETA, LR = 4, 1024, 0.1, 1e-6
+AS_IT_COMES, PLAIN = "TRL as it comes", "TRL without checkpointing"
+BEST = "TRL without checkpointing, reference precomputed"
+TRL = {  # what differs from TRL's defaults
+    AS_IT_COMES: {},
+    PLAIN: {"gradient_checkpointing": False},
+    BEST: {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+}
+RATIOS = [  # of two systems, by a column of the table
+    ("with_reference", OURS, AS_IT_COMES),
+    ("with_reference", OURS, PLAIN),
+    ("with_reference", OURS, OLD),
+    ("steps_alone", OURS, BEST),
+    ("steps_alone", OURS, OLD),
+    ("peak_gb", OURS, AS_IT_COMES),
+    ("peak_gb", OURS, PLAIN),
+    ("peak_gb", OURS, OLD),
+]
 
 
-def make_pairs(responses: str, models: list[str], count: int, path: Path) -> None:
-    """The first `count` prompts to which both models answered: the first model's answer is chosen."""
-    rows: dict[str, dict[str, str]] = {}
-    with (gzip.open if responses.endswith(".gz") else open)(responses, "rt") as file:
+# ----- pairs
+def read_responses(path, models):
+    """A pair for each prompt to which both models answered."""
+    answers = {}
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as file:
         for row in map(json.loads, file):
-            rows.setdefault(row["prompt"], {})[row["model"]] = row["response"]
-    both = [(prompt, of) for prompt, of in rows.items() if all(model in of for model in models)][:count]
-    with open(path, "w") as file:
-        for i, (prompt, of) in enumerate(both):
-            sides = {side: [{"role": "assistant", "content": of[model]}] for side, model in zip(("chosen", "rejected"), models)}
-            file.write(json.dumps({"pair_id": str(i), "prompt": [{"role": "user", "content": prompt}], **sides}) + "\n")
+            answers.setdefault(row["prompt"], {})[row["model"]] = row["response"]
+    chosen, rejected = models
+    for prompt, texts in answers.items():
+        if chosen in texts and rejected in texts:
+            yield [{"role": "user", "content": prompt}], texts[chosen], texts[rejected]
 
 
-def in_our_order(pairs: str, path: Path) -> str:
-    """The pairs in the order in which train_dpo.py's first epoch takes them."""
-    sys.path.insert(0, str(REPO))
-    from train_dpo import Pair, epoch_order
-    rows = {row["pair_id"]: row for row in map(json.loads, open(pairs))}
-    order = epoch_order([Pair(pair_id, "", [], [], 0.0) for pair_id in rows], 0, 0)
-    path.write_text("".join(json.dumps(rows[pair.pair_id]) + "\n" for pair in order))
-    return str(path)
+def read_pairs(path):
+    import train_dpo
+
+    for where, row in train_dpo.read_jsonl(path, train_dpo.Row):
+        prompt, (chosen, rejected) = train_dpo.read_sides(row, where)
+        yield prompt, chosen["text"], rejected["text"]
 
 
-def last_json(command: list[str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def write_pairs(args, folder):
+    """The first --count pairs that fit, in the order of our first epoch; file, tokens and learning rates.
+
+    As messages, which both systems read, and without token ids, which TRL does not.
+    """
+    import train_dpo
+
+    rows = {}
+    source = read_responses(args.responses, args.models) if args.responses else read_pairs(args.pairs)
+    for i, (prompt, *texts) in enumerate(source):
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
+        rows[str(i)] = {"pair_id": str(i), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    run = train_dpo.parse_args([*our_flags(args, path), "--out", "unused"])
+    tokenizer, config = train_dpo.load_tokenizer(args.model, None)
+    pairs, _ = train_dpo.load_pairs(str(path), tokenizer, config, run)
+    pairs = train_dpo.epoch_order(pairs[: args.count], run.seed, 0)
+    path.write_text("".join(json.dumps(rows[pair.pair_id]) + "\n" for pair in pairs))
+    steps = -(-len(pairs) // BATCH)
+    rates = [train_dpo.learning_rate(step, steps, LR, run.schedule) for step in range(steps)]
+    return path, len(pairs), sum(pair.tokens() for pair in pairs), rates
+
+
+# ----- one run of a system
+def our_flags(args, pairs):
+    flags = ["--model", args.model, "--pairs", str(pairs), "--dtype", args.dtype, "--epochs", "1"]
+    flags += ["--batch-size", str(BATCH), "--max-length", str(MAX_LENGTH)]
+    return flags + ["--beta", str(BETA), "--lr", str(LR)]
+
+
+def last_json(command):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        sys.exit(f"{' '.join(command[:3])} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        sys.exit(f"{' '.join(command[:3])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_ours(script, args, pairs):
+    with tempfile.TemporaryDirectory() as folder:  # reference_cache is in it too, so it starts empty
+        out = Path(folder, "model")
+        said = last_json([sys.executable, str(script), *our_flags(args, pairs), "--out", str(out)])
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        record = json.loads((out / "metrics.meta.json").read_text())
+    return {
+        "with_reference": said["tokens_per_s_with_reference"],
+        "steps_alone": said["tokens_per_s"],
+        "peak_gb": said["peak_gb"],
+        "losses": [row["loss"] for row in rows],
+        "versions": record["versions"],
+    }
+
+
+def run_trl(name, args, pairs, tokens, rates):
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"model": args.model, "pairs": str(pairs), "dtype": args.dtype, "rates": rates, "out": folder}
+        job |= {"options": TRL[name]}
+        said = last_json([args.trl_python, __file__, "one-run-of-trl", json.dumps(job)])
+    column = "steps_alone" if name == BEST else "with_reference"
+    return {column: tokens / said.pop("seconds"), **said}
+
+
+def one_run_of_trl(job):
+    """In TRL's environment, where there is nothing of ours."""
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    on_cuda = torch.cuda.is_available()
+
+    class InOrder(trl.DPOTrainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Watch(transformers.TrainerCallback):
+        seconds, losses = 0.0, []
+
+        def on_step_begin(self, *args, **kwargs):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            if on_cuda:
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self.started
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    with open(job["pairs"]) as file:
+        rows = [json.loads(line) for line in file]
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    rates = job["rates"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0], weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rates[min(step, len(rates) - 1)] / rates[0]
+    )
+    config = trl.DPOConfig(
+        output_dir=job["out"],
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        max_length=MAX_LENGTH,
+        beta=BETA,
+        bf16=job["dtype"] == "bfloat16",  # autocast
+        use_cpu=not on_cuda,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **job["options"],
+    )
+    watch = Watch()
+    trainer = InOrder(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(job["model"]),
+        callbacks=[watch],
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if on_cuda:
+        peak = torch.cuda.max_memory_allocated()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)}
+    result = {"seconds": watch.seconds, "peak_gb": peak / 1e9, "losses": watch.losses}
+    result |= {"checkpointing": config.gradient_checkpointing, "tokens": own_tokens(trainer.train_dataset)}
+    print(json.dumps(result | {"versions": versions}))
+
+
+def own_tokens(dataset):
+    """Tokens as TRL counts them: templates may render something after the end of a turn, which it trains."""
+    sides = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
+    return sum(len(row[side]) for row in dataset for side in sides)
+
+
+# ----- results
+def spread(values, digits):
+    """Median (smallest to largest)."""
+    values = [f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))]
+    return "{} ({} to {})".format(*values)
+
+
+def column(runs, name, digits):
+    return spread([run[name] for run in runs], digits) if name in runs[0] else ""
+
+
+def table(results):
+    yield "| | tokens/s, reference counted | tokens/s of the steps alone | peak memory, GB |"
+    yield "|---|---|---|---|"
+    for name, runs in results.items():
+        cells = [
+            column(runs, "with_reference", 1),
+            column(runs, "steps_alone", 1),
+            column(runs, "peak_gb", 2),
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def ratios(results):
+    """Ours over another system, round by round."""
+    for name, ours, other in RATIOS:
+        if other in results:
+            pairs = zip(results[ours], results[other], strict=True)
+            yield f"{name}, {ours} / {other}", [one[name] / two[name] for one, two in pairs]
+
+
+def largest_difference(results):
+    """Of the loss of a step, ours against each of TRL's."""
+    differences = {}
+    for name in TRL:
+        pairs = zip(results[OURS], results.get(name, []), strict=False)
+        steps = [zip(one["losses"], two["losses"], strict=True) for one, two in pairs]
+        differences[name] = max((abs(a - b) for losses in steps for a, b in losses), default=None)
+    return differences
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", default="out/demo/pairs_on50.jsonl")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--responses")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pairs", metavar="FILE")
+    source.add_argument("--responses", metavar="FILE")
     parser.add_argument("--models", nargs=2, default=["gpt4_1106_preview", "vicuna-7b-v1.5"])
-    parser.add_argument("--count", type=int, default=24)
-    parser.add_argument("--trl-python", help="without it only ours is measured")
+    parser.add_argument("--count", type=int, default=12, help="pairs (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--old", metavar="SCRIPT", help="another version of train_dpo.py")
+    parser.add_argument("--trl-python", metavar="PYTHON", help="without it only ours is measured")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        pairs = str(Path(name, "pairs.jsonl")) if args.responses else args.pairs
-        if args.responses:
-            make_pairs(args.responses, args.models, args.count, Path(pairs))
-        ours = last_json([sys.executable, str(REPO / "train_dpo.py"), "--model", args.model, "--pairs", pairs, "--out", f"{name}/ours",
-                          "--batch-size", "4", "--max-length", "1024", "--lr", "1e-6", "--beta", "0.1", "--dtype", args.dtype])
-        metrics = [json.loads(line) for line in open(f"{name}/ours/metrics.jsonl")]
-        losses = [row["loss"] for row in metrics]
-        ordered = in_our_order(pairs, Path(name, "ordered.jsonl"))
-        result = {"pairs": ours["pairs"], "dropped": ours["dropped"], "tokens": ours["tokens"], "dtype": args.dtype,
-                  "ours": {key: ours[key] for key in ("tokens_per_s", "tokens_per_s_with_reference", "peak_gb")} | {"losses": losses}}
-        for precompute in ("no", "yes") if args.trl_python else ():
-            peer = last_json([args.trl_python, "-c", PEER, args.model, ordered, f"{name}/trl{precompute}", args.dtype, precompute,
-                              json.dumps([row["lr"] for row in metrics])])
-            result["trl precomputed" if precompute == "yes" else "trl"] = peer | {"tokens_per_s": ours["tokens"] / peer["seconds"]}
-    for system in (system for system in ("ours", "trl", "trl precomputed") if system in result):
-        some = result[system]
-        print(f"{system:16} {some.get('tokens_per_s_with_reference', some['tokens_per_s']):7.1f} tokens/s (ours: reference counted; steps "
-              f"alone {result['ours']['tokens_per_s']:.1f})   peak {some['peak_gb']:6.2f} GB   losses "
-              + " ".join(f"{loss:.4f}" for loss in some["losses"][:6]))
-    if args.trl_python:
-        result["largest loss difference"] = max(abs(a - b) for a, b in zip(losses, result["trl"]["losses"]))
-        result["ratios"] = {"speed, reference counted": ours["tokens_per_s_with_reference"] / result["trl"]["tokens_per_s"],
-                            "speed, steps alone": ours["tokens_per_s"] / result["trl precomputed"]["tokens_per_s"],
-                            "memory": ours["peak_gb"] / result["trl"]["peak_gb"]}
-    print(json.dumps(result))
+    sys.path.insert(0, str(REPO))
+    systems = [OURS] + [OLD] * bool(args.old) + list(TRL) * bool(args.trl_python)
+    results = {name: [] for name in systems}
+    with tempfile.TemporaryDirectory() as folder:
+        path, count, tokens, rates = write_pairs(args, Path(folder))
+        load = os.getloadavg()[0]
+        for number in range(args.rounds):
+            for name in systems:
+                if name in TRL:
+                    run = run_trl(name, args, path, tokens, rates)
+                else:
+                    run = run_ours(args.old if name == OLD else REPO / OURS, args, path)
+                results[name].append(run)
+                print(f"round {number + 1}, {name}: {json.dumps(run)}", file=sys.stderr)
+    print("\n".join(table(results)))
+    found = {"pairs": count, "tokens": tokens, "dtype": args.dtype, "load_at_start": load}
+    found |= {"systems": results, "ratios": dict(ratios(results))}
+    found["largest_loss_difference"] = largest_difference(results)
+    print()
+    for name, values in found["ratios"].items():
+        print(f"{name}: {spread(values, 2)}")
+    print(f"largest difference of a loss: {found['largest_loss_difference']}\n")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["one-run-of-trl"]:
+        one_run_of_trl(json.loads(sys.argv[2]))
+    else:
+        main()

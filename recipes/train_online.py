@@ -122,9 +122,7 @@ class Online:
         self.end_id = train_dpo.end_of_turn(train_dpo.load_tokenizer(args.model, args.revision)[0])
         self.reference = None
 
-    def __call__(self, policy, pairs, args, step, train=True):
-        if not train:
-            return train_dpo.forward_backward(policy, pairs, args, step, train=False)
+    def __call__(self, policy, pairs, args, step):
         if self.reference is None:
             revision = args.revision if args.reference == args.model else None
             self.reference = train_dpo.load_policy(args.reference, revision, args).requires_grad_(False)
