@@ -1,9 +1,10 @@
 """
-Two things about train_dpo.py alone: its memory over the vocabulary, and where the time of a step goes.
+Parts of train_dpo.py alone: memory over the vocabulary, where the time of a step goes, one rank of many.
 
     python benchmarks/train_parts.py memory
     python benchmarks/train_parts.py step --model out/demo/models/policy \
         --responses alpaca_eval_805x8_responses.jsonl.gz
+    python benchmarks/train_parts.py rank --gpus 8 --tokens 8192 --activation-checkpointing
 
 memory   one step of a two-layer model, vocabularies of 1k to 128k, 2,048 and 4,096 response tokens, each in a
          process of its own, on the CPU in float32: peaks of resident memory beside the sum of what should
@@ -19,6 +20,10 @@ step     a step of main (forward_backward, clipping, AdamW) on a few pairs under
          On a CPU times are those of operations and add up to the step; on CUDA they are those of kernels, and
          what the step took beyond them is time in which the GPU waited. Matrix products are set against a
          large one of the same type, measured in the same run.
+rank     one process of --gpus, on one GPU, a model of Llama-3.1-8B's shape with random weights: collectives of
+         torch's fake process group do nothing, so memory and kernels are those of a rank, and only the time
+         lacks the communication. Prints seconds of a row (forward and backward), tokens/s, the peak, and MFU:
+         6 x parameters x tokens against 989 TFLOP/s, a Hopper GPU's rate on paper.
 """
 
 import argparse
@@ -220,6 +225,64 @@ def print_parts(seconds, flops, whole, rate):
     print(f"| outside of operations | {outside:.3f} | {outside / whole:.3f} | | |\n")
 
 
+# ----- one rank of many
+def rank(args):
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    import train_dpo
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=args.layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+    )
+
+    def random_weights(name, attn_implementation, **options):
+        shape._attn_implementation = attn_implementation
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(device):
+            model = LlamaForCausalLM(shape)
+        torch.set_default_dtype(torch.float32)
+        return model, {"missing_keys": []}
+
+    AutoModelForCausalLM.from_pretrained = random_weights
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.gpus)
+    checkpointing = ["--activation-checkpointing"] * args.activation_checkpointing
+    with tempfile.TemporaryDirectory() as folder:
+        shape.save_pretrained(folder)
+        run = train_dpo.parse_args(["--model", folder, "--pairs", "x", "--out", "x", *checkpointing])
+        policy = train_dpo.load_policy(folder, None, run)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
+    length = args.tokens // 8  # four pairs of equal lengths, a fifth of a sequence is the prompt
+    trained = [False] * (length // 5) + [True] * (length - length // 5)
+    sequences = [
+        train_dpo.Sequence([3 + (7 * i + j) % 250 for j in range(length)], trained) for i in range(8)
+    ]
+    seconds = []
+    for _ in range(4):
+        started = now(device)
+        logps, _ = train_dpo.sequence_logps(policy, sequences)
+        (logps.mean() / 64).backward()
+        seconds.append(now(device) - started)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), train_dpo.MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    fastest, tokens = min(seconds[1:]), 8 * length
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    found = {"gpus": args.gpus, "tokens": tokens, "activation_checkpointing": args.activation_checkpointing}
+    found |= {"seconds": round(fastest, 3), "tokens_per_s": round(tokens / fastest)}
+    found |= {"mfu": round(6 * parameters * tokens / fastest / 989e12, 3)}
+    print(json.dumps(found | {"peak_gb": round(train_dpo.peak_gb(), 1)}))
+
+
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -233,6 +296,11 @@ def main():
     command.add_argument("--models", nargs=2, default=["gpt4_1106_preview", "vicuna-7b-v1.5"])
     command.add_argument("--count", type=int, default=4, help="pairs (default %(default)s)")
     command.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    command = commands.add_parser("rank")
+    command.add_argument("--gpus", type=int, default=8)
+    command.add_argument("--tokens", type=int, default=4096, help="in a row (default %(default)s)")
+    command.add_argument("--layers", type=int, default=32)
+    command.add_argument("--activation-checkpointing", action="store_true")
     command = commands.add_parser("one-step")  # what memory starts
     command.add_argument("vocabulary", type=int)
     command.add_argument("tokens", type=int)
@@ -241,6 +309,8 @@ def main():
         memory()
     elif args.command == "step":
         step(args)
+    elif args.command == "rank":
+        rank(args)
     else:
         one_step(args.vocabulary, args.tokens)
 
