@@ -585,7 +585,7 @@ def with_reference(policy, pairs, cache, args):
         logps = tuple(known[sequence_key(sequence)] for sequence in pair.sequences)
         scored.append(pair._replace(reference_logps=logps))
     for pair in sorted(scored, key=lambda pair: stable_hash(args.seed, "check", pair.pair_id))[:2]:
-        check_packing(policy, pair.sequences, pair.reference_logps, args, f"in {cache}; delete this file")
+        check_logps(policy, pair.sequences, pair.reference_logps, args, f"in {cache}; delete this file")
     return scored
 
 
@@ -606,15 +606,13 @@ def open_cache(path):
         yield file, lines
 
 
-def check_packing(policy, sequences, logps, args, place):
-    """Log-probabilities must be those of each sequence alone; if not, attention sees its neighbours."""
+def check_logps(policy, sequences, logps, args, place):
+    """Refuse log-probabilities of sequences that are not those of each alone in its row."""
     for sequence, logp in zip(sequences, logps, strict=True):
         (alone,) = all_logps(policy, [sequence], 1)
         if not abs(alone - logp) <= ROUNDING[args.dtype] * math.sqrt(sum(sequence.trained)):
-            fail(
-                f"{args.reference or args.model}: a response has the log-probability {alone:.4f} alone and "
-                f"{logp:.4f} {place}"
-            )
+            name = policy.model.name_or_path
+            fail(f"{name}: the log-probability of a response is {alone:.4f} alone and {logp:.4f} {place}")
 
 
 # ----- loading, sharding and writing the model
@@ -719,8 +717,6 @@ def load_pairs(path, tokenizer, config, args):
             sampled = response["token_ids"] is not None
             retokenised += sampled and response["tokenizer"] != mark
             completions.append(completion_ids(tokenizer, mark, end_id, response))
-            if max(completions[-1], default=0) >= text_config.vocab_size:
-                fail(f"{where}: a token id is beyond the vocabulary of {args.model}")
             if not completions[-1]:
                 fail(f"{where}: a response has no tokens")
         pair_id = row.get("pair_id")
@@ -729,6 +725,8 @@ def load_pairs(path, tokenizer, config, args):
         if str(pair_id) in pairs:
             fail(f"{where}: the pair_id {pair_id} is twice in this file")
         ids = prompt_ids(tokenizer, prompt, **args.template_kwargs)
+        if max(ids + completions[0] + completions[1]) >= text_config.vocab_size:
+            fail(f"{where}: a token id is beyond the vocabulary of {args.model}")
         reason = ""
         if completions[0] == completions[1]:
             reason = "identical"
@@ -862,27 +860,30 @@ def begin(args, file, record, done):
 
 def load_models(args, record, pairs, held_out):
     """The policy, and pairs and held-out pairs with the log-probabilities of the reference."""
-    if not args.reference:
-        policy = load_policy(args.model, args.revision, args)
-        sequences = [sequence for pair in pairs[:2] for sequence in pair.sequences]
-        together = all_logps(policy, sequences, sys.maxsize)
-        check_packing(
-            policy, sequences, together, args, "in a row with others: this model cannot be trained here"
-        )
-        return policy, pairs, held_out
-    revision = args.revision if args.reference == args.model else None
-    policy = load_policy(args.reference, revision, args)
-    state = json.dumps(record["models"][args.reference])
-    key = stable_hash(args.reference, state, args.dtype, torch.cuda.is_available(), torch.__version__)
-    cache = f"{Path(args.out).parent}/reference_cache/{key:016x}.jsonl"
-    pairs = with_reference(policy, pairs, cache, args)
-    if held_out:
-        held_out = with_reference(policy, held_out, cache, args)
-    if args.reference != args.model:
+    if args.reference:
+        revision = args.revision if args.reference == args.model else None
+        policy = load_checked(args.reference, revision, args, pairs)
+        state = json.dumps(record["models"][args.reference])
+        key = stable_hash(args.reference, state, args.dtype, torch.cuda.is_available(), torch.__version__)
+        cache = f"{Path(args.out).parent}/reference_cache/{key:016x}.jsonl"
+        pairs = with_reference(policy, pairs, cache, args)
+        held_out = held_out and with_reference(policy, held_out, cache, args)
+        if args.reference == args.model:
+            return policy, pairs, held_out
         policy = None
         gc.collect()  # sharded modules are in reference cycles
-        policy = load_policy(args.model, args.revision, args)
-    return policy, pairs, held_out
+    return load_checked(args.model, args.revision, args, pairs), pairs, held_out
+
+
+@torch.no_grad()
+def load_checked(name, revision, args, pairs):
+    """load_policy's model, after a look at whether sequences in one row see each other."""
+    policy = load_policy(name, revision, args)
+    sequences = [sequence for pair in pairs[:2] for sequence in pair.sequences]
+    together, _ = sequence_logps(policy, sequences)  # one row, on every process
+    release(policy)
+    check_logps(policy, sequences, together.tolist(), args, "in a row with others: they cannot be packed")
+    return policy
 
 
 def save_checkpoint(folder, step, policy, optimizer):

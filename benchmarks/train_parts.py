@@ -20,7 +20,7 @@ step     a step of main (forward_backward, clipping, AdamW) on a few pairs under
          On a CPU times are those of operations and add up to the step; on CUDA they are those of kernels, and
          what the step took beyond them is time in which the GPU waited. Matrix products are set against a
          large one of the same type, measured in the same run.
-rank     one process of --gpus, on one GPU, a model of Llama-3.1-8B's shape with random weights: collectives of
+rank     a process of --gpus, on one GPU, a model of Llama-3.1-8B's shape with random weights: collectives of
          torch's fake process group do nothing, so memory and kernels are those of a rank, and only the time
          lacks the communication. Prints seconds of a row (forward and backward), tokens/s, the peak, and MFU:
          6 x parameters x tokens against 989 TFLOP/s, a Hopper GPU's rate on paper.

@@ -1,0 +1,669 @@
+"""
+train_dpo.py below the level of a run: losses, log-probabilities, packing and gradients.
+
+Covers  every loss and option against plain float64 math, its gradient against central differences, and values
+        counted by hand. Learning rates. TokenLogps against full float64 logits, whatever the chunk; no more
+        than a chunk of logits is ever held. packed_attention against a dense mask. Sequences in a row against
+        each alone, for several architectures; those that cannot be packed are refused. Gradients of a sharded
+        model against an ordinary float64 model for every loss. Orders and batches. Metrics by hand.
+Run     python -m pytest tests/test_train_math.py     (whole runs: test_train.py; processes:
+        test_train_distributed.py)
+"""
+
+import gc
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_policy, make_tokenizer
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_oracle import (
+    GIVEN,
+    LR,
+    RAGGED,
+    counts_of,
+    float64,
+    make_pairs,
+    oracle,
+    pair_of,
+    parse,
+    plain_logps,
+    pull_back,
+    refusal,
+    refused_run,
+    slopes,
+)
+from transformers import AutoModelForCausalLM
+
+import train_dpo
+from train_dpo import TokenLogps, epoch_order, learning_rate, micro_batches, packed_attention, sequence_logps
+
+
+@pytest.fixture
+def process():
+    """The process group of one process that main makes."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()  # sharded tensors must be gone before
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return make_policy(tmp_path_factory.mktemp("untied"), seed=3, tie=False)
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    return make_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+
+
+def load(folder):
+    return train_dpo.load_policy(str(folder), None, parse(*GIVEN))
+
+
+def whole_weights(policy):
+    """Copies of the weights of a sharded model under the names that its file uses."""
+    weights = {}
+    for name, parameter in policy.model.named_parameters():
+        weights[name] = parameter.detach().full_tensor().clone()
+    return weights
+
+
+# ----- losses
+EVERY_LOSS = [
+    ("dpo",),
+    ("dpo", "--beta", 0.01),
+    ("dpo", "--label-smoothing", 0.2),
+    ("dpo", "--nll-weight", 0.7),
+    ("dpo", "--length-normalize"),
+    ("dpo", "--length-normalize", "--beta", 2, "--label-smoothing", 0.1, "--nll-weight", 1),
+    ("hinge",),
+    ("hinge", "--length-normalize", "--nll-weight", 0.2),
+    ("ipo",),
+    ("ipo", "--length-normalize", "--beta", 0.1),
+    ("ipo", "--nll-weight", 3),
+    ("revkl",),
+    ("revkl", "--margin-scale", 4),
+    ("revkl", "--length-normalize", "--nll-weight", 0.5),
+    ("slic",),
+    ("slic", "--slic-norm", "mean", "--slic-delta", 2),
+    ("slic", "--slic-lambda", 0),
+    ("sft",),
+    ("simpo",),
+    ("simpo", "--simpo-gamma", 0, "--beta", 3),
+    ("simpo", "--label-smoothing", 0.3),
+]
+
+
+def test_every_loss_is_among_them():
+    (losses,) = [action for action in train_dpo.make_parser("")._actions if action.dest == "loss"]
+    assert set(losses.choices) == {flags[0] for flags in EVERY_LOSS}
+
+
+def random_row(draw, width):
+    """(log-probabilities, those of the reference, token counts, reward margin) of a pair."""
+    logps = [draw.gauss(-60, 20) for _ in range(width)]
+    reference_logps = [draw.gauss(-60, 20) for _ in range(width)]
+    return logps, reference_logps, [draw.randint(1, 30) for _ in range(width)], draw.gauss(0, 2)
+
+
+@pytest.mark.parametrize("flags", EVERY_LOSS)
+def test_every_loss_and_its_gradient_on_random_pairs(flags):
+    args, draw = parse(*GIVEN, "--loss", *flags), random.Random(0)
+    rows = [random_row(draw, 1 if args.loss == "sft" else 2) for _ in range(40)]
+    logps, reference_logps, counts, margins = (
+        torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in range(4)
+    )
+    logps.requires_grad_()
+    losses = train_dpo.pair_losses(args, logps, reference_logps, counts, margins)
+    assert losses.shape == (40,)
+    assert losses.tolist() == pytest.approx([oracle(args, *row) for row in rows], rel=1e-12)
+    (found,) = torch.autograd.grad(losses.sum(), logps)
+    expected = [slope for row in rows for slope in slopes(args, *row)]
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def losses_of(flags, logps, reference_logps, counts=(1, 1), reward_margin=0.0):
+    """pair_losses of one pair, and its gradient."""
+    leaf = torch.tensor([logps], dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([counts], dtype=torch.float64)
+    reference_logps = torch.tensor([reference_logps], dtype=torch.float64)
+    margins = torch.tensor([reward_margin], dtype=torch.float64)
+    args = parse(*GIVEN, *flags)
+    (loss,) = train_dpo.pair_losses(args, leaf, reference_logps, counts, margins)
+    return loss.item(), torch.autograd.grad(loss, leaf)[0][0].tolist()
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["dpo"], 0.554355),  # -log sigma(0.1 * 3)
+        (["dpo", "--beta", 0.01], 0.678260),
+        (["ipo"], 4.0),  # (3 - 5)^2
+        (["hinge"], 0.7),
+        (["revkl"], 0.635038),  # sigma(1) * 0.554355 + sigma(-1) * 0.854355
+        (["dpo", "--label-smoothing", 0.1], 0.9 * 0.554355 + 0.1 * 0.854355),
+        # the chosen response has -10 in two tokens
+        (["dpo", "--nll-weight", 0.5], 0.554355 + 0.5 * 5),
+        (["hinge", "--nll-weight", 2], 0.7 + 2 * 5),
+        # per token the ratios are 1 / 2 and -2 / 4, and beta is 5
+        (["dpo", "--length-normalize"], 0.006715),
+        (["dpo", "--length-normalize", "--beta", 0.1], 0.644397),
+        (["ipo", "--length-normalize"], 0.81),  # (1 - 1 / 10)^2
+        (["ipo", "--length-normalize", "--beta", 0.1], 16.0),
+        (["hinge", "--length-normalize", "--beta", 0.5], 0.5),
+        (["slic"], 1.0),
+        (["sft"], 5.0),
+        # means of -5 and -3.5: 2.5 from the hinge, 0.5 from the likelihood
+        (["slic", "--slic-norm", "mean"], 3.0),
+        # -log sigma(2 * (-5 - -3.5) - 1) = log(1 + e^4)
+        (["simpo"], 4.018150),
+        (["simpo", "--simpo-gamma", 0], 3.048587),
+        (["simpo", "--beta", 0.1], 1.425081),  # log(1 + e^1.15)
+        (["simpo", "--label-smoothing", 0.1], 0.9 * 4.018150 + 0.1 * 0.018150),
+    ],
+)
+def test_losses_of_a_pair_counted_by_hand(flags, expected):
+    loss, _ = losses_of(["--loss", *flags], [-10.0, -14.0], [-11.0, -12.0], [2, 4], 1.0)
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("reference_logps", [[0.0, 0.0], [-50.0, 3.0]])
+def test_slic_and_simpo_have_no_reference(reference_logps):
+    loss, gradient = losses_of(["--loss", "slic"], [-10.0, -10.5], reference_logps)
+    assert loss == 1.5 and gradient == pytest.approx([-1.1, 1.0])
+    # two and four tokens: z = 2 (-5 + 5.5) - 1 = 0, so the slope is sigma(0) * 2 per mean
+    loss, gradient = losses_of(["--loss", "simpo"], [-10.0, -22.0], reference_logps, [2, 4])
+    assert loss == pytest.approx(math.log(2)) and gradient == pytest.approx([-0.5, 0.25])
+
+
+def test_slic_beyond_its_margin_keeps_the_likelihood():
+    assert losses_of(["--loss", "slic"], [-10.0, -14.0], [0.0, 0.0])[1] == pytest.approx([-0.1, 0.0])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_learning_rate_by_hand(schedule):
+    first = [learning_rate(step, 20, 4.0, schedule) for step in range(3)]
+    assert first == pytest.approx([2.0, 4.0, 4.0])  # two steps of warm-up, then the highest once more
+    assert learning_rate(11, 20, 4.0, schedule) == pytest.approx(2.0)  # half of the 18 steps that are left
+    last = 4 / 18 if schedule == "linear" else 2 * (1 - math.cos(math.pi / 18))
+    assert learning_rate(19, 20, 4.0, schedule) == pytest.approx(last)
+    assert learning_rate(20, 20, 4.0, schedule) == 0.0
+    assert learning_rate(0, 1, 4.0, schedule) == 4.0  # a run of one step trains
+    # a tenth of 11 steps is rounded up
+    assert [learning_rate(step, 11, 1.0, schedule) for step in range(2)] == [0.5, 1.0]
+
+
+# ----- TokenLogps
+def head_case(count, vocab, width, with_bias):
+    """states, weight, bias, targets, gradient of the log-probabilities"""
+    torch.manual_seed(0)
+    states, weight = torch.randn(count, width), torch.randn(vocab, width)
+    bias = torch.randn(vocab) if with_bias else None
+    return states, weight, bias, torch.randint(vocab, (count,)), torch.randn(count)
+
+
+def fused(states, weight, bias, targets, grad):
+    """Log-probabilities and gradients of TokenLogps."""
+    leaves = [x.clone().requires_grad_() for x in (states, weight, bias) if x is not None]
+    logps = TokenLogps.apply(leaves[0], leaves[1], None if bias is None else leaves[2], targets)
+    return [logps.detach(), *torch.autograd.grad(logps, leaves, grad)]
+
+
+def from_full_logits(states, weight, bias, targets, grad):
+    """The same in float64 with all logits at once."""
+    leaves = [x.double().requires_grad_() for x in (states, weight, bias) if x is not None]
+    logits = leaves[0] @ leaves[1].T
+    if bias is not None:
+        logits = logits + leaves[2]
+    logps = logits.log_softmax(-1)[range(len(targets)), targets]
+    return [logps.detach(), *torch.autograd.grad(logps, leaves, grad.double())]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 8, 21])
+def test_token_logps_and_gradients_are_those_of_full_logits(count, with_bias, monkeypatch):
+    case = head_case(count, 97, 16, with_bias)
+    expected = from_full_logits(*case)
+    for chunk in (1, 3, 8, 512):  # one token, a ragged end, an exact end, all at once
+        monkeypatch.setitem(train_dpo.CHUNK, "cpu", chunk)
+        for ours, exact in zip(fused(*case), expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert (ours - exact).abs().max() < 2e-5, f"chunk {chunk}"
+
+
+def test_token_logps_of_large_logits_stay_finite():
+    states, weight, _, targets, grad = head_case(9, 50, 8, False)
+    case = (states * 40, weight * 40, None, targets, grad)
+    ours, exact = fused(*case), from_full_logits(*case)
+    assert all(x.isfinite().all() for x in ours)
+    assert torch.allclose(ours[0].double(), exact[0], rtol=1e-5, atol=1e-2)
+
+
+def test_token_logps_of_bfloat16_operands_are_summed_in_float32(monkeypatch):
+    monkeypatch.setitem(train_dpo.CHUNK, "cpu", 8)
+    states, weight, bias, targets, grad = head_case(30, 97, 16, True)
+    rounded = (states.bfloat16(), weight.bfloat16(), bias.bfloat16(), targets, grad)
+    ours, exact = fused(*rounded), from_full_logits(*rounded)
+    assert ours[0].dtype == torch.float32 and (ours[0] - exact[0]).abs().max() < 2e-5
+    for name, one, two in zip(("states", "weight", "bias"), ours[1:], exact[1:], strict=True):
+        assert one.dtype == torch.bfloat16, name
+        assert (one.double() - two).abs().max() < 0.02 * two.abs().max(), name
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives back."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_token_logps_never_hold_more_than_a_chunk_of_logits(monkeypatch):
+    count, vocab, width, chunk = 100, 4000, 4, 8
+    monkeypatch.setitem(train_dpo.CHUNK, "cpu", chunk)
+    case = head_case(count, vocab, width, True)
+    with Largest() as seen:
+        fused(*case)
+    assert seen.elements == chunk * vocab  # the logits of a chunk are there, so backward was watched too
+    with Largest() as seen:
+        from_full_logits(*case)
+    assert seen.elements == count * vocab
+
+
+# ----- packed_attention
+LENGTHS = [5, 1, 9, 2]
+ENDS = torch.tensor([0, 5, 6, 15, 17], dtype=torch.int32)
+
+
+def attention_case():
+    torch.manual_seed(0)
+    shapes = [(1, heads, sum(LENGTHS), 8) for heads in (6, 2, 2)]  # three query heads to a key head
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def with_gradients(result, leaves):
+    draw = torch.Generator().manual_seed(1)
+    pull = torch.randn(result.shape, dtype=result.dtype, generator=draw)
+    return [result.detach(), *torch.autograd.grad(result, leaves, pull)]
+
+
+@pytest.mark.parametrize("window", [None, 9])  # one that no sequence exceeds
+def test_packed_attention_is_attention_with_a_dense_mask(window):
+    query, key, value = leaves = attention_case()
+    options = {"lengths": LENGTHS, "ends": ENDS, "sliding_window": window}
+    ours, nothing = packed_attention(None, query, key, value, None, 0.3, **options)
+    member = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    seen = (member[:, None] == member) & torch.ones(17, 17).tril().bool()
+    heads = []
+    for head in range(6):
+        scores = (0.3 * query[0, head] @ key[0, head // 3].T).masked_fill(~seen, -math.inf)
+        heads.append(scores.softmax(-1) @ value[0, head // 3])
+    exact = torch.stack(heads, 1)[None]
+    assert nothing is None and ours.shape == (1, 17, 6, 8)
+    for a, b in zip(with_gradients(ours, leaves), with_gradients(exact, leaves), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({}, "does not pass on where sequences begin"),
+        ({"lengths": LENGTHS, "ends": ENDS, "softcap": 30.0}, "soft cap"),
+        ({"lengths": LENGTHS, "ends": ENDS, "s_aux": torch.ones(6)}, "sinks"),
+        ({"lengths": LENGTHS, "ends": ENDS, "sliding_window": 8}, "window shorter than a sequence"),
+    ],
+)
+def test_packed_attention_refuses_what_it_does_not_do(options, word, capsys):
+    said = refusal(capsys, lambda: packed_attention(None, *attention_case(), None, 0.3, **options))
+    assert word in said
+
+
+# ----- sequences in a row against each alone
+UNUSUAL = [
+    pair_of("d", "", [3, 4, 5], [[8, 258], [11, 12, 13]]),
+    pair_of("e", "", [70], [[9], [60] * 17]),  # a prompt of one token
+    pair_of("f", "", [0] * 11, [[0, 0, 258], [8, 9, 258] * 4]),  # token 0
+]
+ROWS = [[sequence for pair in pairs for sequence in pair.sequences] for pairs in (RAGGED, UNUSUAL)]
+
+
+def check_against_plain(folder):
+    policy = load(folder)
+    options = {"attn_implementation": "sdpa", "dtype": torch.float32}
+    plain = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    for pairs, row in zip((RAGGED, UNUSUAL), ROWS):
+        with torch.no_grad():
+            expected = torch.cat([plain_logps(plain, pair) for pair in pairs])
+            ours, counts = sequence_logps(policy, row)
+        assert expected.max() - expected.min() > 30  # far from uniform, and lengths differ
+        assert ours.dtype == counts.dtype == torch.float64
+        assert counts.tolist() == [count for pair in pairs for count in counts_of(pair)]
+        found = [ours]
+        for budget in (1, 60, 1000):
+            found.append(torch.tensor(train_dpo.all_logps(policy, row, budget)))
+        for logps in found:
+            difference = (logps - expected).abs()
+            assert (difference < 1e-4 * counts.sqrt()).all(), difference.max()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_packed_log_probabilities_are_those_of_each_sequence_alone(policy, untied, tie, process):
+    check_against_plain(policy if tie else untied)  # two query heads share a key head in both
+
+
+def test_only_the_trained_tokens_count(policy, process):
+    ours, model = load(policy), float64(policy)
+    ids = [3, 4, 5, 6, 7, 8]
+    masks = [[False, True, False, False, True, False], [False] * 5 + [True], [False] + [True] * 5]
+    sequences = [train_dpo.Sequence(ids, mask) for mask in masks]
+    with torch.no_grad():
+        sums, counts = sequence_logps(ours, sequences)
+        every = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    alone = [every[i - 1, ids[i]].item() for i in range(1, 6)]
+    assert counts.tolist() == [2, 1, 5]
+    assert sums.tolist() == pytest.approx([alone[0] + alone[3], alone[4], sum(alone)], abs=1e-4)
+
+
+def random_model(kind, folder, **changes):
+    """A tiny random model of any architecture, with biases that are not zero, without a tokenizer."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 257,
+        "eos_token_id": 258,
+        "pad_token_id": 258,
+    }
+    torch.manual_seed(5)
+    config = getattr(transformers, kind + "Config")(**{**sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("Qwen2", {"num_key_value_heads": 2}),
+        ("Phi", {}),
+        ("GPTNeoX", {}),
+        ("GPT2", {"n_layer": 2}),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": 512}),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 2}),
+    ],
+)
+def test_packing_holds_for_other_architectures(kind, changes, tmp_path, process):
+    check_against_plain(random_model(kind, tmp_path, **changes))
+
+
+LFM2 = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    "kind, changes, word",
+    [
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 64}, "packed"),
+        ("Mistral", {"sliding_window": 4}, "window"),
+        ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": None}, "soft cap"),
+        ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "final_logit_softcapping"),
+        ("Cohere", {}, "logit_scale"),
+        ("Granite", {"logits_scaling": 4.0}, "logits_scaling"),
+        ("Mamba", {"state_size": 4}, "packed"),
+        ("Bloom", {"n_layer": 2, "n_head": 4}, "packed"),
+        ("CodeGen", {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 8}, "packed"),
+        ("Falcon", {"alibi": False}, "packed"),
+        ("StableLm", {"num_key_value_heads": 2}, "packed"),
+        # a convolution that runs on from one sequence into the next
+        ("Lfm2", LFM2, "packed"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_with_a_sentence(kind, changes, word, pairs_file, tmp_path, capsys):
+    make_tokenizer(tmp_path / "model")
+    random_model(kind, tmp_path / "model", **changes)
+    # neither a traceback nor, worse, numbers from an attention that sees the future
+    for loss in ("dpo", "sft", "slic") if kind in ("OPT", "Lfm2") else ("dpo",):
+        flags = ("--pairs", pairs_file, "--out", tmp_path / loss, "--loss", loss)
+        said = refused_run(capsys, "--model", tmp_path / "model", *flags)
+        assert word in said and "Traceback" not in said
+        assert not (tmp_path / loss).exists()
+
+
+def test_small_rows_of_the_reference_hide_nothing_that_cannot_be_packed(pairs_file, tmp_path, capsys):
+    """Rows of the reference have one sequence here; in a step the two of a pair share a row."""
+    make_tokenizer(tmp_path / "model")
+    random_model("Lfm2", tmp_path / "model", **LFM2)
+    flags = ("--pairs", pairs_file, "--out", tmp_path / "out", "--micro-tokens", 1)
+    assert "packed" in refused_run(capsys, "--model", tmp_path / "model", *flags)
+
+
+def test_a_policy_that_cannot_be_packed_is_refused_beside_a_reference_that_can(
+    policy, pairs_file, tmp_path, capsys
+):
+    make_tokenizer(tmp_path / "model")
+    random_model("Lfm2", tmp_path / "model", **LFM2)
+    flags = ("--pairs", pairs_file, "--out", tmp_path / "out", "--reference", policy)
+    assert "packed" in refused_run(capsys, "--model", tmp_path / "model", *flags)
+
+
+def test_many_processes_hide_nothing_that_cannot_be_packed(pairs_file, tmp_path, capsys, monkeypatch):
+    """Dealt to many processes, every sequence is alone in its row."""
+
+    def one_each(lengths, budget, rank, world):
+        return [[index] for index in range(len(lengths))]
+
+    make_tokenizer(tmp_path / "model")
+    random_model("Lfm2", tmp_path / "model", **LFM2)
+    monkeypatch.setattr(train_dpo, "micro_batches", one_each)
+    flags = ("--pairs", pairs_file, "--out", tmp_path / "out", "--loss", "sft")
+    assert "packed" in refused_run(capsys, "--model", tmp_path / "model", *flags)
+
+
+# ----- gradients
+@pytest.mark.parametrize(
+    "kind, flags",
+    [
+        ("tied", ["dpo"]),
+        ("untied", ["dpo"]),
+        ("bias of the head", ["dpo"]),
+        ("tied", ["dpo", "--length-normalize", "--nll-weight", 0.3, "--label-smoothing", 0.1]),
+        ("tied", ["ipo"]),
+        ("tied", ["hinge"]),
+        ("tied", ["revkl"]),
+        ("untied", ["sft"]),
+        ("tied", ["slic", "--slic-norm", "mean"]),
+        ("tied", ["simpo"]),
+    ],
+)
+def test_gradients_are_those_of_a_plain_float64_model(kind, flags, policy, untied, tmp_path, process):
+    folder = {"tied": policy, "untied": untied}.get(kind) or random_model("Phi", tmp_path)
+    args = parse(*GIVEN, "--micro-tokens", 60, "--loss", *flags)
+    ours, model = load(folder), float64(folder)
+    pairs = RAGGED
+    if args.loss == "sft":
+        pairs = [pair._replace(sequences=pair.sequences[:1]) for pair in pairs]
+    assert len(micro_batches([pair.tokens() for pair in pairs], 60, 0, 1)) > 1
+    # a forward without backward first, as in a run: it once left weights gathered, and copies were trained
+    sums = iter(train_dpo.all_logps(ours, [each for pair in pairs for each in pair.sequences], 1))
+    shifted = []
+    for i, pair in enumerate(pairs):
+        reference_logps = tuple(next(sums) + i - 3.0 * side for side in range(len(pair.sequences)))
+        shifted.append(pair._replace(reference_logps=reference_logps))
+    expected = pull_back(args, model, shifted)
+    rows = train_dpo.forward_backward(ours, shifted, args, 7)
+    assert sorted(row["pair_id"] for row in rows) == ["a", "b", "c"]
+    losses = {row["pair_id"]: row["loss"] for row in rows}
+    for value in expected:
+        assert losses[value.pair.pair_id] == pytest.approx(value.loss, rel=1e-4, abs=1e-4)
+    names = {name.removeprefix("model."): each for name, each in ours.model.named_parameters()}
+    exact = {name.removeprefix("model."): each.grad for name, each in model.named_parameters()}
+    assert names.keys() == exact.keys()
+    for name, gradient in exact.items():
+        got = names[name].grad.full_tensor().double()
+        assert gradient.abs().max() > 0, name
+        assert (got - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-7, name
+
+
+def test_measuring_leaves_no_gradient(policy, process):
+    ours, args = load(policy), parse(*GIVEN)
+    with torch.no_grad():
+        rows = train_dpo.forward_backward(ours, RAGGED, args, 0, train=False)
+    assert [row["tokens"] for row in sorted(rows, key=lambda row: row["pair_id"])] == [16, 79, 78]
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_one_optimizer_step_changes_every_weight_of_the_sharded_model(policy, process):
+    ours = load(policy)
+    before = torch.tensor(train_dpo.all_logps(ours, ROWS[0], 1000))
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    old = whole_weights(ours)
+    (-sequence_logps(ours, ROWS[0])[0].sum()).backward()
+    optimizer.step()
+    new = whole_weights(ours)
+    stored = load_file(Path(policy, "model.safetensors"))
+    assert stored.keys() <= old.keys()
+    for name in stored:
+        assert torch.equal(old[name], stored[name]), name
+        assert not torch.equal(old[name], new[name]), name
+    # and the forward uses the changed ones
+    after = torch.tensor(train_dpo.all_logps(ours, ROWS[0], 1000))
+    assert after.sum() > before.sum() + 1
+
+
+def test_a_loss_that_is_not_a_number_names_its_pairs_alone(policy, process, capsys):
+    ours, args = load(policy), parse(*GIVEN)
+    pairs = [
+        pair._replace(reference_logps=(-50.0, math.nan if pair.pair_id != "b" else -5.0)) for pair in RAGGED
+    ]
+    with pytest.raises(SystemExit) as stop:
+        train_dpo.forward_backward(ours, pairs, args, 3)
+    assert stop.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    sentence, names = said.split(" for ")
+    assert sentence.endswith("step 3: the loss is not finite") and set(names.split(", ")) == {"a", "c"}
+
+
+# ----- metrics
+def test_metrics_of_pairs_counted_by_hand():
+    logps = torch.tensor([[-10.0, -14.0], [-9.0, -3.0]])
+    reference_logps = torch.tensor([[-11.0, -12.0], [-8.0, -8.0]])  # h is 3 and -6
+    counts = torch.tensor([[2.0, 4.0], [3.0, 1.0]])
+    losses = torch.tensor([5.0, 7.0])
+    metrics = train_dpo.pair_metrics(parse(*GIVEN), losses, logps, reference_logps, counts)
+    rows = []
+    for i, source in enumerate(("on", "off")):
+        row = {name: of[i].item() for name, of in metrics.items()}
+        rows.append(row | {"pair_id": str(i), "source": source, "tokens": 12})
+    row = train_dpo.metrics_row(rows)
+    by_source = row.pop("by_source")
+    assert row == pytest.approx(
+        {
+            "loss": 6.0,
+            "chosen_logp": -9.5,
+            "chosen_logp_per_token": -4.0,
+            "accuracy": 0.5,
+            "margin": -0.15,
+            "margin_std": 0.45,
+            "chosen_reward": 0.0,
+            "rejected_reward": 0.15,
+            "rejected_logp": -8.5,
+            "rejected_logp_per_token": -3.25,
+            "diversity": -1.0,
+            "diversity_std": 5.0,
+            "diversity_abs": 5.0,
+            "diversity_per_token": -0.75,
+            "kl_proxy": (-1 / 6 + 4 / 4) / 2,
+            "pairs": 2,
+            "tokens": 24,
+        }
+    )
+    assert by_source["on"]["diversity"] == 4
+    assert by_source["off"]["diversity"] == -6 == -by_source["off"]["diversity_abs"]
+    assert by_source["on"]["pairs"] == by_source["off"]["pairs"] == 1
+    assert by_source["off"]["margin_std"] == 0
+    assert train_dpo.metrics_row(rows[:1])["by_source"] is None
+
+
+@pytest.mark.parametrize(
+    "flags, rewards",
+    [
+        (["dpo", "--beta", 0.5], [0.5, -1.0]),
+        (["dpo", "--length-normalize"], [2.5, -2.5]),  # 5 * (1 / 2) and 5 * (-2 / 4)
+        (["slic"], [-10.0, -14.0]),
+        (["slic", "--slic-norm", "mean"], [-5.0, -3.5]),
+        (["simpo"], [-10.0, -7.0]),  # twice the means
+    ],
+)
+def test_rewards_are_beta_times_what_the_loss_compares(flags, rewards):
+    numbers = [torch.tensor([values]) for values in ([-10.0, -14.0], [-11.0, -12.0], [2.0, 4.0])]
+    metrics = train_dpo.pair_metrics(parse(*GIVEN, "--loss", *flags), torch.zeros(1), *numbers)
+    found = [metrics["chosen_reward"].item(), metrics["rejected_reward"].item()]
+    assert found == pytest.approx(rewards)
+    assert metrics["margin"].item() == pytest.approx(rewards[0] - rewards[1])
+    assert metrics["accuracy"].item() == (rewards[0] > rewards[1])
+    assert ("kl_proxy" in metrics) == (flags[0] == "dpo")
+
+
+# ----- orders and batches
+def test_epoch_order_depends_on_seed_epoch_and_ids_alone():
+    pairs = [pair_of(f"p{i}", "", [1], [[2]]) for i in range(40)]
+
+    def order(some, seed=0, epoch=0):
+        return [pair.pair_id for pair in epoch_order(some, seed, epoch)]
+
+    first = order(pairs)
+    assert sorted(first) == sorted(pair.pair_id for pair in pairs)
+    assert first != [pair.pair_id for pair in pairs]
+    assert order(pairs[::-1]) == first
+    assert order(pairs[5:]) == [name for name in first if int(name[1:]) >= 5]
+    assert len({tuple(order(pairs, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_micro_batches_give_everything_once_whatever_the_ranks():
+    draw = random.Random(0)
+    for _ in range(300):
+        lengths = [draw.randint(2, 60) for _ in range(draw.randint(1, 12))]
+        world, budget = draw.choice([1, 2, 3, 8]), draw.choice([1, 50, 100, 5000])
+        ranks = [micro_batches(lengths, budget, rank, world) for rank in range(world)]
+        # FSDP2 hangs where processes do not go forward equally often
+        assert len({len(batches) for batches in ranks}) == 1
+        batches = [batch for rank in ranks for batch in rank]
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) < 2 or sum(lengths[index] for index in batch) <= budget
+        for rank in ranks:  # empty ones come last, and no turn is empty everywhere
+            assert rank == sorted(rank, key=lambda batch: not batch)
+        assert any(rank[-1] for rank in ranks)
+        if budget == 5000:
+            assert len(ranks[0]) == 1  # nothing is cut without need
+        if budget == 1:
+            assert len(ranks[0]) == math.ceil(len(lengths) / world)
+
+
+def test_micro_batches_by_hand():
+    lengths = [10, 40, 30, 20, 50]  # longest first: 4, 1, 2, 3, 0
+    assert micro_batches(lengths, 60, 0, 1) == [[4], [1], [2, 3, 0]]
+    assert micro_batches(lengths, 80, 0, 2) == [[4, 2], [0]]
+    assert micro_batches(lengths, 80, 1, 2) == [[1, 3], []]
+    assert micro_batches([7], 80, 1, 2) == [[]]
