@@ -82,34 +82,35 @@ def sample(policy, prompts, seeds, longest, end_id):
             module.set_reshard_after_forward(False, recurse=False)
     with torch.no_grad():  # gathers all layers; then generate needs no other process, however long it takes
         train_dpo.sequence_logps(policy, [train_dpo.DUMMY])
+    wanted = len(prompts)
+    if not prompts:  # FSDP2 plans backward by the forwards it has seen, and all processes need one plan
+        prompts, seeds, longest = [[end_id]], [0], 1
+    model, width = policy.model, max(map(len, prompts))
+    noise = [torch.Generator(model.device).manual_seed(seed % 2**63) for seed in seeds]
+
+    def disturbed(ids, logits):
+        draws = torch.empty_like(logits)
+        for row, generator in zip(draws, noise, strict=True):
+            row.exponential_(generator=generator)
+        return logits - draws.log()
+
+    ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    policy.eval()  # activation checkpointing would forbid the cache of keys and values
+    model.set_attn_implementation("sdpa")
+    kept = model.generation_config  # none of the model's own settings may act
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=longest, eos_token_id=end_id, pad_token_id=end_id
+    )
+    options = {"attention_mask": mask.to(model.device), "logits_processor": [disturbed]}
+    with torch.no_grad():  # without synced_gpus=False, transformers waits in every token for other processes
+        output = model.generate(ids.to(model.device), synced_gpus=False, **options)
+    model.generation_config = kept
+    model.set_attn_implementation("packed")
+    policy.train()
     responses = []
-    if prompts:
-        model, width = policy.model, max(map(len, prompts))
-        noise = [torch.Generator(model.device).manual_seed(seed % 2**63) for seed in seeds]
-
-        def disturbed(ids, logits):
-            draws = torch.empty_like(logits)
-            for row, generator in zip(draws, noise, strict=True):
-                row.exponential_(generator=generator)
-            return logits - draws.log()
-
-        ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        policy.eval()  # activation checkpointing would forbid the cache of keys and values
-        model.set_attn_implementation("sdpa")
-        kept = model.generation_config  # none of the model's own settings may act
-        model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=longest, eos_token_id=end_id, pad_token_id=end_id
-        )
-        with torch.no_grad():
-            output = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=[disturbed]
-            )
-        model.generation_config = kept
-        model.set_attn_implementation("packed")
-        policy.train()
-        for row in output[:, width:].tolist():
-            responses.append(row[: row.index(end_id) + 1] if end_id in row else row)
+    for row in output[:wanted, width:].tolist():
+        responses.append(row[: row.index(end_id) + 1] if end_id in row else row)
     train_dpo.release(policy)
     return responses
 

@@ -4,7 +4,7 @@ What one stage writes is what the next one needs: files of several sources and s
 Covers  S3 Table 1's pool from two data sets whose turns have their keys in another order; HelpSteer2 to pairs
         (S1 Table 2); DPO-Mix-P's pair from two files; old verdicts that must not travel with new samples;
         labelers; wins of one and of two files; texts that cannot be written; what is said of responses
-        without a result.
+        without a result; sampled token ids from generate.py into training.
 Run     python -m pytest tests/test_between_stages.py
 """
 
@@ -22,6 +22,7 @@ import build_pairs
 import evaluate
 import generate
 import score
+import train_dpo
 
 
 def run(script, *flags, expect=None):
@@ -261,3 +262,33 @@ def test_what_has_no_result_is_counted_with_its_reason(tmp_path, capsys):
     verify(path, out=tmp_path / "3.jsonl", flags=["--shard", "1/2"], expect=2)
     sentence = "--shard 1/2: 2 rows are too few for 2 blocks of 256"
     assert sentence in capsys.readouterr().err
+
+
+def test_what_was_sampled_is_what_is_trained(tmp_path, policy):
+    """Token ids go from generate.py through score.py and build_pairs.py into training as they are: of random
+    bytes, which are no text, so that tokenising the text anew would give others."""
+    prompts = [{"id": f"p{k}", "prompt": f"question {k}", "answer": "7"} for k in range(8)]
+    path = write_rows(tmp_path / "prompts.jsonl", prompts)
+    flags = "--n", 2, "--max-tokens", 12, "--temperature", 1, "--backend", "hf"
+    run(generate, "--model", policy, "--prompts", path, "--out", tmp_path / "on.jsonl", *flags)
+    rows = read_rows(tmp_path / "on.jsonl")
+    for row in rows:  # a reward by hand
+        for k, one in enumerate(row["responses"]):
+            one["reward"] = k
+    write_rows(tmp_path / "scored.jsonl", rows)
+    flags = "--on-ratio", 1, "--truncated", "keep", "--out", tmp_path / "pairs.jsonl"
+    run(build_pairs, "--scored", tmp_path / "scored.jsonl", *flags)
+    args = train_dpo.parse_args(["--model", policy, "--pairs", str(tmp_path / "pairs.jsonl"), "--out", "o"])
+    tokenizer, config = train_dpo.load_tokenizer(policy, None)
+    pairs, dropped = train_dpo.load_pairs(args.pairs, tokenizer, config, args)
+    assert len(pairs) == 8 and not dropped
+    others = 0
+    for pair, row in zip(pairs, rows):
+        assert (pair.pair_id, pair.source, pair.reward_margin) == (f"{row['id']}:on", "on", 1.0)
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        for sequence, one in zip(pair.sequences, row["responses"][::-1]):  # chosen is the second
+            ids = one["token_ids"] + [tokenizer.eos_token_id] * (one["finish"] == "stop")
+            assert sequence.ids == prompt + ids
+            assert sequence.trained == [False] * len(prompt) + [True] * len(ids)
+            others += tokenizer(one["text"], add_special_tokens=False)["input_ids"] != one["token_ids"]
+    assert others > 0

@@ -534,7 +534,12 @@ def test_the_intra_diversity_is_what_the_trainer_logs(tmp_path, capsys):
         prompt_row(1, response("a", 7.0, logp=-20.0), response("b", 0.0, logp=-6.0)),
     ]
     pairs, _, record = run(tmp_path, capsys, rows, "--on-ratio", "1")
-    logged = train_dpo.means([{"diversity": pair["chosen_logp"] - pair["rejected_logp"]} for pair in pairs])
+    measured = []
+    for pair in pairs:
+        labels = {"pair_id": pair["pair_id"], "source": pair["source"], "tokens": 9}
+        measured.append(labels | {"diversity": pair["chosen_logp"] - pair["rejected_logp"]})
+    logged = train_dpo.means(measured)
+    assert logged.keys() == {"diversity", "diversity_std", "diversity_abs", "pairs"}
     row = record["stats"]["intra-diversity"]
     assert (row["mean"], row["std"]) == (logged["diversity"], logged["diversity_std"]) == (4.0, 18.0)
 

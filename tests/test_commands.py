@@ -16,10 +16,10 @@ from functools import lru_cache
 
 import pytest
 from conftest import REPO
-from test_style import SIDE, TOP
+from test_style import SIDE, SIZES
 
 NOT_IN_PARSE_ARGS = ("data/get_models.py",)  # its arguments are read in main
-SCRIPTS = [f"{name}.py" for name in TOP] + [path for path in SIDE if path not in NOT_IN_PARSE_ARGS]
+SCRIPTS = [f"{name}.py" for name in SIZES] + [path for path in SIDE if path not in NOT_IN_PARSE_ARGS]
 DOCUMENTS = [REPO / "README.md", REPO / "demo.sh", *sorted((REPO / "recipes").glob("*.sh"))]
 
 
@@ -93,7 +93,7 @@ def test_commands_are_found():
     ]
 
 
-@pytest.mark.parametrize("script", TOP)
+@pytest.mark.parametrize("script", SIZES)
 def test_help_imports_no_engine(script):
     # torch loads in a second or two; transformers and vLLM take ten, and the three that only count need none
     heavy = {"vllm", "transformers"}

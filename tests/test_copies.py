@@ -25,7 +25,9 @@ SLOW = {
 }
 SLOW |= {"write_record", "load_tokenizer", "check_weights", "load_model", "prompt_ids", "end_of_turn"}
 SLOW |= {"count_special", "fingerprint"}
-SHARED = {"build_pairs": QUICK, "boundary": QUICK, "evaluate": QUICK, "generate": SLOW, "score": SLOW}
+TRAIN = SLOW - {"shard_of", "load_model", "count_special"} | {"stable_hash", "completion_ids"}
+SHARED = {"build_pairs": QUICK, "boundary": QUICK, "evaluate": QUICK}
+SHARED |= {"generate": SLOW, "score": SLOW, "train_dpo": TRAIN}
 HEADING = "# ----- reading and writing: the same text in every script that has it (tests/test_copies.py)"
 
 

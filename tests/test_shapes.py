@@ -1,11 +1,12 @@
 """
 Rows of a wrong shape, generated from the TypedDicts that a script holds its input to (DESIGN.md, rule 3).
 
-Covers  for score, build_pairs, boundary and evaluate winrate, every key at every depth of a row: missing,
-        null, of each wrong JSON type, a number out of bounds. What an annotation does not admit, by a second
-        implementation (admits), ends with status 2, one line with file and line, and no output; what it
-        admits gives an output or one sentence, never a traceback. Lines that are no rows: torn, no text,
-        nested without end, numbers too long. The same for the entries of evaluate's annotations.
+Covers  for score, build_pairs, boundary, evaluate winrate and train_dpo, every key at every depth of a row:
+        missing, null, of each wrong JSON type, a number out of bounds. What an annotation does not admit, by
+        a second implementation (admits), ends with status 2, one line with file and line, and no output; what
+        it admits gives an output or one sentence, never a traceback. Lines that are no rows: torn, no text,
+        nested without end, numbers too long. The same for the entries of evaluate's annotations. The output
+        of train_dpo is here the pairs as it has read them; nothing is trained.
 Run     python -m pytest tests/test_shapes.py
 """
 
@@ -16,6 +17,8 @@ import json
 import math
 import shutil
 import sys
+from functools import lru_cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints
 from typing import is_typeddict as is_shape
@@ -34,6 +37,7 @@ ROWS = [  # name of the run, script, flags before --out
 ]
 RUNS = {name: (script, flags) for name, script, flags in ROWS}
 RUNS["annotations"] = ("evaluate", ["winrate", "--annotations", "{data}"])
+RUNS["pairs"] = ("train_dpo", ["--model", "{model}", "--pairs", "{data}"])
 
 MISSING = object()
 VALUES = [None, True, 1, 1.5, "x", [], {}, [["x"]]]  # one of every JSON type, and one of them deep in another
@@ -84,6 +88,30 @@ def good_entry(number):
         "annotator": "judge:A",
         "category": "math",
     }
+
+
+def good_pair(number):
+    """A row of a file of pairs."""
+    return {
+        "pair_id": f"p{number}:on",
+        "prompt": [{"role": "user", "content": f"question {number}"}],
+        "chosen": [{"role": "assistant", "content": f"good {number}"}],
+        "rejected": [{"role": "assistant", "content": f"bad {number}"}],
+        "source": "on",
+        "chosen_reward": 1.5,
+        "rejected_reward": -1.5,
+        "chosen_finish": "stop",
+        "rejected_finish": "length",
+        "chosen_token_ids": [7, 8],
+        "rejected_token_ids": [7, 9],
+        "chosen_tokenizer": "t",
+        "rejected_tokenizer": "t",
+        "category": "math",
+    }
+
+
+def good(name, number):
+    return {"annotations": good_entry, "pairs": good_pair}.get(name, good_row)(number)
 
 
 # ----- what an annotation admits, without msgspec
@@ -196,21 +224,78 @@ def test_the_shapes_are_those_of_the_contract(name):
         assert not admits(entry["preference"], 2.01) and not admits(entry["preference"], -0.01)
 
 
+def test_the_shapes_of_pairs_are_those_of_the_contract():
+    """DESIGN.md, Rows, and what others ship: a prompt may be in the messages of both sides, or text."""
+    script = importlib.import_module("train_dpo")
+    assert script.Row.__required_keys__ == {"chosen", "rejected"}
+    row = get_type_hints(script.Row, include_extras=True)
+    for key in row.keys() - {"chosen", "rejected"}:
+        assert admits(row[key], None), key
+    assert all(admits(script.Row, good_pair(number)) for number in range(3))
+    messages = [{"role": "assistant", "content": "a", "more": None}]
+    for key in ("prompt", "chosen", "rejected"):
+        assert admits(row[key], "text") and admits(row[key], messages) and admits(row[key], [])
+        assert not any(admits(row[key], value) for value in (1, {}, ["text"], [{"role": "user"}]))
+    for key in ("chosen_token_ids", "rejected_token_ids"):
+        assert admits(row[key], [0, 2**32 - 1]) and not any(admits(row[key], [x]) for x in (-1, 2**32, "1"))
+    for key in ("chosen_reward", "rejected_reward"):
+        assert admits(row[key], -1) and not admits(row[key], "1") and not admits(row[key], True)
+    assert admits(row["pair_id"], 7) and not admits(row["pair_id"], 7.5)
+
+
 def shape_of(name):
     script = importlib.import_module(RUNS[name][0])
-    return (script.Annotation, good_entry(1)) if name == "annotations" else (script.Row, good_row(1))
+    return script.Annotation if name == "annotations" else script.Row
 
 
 CASES = []
 for name in RUNS:
-    for path, hint, required in places(*shape_of(name)):
+    for path, hint, required in places(shape_of(name), good(name, 1)):
         label = f"{name}-{'.'.join(map(str, path))}"
         CASES.append(pytest.param(name, path, hint, required, id=label))
 
 
 # ----- running
+@lru_cache
+def quick_load_tokenizer():
+    """train_dpo.py's load_tokenizer, which takes longer than all the rest, called once for each model."""
+    return lru_cache(importlib.import_module("train_dpo").load_tokenizer)
+
+
+class Read(Exception):
+    """train_dpo.py has read its pairs."""
+
+
+def read_pairs(module, args, monkeypatch):
+    """main of train_dpo.py up to the model; its output is the pairs."""
+    pairs = []
+    load_pairs = module.load_pairs
+
+    def remember(*inputs):
+        loaded = load_pairs(*inputs)
+        pairs.extend(loaded[0])
+        return loaded
+
+    def stop():
+        raise Read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_tokenizer", quick_load_tokenizer())
+        patch.setattr(module, "load_pairs", remember)
+        patch.setattr(module, "start_processes", stop)
+        with pytest.raises(Read):
+            module.main(args)
+    out = Path(args.out)
+    assert pairs and not out.parent.exists()
+    out.parent.mkdir()
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    out.write_text("".join(lines))
+    out.with_suffix(".meta.json").write_text("{}")
+    print("{}")
+
+
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
+def run(tmp_path, capsys, monkeypatch, policy):
     """A function that runs a script on a text as a user does: (status, standard error, path of the data)."""
 
     def start(name, data):
@@ -219,10 +304,14 @@ def run(tmp_path, capsys, monkeypatch):
         path.write_bytes(data)
         monkeypatch.setattr(sys, "argv", [f"{script}.py"])
         monkeypatch.setattr(importlib.metadata, "distributions", list)  # a third of a second each time
-        flags = [flag.format(data=path) for flag in flags]
+        flags = [flag.format(data=path, model=policy) for flag in flags]
         module = importlib.import_module(script)
+        args = module.parse_args([*flags, "--out", str(out / "out.json")])
         try:
-            module.main(module.parse_args([*flags, "--out", str(out / "out.json")]))
+            if name == "pairs":
+                read_pairs(module, args, monkeypatch)
+            else:
+                module.main(args)
         except SystemExit as end:
             status, said = end.code, capsys.readouterr()
             assert status == 2 and said.out == "", said
@@ -252,7 +341,7 @@ def as_bytes(name, rows):
 
 
 def good_rows(name):
-    return [good_entry(k) if name == "annotations" else good_row(k) for k in range(3)]
+    return [good(name, k) for k in range(3)]
 
 
 def with_change(rows, path, value):
@@ -289,6 +378,10 @@ def test_good_rows_give_an_output(run, name):
         # "text 0 of 1...": the last number is that of the row
         assert [one["reward"] for row in rows for one in row["responses"]] == [1.0] * 12
         assert rows[0]["labeler"] == "verify" and rows[0]["cosine"] == good_row(0)["cosine"]
+    elif name == "pairs":
+        pairs = [json.loads(line) for line in text.splitlines()]
+        assert [pair[:2] for pair in pairs] == [[f"p{k}:on", "on"] for k in range(3)]
+        assert [pair[3] for pair in pairs] == [3.0] * 3  # the difference of the rewards
     else:
         result = json.loads(text)
         assert result.get("v_on", result.get("n_wins")) == {"boundary": 12}.get(name, 3)
@@ -326,8 +419,7 @@ def test_every_key_of_every_type(run, name, path, hint, required):
     for start in range(0, len(right), 3):
         rows = good_rows(name)[:1]
         for number, value in enumerate(right[start : start + 3], 3):
-            good = good_entry(number) if name == "annotations" else good_row(number)
-            rows += with_change([None, good], path, value)[1:]
+            rows += with_change([None, good(name, number)], path, value)[1:]
         if attempt(run, name, rows, at, failures)[0] != 0:
             for value in right[start : start + 3]:
                 case = f"{at} {'missing' if value is MISSING else json.dumps(value)[:30]}"
@@ -339,7 +431,8 @@ def test_every_key_of_every_type(run, name, path, hint, required):
 def spoiled(name):
     """{what: bytes in place of the second line} that every script must refuse."""
     row = json.dumps(good_rows(name)[1]).encode()
-    number = b'"preference": 1.75' if name == "annotations" else b'"reward": 1.5'
+    numbers = {"annotations": b'"preference": 1.75', "pairs": b'"chosen_reward": 1.5'}
+    number = numbers.get(name, b'"reward": 1.5')
     key = number.split(b":")[0]
     lines = {
         "torn": row[:-20],
@@ -361,7 +454,7 @@ def spoiled(name):
         "a raw zero byte": row.replace(b"question", b"\x00"),
         "open brackets": b"[" * 100_000,
         "a number of 5,000 digits": row.replace(number, key + b": " + b"9" * 5000),
-        "a key twice, the last one wrong": row[:-1] + b', "id": 7, "instruction": 7}',
+        "a key twice, the last one wrong": row[:-1] + b', "id": 7, "instruction": 7, "chosen": 7}',
     }
     for text in (
         b"9" * 400,
@@ -419,7 +512,8 @@ def test_what_is_odd_and_right_is_read_as_the_plain_row(run, name):
     row, number = lines[1], b'"category": "math"'
     odd = {
         "spaces": b"  " + row.replace(b": ", b"  :\t") + b"\t ",
-        "a key twice, the last one right": b'{"prompt": 7, "instruction": 7, "responses": {}, ' + row[1:],
+        "a key twice, the last one right": b'{"prompt": 7, "instruction": 7, "responses": {}, "chosen": 7, '
+        + row[1:],
         "a key twice, both right": row.replace(number, b'"category": "poems", ' + number),
         "escaped letters": row.replace(b"question", b"\\u0071uestion"),
         "an escaped pair": row.replace(b"question", b"\\ud83d\\ude00"),
@@ -438,7 +532,7 @@ def test_what_is_odd_and_right_is_read_as_the_plain_row(run, name):
         assert run(name, data)[:2] == plain
 
 
-@pytest.mark.parametrize("name", ["boundary", "winrate", "annotations"])
+@pytest.mark.parametrize("name", ["boundary", "winrate", "annotations", "pairs"])
 def test_nested_as_deep_as_can_be_read(run, name):
     """A depth is read or refused. (build_pairs.py refuses the last ten before the limit when it writes.)"""
     lines = [json.dumps(row).encode() for row in good_rows(name)]
@@ -459,7 +553,7 @@ def test_nested_as_deep_as_can_be_read(run, name):
 
 
 # ----- what the types admit and the scripts must not
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "annotations"])
+@pytest.mark.parametrize("name", [name for name, _, _ in ROWS])
 def test_keys_of_a_response_that_only_other_rows_have(run, name):
     """A response's own "wins" or "cosine" is an unknown key: it is not read as the row's."""
     for value in (None, 5, {"a": 1}):
