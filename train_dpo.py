@@ -160,22 +160,20 @@ def make_parser(description):
     flag("--eval-pairs", metavar="FILE", help="held-out pairs, measured every --save-every steps and last")
     flag("--out", required=True, metavar="FOLDER", help="the trained model")
     flag("--loss", choices=["dpo", "hinge", "ipo", "revkl", "slic", "sft", "simpo"], default="dpo")
+    flag("--lr", type=float, default=LR, help="highest learning rate (default 5e-7; sft: the preset's)")
     flag("--preset", choices=list(PRESETS), default="s1", help="sets the next five (default %(default)s)")
     flag("--beta", type=float, help="default: the preset's; simpo 2; with --length-normalize 5")
-    flag("--lr", type=float, default=LR, help="highest learning rate (default 5e-7; sft: the preset's)")
     flag("--epochs", type=int)
     flag("--batch-size", type=int, help="pairs in an optimizer step, over all GPUs")
     flag("--schedule", choices=["linear", "cosine"], help="how the learning rate falls after the warm-up")
-    flag("--max-length", type=int, help="pairs with more tokens in a sequence are dropped")
+    flag("--max-length", type=int, help="longer pairs are dropped, as are those that the model cannot read")
     flag("--length-normalize", action="store_true", help="compare log-ratios per token")
     flag("--nll-weight", type=float, default=0.0, help="weight of nll_loss of the chosen response")
     flag("--label-smoothing", type=float, default=0.0, help="probability that a label is wrong (dpo, simpo)")
     flag("--margin-scale", type=float, default=1.0, help="s of revkl (default %(default)s)")
     flag("--slic-delta", type=float, default=1.0, help="margin of slic (default %(default)s)")
     flag("--slic-lambda", type=float, default=0.1, help="weight of slic's likelihood (default %(default)s)")
-    flag(
-        "--slic-norm", choices=["sum", "mean"], default="sum", help="slic compares sums or means over tokens"
-    )
+    flag("--slic-norm", choices=["sum", "mean"], default="sum", help="over a response's tokens, slic")
     flag("--simpo-gamma", type=float, default=1.0, help="margin of simpo (default %(default)s)")
     flag("--seed", type=int, default=0, help="of the order of the pairs (default %(default)s)")
     flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="as generate.py had them")
@@ -921,9 +919,8 @@ def main(args, run_step=forward_backward):
         models.append((args.reference, None))
     record = make_record(args, files, models)
     hashes = sorted(stable_hash(pair.pair_id, pair.sequences) for pair in pairs + held_out)
-    record["inputs"]["token ids of the pairs"] = (
-        f"{stable_hash(*hashes):016x}"  # a date in a chat template changes them
-    )
+    # a date in a chat template changes them
+    record["inputs"]["token ids of the pairs"] = f"{stable_hash(*hashes):016x}"
     start_processes()
     first = dist.get_rank() == 0
     with open_run(args, record, steps) as (file, done, counts):
