@@ -623,17 +623,18 @@ def load_policy(name, revision, args):
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(architecture, "_supports_attention_backend", False):
         fail(f"{name}: {config.model_type} models cannot be trained here: their sequences cannot be packed")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, key, None) not in (None, 1.0):
+    text_config = config.get_text_config()
+    for key in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"):
+        if getattr(text_config, key, None) not in (None, 1.0):
             fail(f"{name}: {config.model_type} models change their logits by {key}, which is not done here")
+    for key, value in vars(text_config).items():
+        if isinstance(value, float) and ("drop" in key or "jitter" in key):
+            setattr(text_config, key, 0.0)  # policy and reference must be the same function
     options = {"dtype": "auto", "use_safetensors": True, "attn_implementation": "packed"}
-    options |= {"revision": revision, "output_loading_info": True}
+    options |= {"config": config, "revision": revision, "output_loading_info": True}
     model, info = AutoModelForCausalLM.from_pretrained(name, **options)
     if info["missing_keys"]:
         fail(f"{name}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # policy and reference must be the same function
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -641,6 +642,7 @@ def load_policy(name, revision, args):
     compute = torch.bfloat16 if args.dtype == "bfloat16" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     policy = PolicyLogps(model).train()  # else there is no activation checkpointing
+    policy.dtypes = {key: value.dtype for key, value in model.state_dict().items()}  # of --model, for export
     layers = [each for each in model.modules() if type(each).__name__ in (model._no_split_modules or ())]
     if not layers:
         fail(f"{name}: transformers does not say which modules of {config.model_type} are its layers")
@@ -663,15 +665,16 @@ def release(policy):
             module.reshard()
 
 
-def export(policy, tokenizer, config, args):
+def export(policy, tokenizer, args):
     """Write --out as a model folder in the type of --model. All processes call this, the first one writes."""
     from huggingface_hub import save_torch_state_dict
+    from transformers.core_model_loading import revert_weight_conversion
     from transformers.utils import cached_file
 
     head = policy.model.get_output_embeddings()
-    tied = {f"{name}.weight" for name, module in policy.model.named_modules() if module is head}
-    if not config.tie_word_embeddings:
-        tied = set()
+    tied = set()
+    if head.weight is policy.model.get_input_embeddings().weight:
+        tied = {f"{name}.weight" for name, module in policy.model.named_modules() if module is head}
     stored = {}
     for name, value in policy.model.state_dict().items():
         if name in tied:
@@ -679,8 +682,11 @@ def export(policy, tokenizer, config, args):
         if isinstance(value, DTensor):
             value = value.full_tensor()  # one at a time: never all in float32
         if dist.get_rank() == 0:  # a copy, since what was gathered may be a view of something padded
-            stored[name] = value.detach().to("cpu", config.dtype or torch.float32, copy=True)
+            stored[name] = value.detach().to("cpu", policy.dtypes[name], copy=True)
     if dist.get_rank() == 0:
+        if getattr(policy.model, "_weight_conversions", None):  # experts, merged by loading: as in the files
+            stored = revert_weight_conversion(policy.model, stored)
+            stored = {name: value.clone() for name, value in stored.items()}
         save_torch_state_dict(stored, args.out, metadata={"format": "pt"})
         tokenizer.save_pretrained(args.out)
         for name in ("generation_config.json", "config.json"):  # unchanged; config.json last: it is whole now
@@ -851,7 +857,8 @@ def begin(args, file, record, done):
         file.truncate(sum(len(line) for line in lines[:done]))
         return
     file.truncate(0)  # first, so that a kill leaves no old run that looks whole
-    Path(args.out, "config.json").unlink(missing_ok=True)  # nor an old model
+    for path in [Path(args.out, "config.json"), *Path(args.out).glob("*.safetensors*")]:
+        path.unlink(missing_ok=True)  # nor an old model
     shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
     write_record(file.name, record)
 
@@ -860,7 +867,7 @@ def load_models(args, record, pairs, held_out):
     """The policy, and pairs and held-out pairs with the log-probabilities of the reference."""
     if args.reference:
         revision = args.revision if args.reference == args.model else None
-        policy = load_checked(args.reference, revision, args, pairs)
+        policy = load_checked(args.reference, revision, args, pairs + held_out)
         state = json.dumps(record["models"][args.reference])
         key = stable_hash(args.reference, state, args.dtype, torch.cuda.is_available(), torch.__version__)
         cache = f"{Path(args.out).parent}/reference_cache/{key:016x}.jsonl"
@@ -870,14 +877,15 @@ def load_models(args, record, pairs, held_out):
             return policy, pairs, held_out
         policy = None
         gc.collect()  # sharded modules are in reference cycles
-    return load_checked(args.model, args.revision, args, pairs), pairs, held_out
+    return load_checked(args.model, args.revision, args, pairs + held_out), pairs, held_out
 
 
 @torch.no_grad()
 def load_checked(name, revision, args, pairs):
     """load_policy's model, after a look at whether sequences in one row see each other."""
     policy = load_policy(name, revision, args)
-    sequences = [sequence for pair in pairs[:2] for sequence in pair.sequences]
+    by_length = sorted(pairs, key=lambda pair: max(len(sequence.ids) for sequence in pair.sequences))
+    sequences = by_length[0].sequences + by_length[-1].sequences
     together, _ = sequence_logps(policy, sequences)  # one row, on every process
     release(policy)
     check_logps(policy, sequences, together.tolist(), args, "in a row with others: they cannot be packed")
@@ -961,7 +969,7 @@ def main(args, run_step=forward_backward):
                 if saves and step + 1 < steps:
                     save_checkpoint(Path(args.out, "checkpoints"), step + 1, policy, optimizer)
             del optimizer
-            export(policy, tokenizer, config, args)
+            export(policy, tokenizer, args)
             if first:
                 counts = {"pairs": len(pairs), "dropped": dropped}
                 counts |= {"eval_pairs": len(held_out), "eval_dropped": held_out_dropped}
@@ -971,7 +979,7 @@ def main(args, run_step=forward_backward):
         if first:
             shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
             print(json.dumps({"out": args.out, **counts}))
-    policy = None
+    policy = run_step = None
     gc.collect()  # sharded tensors must be gone before the process group is
     dist.destroy_process_group()
 

@@ -11,14 +11,16 @@ Run     python -m pytest tests/test_train_math.py     (whole runs: test_train.py
 """
 
 import gc
+import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_policy, make_tokenizer
+from conftest import make_policy, make_tokenizer, read_rows, write_rows
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_oracle import (
@@ -36,6 +38,7 @@ from train_oracle import (
     refusal,
     refused_run,
     slopes,
+    train,
 )
 from transformers import AutoModelForCausalLM
 
@@ -412,6 +415,7 @@ def random_model(kind, folder, **changes):
         ("Mistral", {"num_key_value_heads": 2, "sliding_window": 512}),
         ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
         ("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 2}),
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 64}),  # refused as long as its dropout was on
     ],
 )
 def test_packing_holds_for_other_architectures(kind, changes, tmp_path, process):
@@ -424,7 +428,6 @@ LFM2 = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
 @pytest.mark.parametrize(
     "kind, changes, word",
     [
-        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 64}, "packed"),
         ("Mistral", {"sliding_window": 4}, "window"),
         ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": None}, "soft cap"),
         ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "final_logit_softcapping"),
@@ -443,11 +446,99 @@ def test_what_cannot_be_packed_is_refused_with_a_sentence(kind, changes, word, p
     make_tokenizer(tmp_path / "model")
     random_model(kind, tmp_path / "model", **changes)
     # neither a traceback nor, worse, numbers from an attention that sees the future
-    for loss in ("dpo", "sft", "slic") if kind in ("OPT", "Lfm2") else ("dpo",):
+    for loss in ("dpo", "sft", "slic") if kind == "Lfm2" else ("dpo",):
         flags = ("--pairs", pairs_file, "--out", tmp_path / loss, "--loss", loss)
         said = refused_run(capsys, "--model", tmp_path / "model", *flags)
         assert word in said and "Traceback" not in said
         assert not (tmp_path / loss).exists()
+
+
+def test_a_window_shorter_than_the_longest_pair_is_noticed_before_training(tmp_path, capsys):
+    make_tokenizer(tmp_path / "model")
+    random_model("Mistral", tmp_path / "model", num_key_value_heads=2, sliding_window=150)
+    pairs = make_pairs(tmp_path / "pairs.jsonl", n=6)
+    rows = read_rows(pairs)
+    rows[4]["chosen"][0]["content"] = "x" * 200
+    write_rows(pairs, rows)
+    for loss in ("dpo", "simpo"):
+        out = tmp_path / loss
+        flags = ("--pairs", pairs, "--out", out, "--loss", loss, "--batch-size", 1)
+        assert "window shorter than a sequence" in refused_run(capsys, "--model", tmp_path / "model", *flags)
+        assert not out.exists()
+
+
+def test_a_cap_on_the_logits_in_a_nested_config_is_refused(pairs_file, tmp_path, capsys):
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig
+
+    tokenizer = make_tokenizer(tmp_path / "model")
+    text_config = Gemma4TextConfig(
+        vocab_size=len(tokenizer),
+        vocab_size_per_layer_input=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        global_head_dim=32,
+        hidden_size_per_layer_input=0,
+        max_position_embeddings=512,
+        sliding_window=512,
+        final_logit_softcapping=3.0,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    config = Gemma4Config(text_config=text_config, vision_config=None, audio_config=None)
+    Gemma4ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    flags = ("--model", tmp_path / "model", "--pairs", pairs_file, "--out", tmp_path / "out")
+    assert "final_logit_softcapping" in refused_run(capsys, *flags)
+
+
+def test_dropout_and_jitter_of_the_config_are_off(tmp_path, process):
+    noise = {"residual_dropout": 0.5, "attention_dropout": 0.5}
+    random_model("SeedOss", tmp_path / "dropout", num_key_value_heads=2, head_dim=8, **noise)
+    check_against_plain(tmp_path / "dropout")
+    noise = {"router_jitter_noise": 0.5, "num_local_experts": 2}
+    random_model("Mixtral", tmp_path / "jitter", num_key_value_heads=2, **noise)
+    check_against_plain(tmp_path / "jitter")
+
+
+# ----- the exported weights of models that are not as usual
+def exported(model, pairs, folder):
+    """The weights of --model and those after training."""
+    train("--model", model, "--pairs", pairs, "--out", folder / "out", "--lr", LR)
+    return load_file(Path(model, "model.safetensors")), load_file(folder / "out/model.safetensors")
+
+
+def test_a_head_of_its_own_is_exported_also_if_the_config_calls_it_tied(untied, pairs_file, tmp_path):
+    model = shutil.copytree(untied, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    start, found = exported(model, pairs_file, tmp_path)
+    assert start.keys() == found.keys() and "lm_head.weight" in found
+    assert not torch.equal(start["lm_head.weight"], found["lm_head.weight"])
+
+
+def test_experts_are_exported_as_they_are_in_the_files(pairs_file, tmp_path):
+    make_tokenizer(tmp_path / "model")
+    sizes = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    random_model("Qwen3Moe", tmp_path / "model", num_key_value_heads=2, **sizes)
+    start, found = exported(tmp_path / "model", pairs_file, tmp_path)
+    assert sum(".experts.3." in name for name in start) == 6  # two layers of gate, up and down
+    assert {name: value.shape for name, value in start.items()} == {
+        name: value.shape for name, value in found.items()
+    }
+
+
+def test_the_type_of_the_files_counts_not_that_of_the_config(policy, pairs_file, tmp_path):
+    model = shutil.copytree(policy, tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    config.pop("dtype")
+    (model / "config.json").write_text(json.dumps(config))
+    start, found = exported(model, pairs_file, tmp_path)
+    assert {value.dtype for value in start.values()} == {torch.bfloat16}
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
 
 
 def test_small_rows_of_the_reference_hide_nothing_that_cannot_be_packed(pairs_file, tmp_path, capsys):
