@@ -104,5 +104,5 @@ def test_the_whole_pipeline(folder):
     assert line["tokens trained"] == f"{sum(step['tokens'] for step in steps):,}"
     assert int(line["tokens scored"].replace(",", "")) > int(line["tokens sampled"].replace(",", ""))
     meta = json.loads((folder / "on50" / "metrics.meta.json").read_text())
-    assert set(meta["inputs"]) == {"on50.pairs.jsonl", "token ids"}
+    assert set(meta["inputs"]) == {"on50.pairs.jsonl", "token ids of the pairs"}
     assert set(meta["models"]) == {"policy"} and "model.safetensors" in meta["models"]["policy"]

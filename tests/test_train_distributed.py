@@ -312,7 +312,7 @@ def test_a_reference_that_was_tampered_with_stops_the_run(straight, killed_early
         said = refused([*straight.flags, "--out", out, "--resume"])
     finally:
         path.write_text(kept)
-    assert "has the log-probability" in said and f"in {path}" in said
+    assert "the log-probability of a response is" in said and f"in {path}" in said
     assert files_of(out) == before
 
 
