@@ -23,8 +23,8 @@ losses are below, each with its equation. How a pair becomes a gradient, in read
    be lost in bfloat16 weights), sharded by FSDP2; forward and backward are in --dtype.
 
     python train_dpo.py --model out/models/policy --pairs out/on50.pairs.jsonl --out out/dpo --batch-size 8
-    torchrun --nproc-per-node 8 train_dpo.py --model meta-llama/Llama-3.1-8B-Instruct --pairs uf.pairs.jsonl \
-        --out uf/dpo
+    torchrun --nproc-per-node 8 train_dpo.py --model meta-llama/Llama-3.1-8B-Instruct --pairs uf.jsonl \\
+        --out uf/dpo --activation-checkpointing
 
 Bytes on a GPU, for N parameters, W GPUs, L layers, width d, vocabulary V and T tokens in a row (at most
 --micro-tokens, at least one pair): 16 N/W for the state, 8 V d for gathered embedding and head, 54 d T L
@@ -106,6 +106,7 @@ LOSSES_WITH = {  # flags that only some losses have; one without a reference get
     "slic_norm": ("slic",),
     "simpo_gamma": ("simpo",),
 }
+VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 WARMUP = 0.1  # of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
@@ -379,9 +380,9 @@ def packed_attention(
         fail("this model's attention has a soft cap, sinks or a window shorter than a sequence: not done")
     if query.is_cuda and query.dtype == torch.bfloat16:  # one kernel for all sequences
         options = {"scale": scaling, "window_size": (-1, 0)}  # causal
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if VARLEN_GROUPS_HEADS:
             options["enable_gqa"] = True
-        else:  # torch 2.11
+        else:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
         return varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), **options)[None], None

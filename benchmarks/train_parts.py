@@ -187,7 +187,9 @@ def step(args):
 
     seconds_of_a_step()  # makes the moments
     plain = [seconds_of_a_step() for _ in range(3)]
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, with_flops=True) as profiler:
         profiled = seconds_of_a_step()
     seconds, flops = {part: Counter() for part in PARTS}, Counter()  # seconds of a part by operation
@@ -255,7 +257,7 @@ def rank(args):
 
     AutoModelForCausalLM.from_pretrained = random_weights
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.gpus)
-    checkpointing = ["--activation-checkpointing"] * args.activation_checkpointing
+    checkpointing = ["--activation-checkpointing"] if args.activation_checkpointing else []
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
         run = train_dpo.parse_args(["--model", folder, "--pairs", "x", "--out", "x", *checkpointing])

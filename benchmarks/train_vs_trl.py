@@ -29,6 +29,7 @@ last; a line for each run on standard error.
 import argparse
 import gzip
 import json
+import math
 import os
 import resource
 import statistics
@@ -64,7 +65,8 @@ RATIOS = [  # of two systems, by a column of the table
 def read_responses(path, models):
     """A pair for each prompt to which both models answered."""
     answers = {}
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as file:
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt") as file:
         for row in map(json.loads, file):
             answers.setdefault(row["prompt"], {})[row["model"]] = row["response"]
     chosen, rejected = models
@@ -100,7 +102,7 @@ def write_pairs(args, folder):
     pairs, _ = train_dpo.load_pairs(str(path), tokenizer, config, run)
     pairs = train_dpo.epoch_order(pairs[: args.count], run.seed, 0)
     path.write_text("".join(json.dumps(rows[pair.pair_id]) + "\n" for pair in pairs))
-    steps = -(-len(pairs) // BATCH)
+    steps = math.ceil(len(pairs) / BATCH)
     rates = [train_dpo.learning_rate(step, steps, LR, run.schedule) for step in range(steps)]
     return path, len(pairs), sum(pair.tokens() for pair in pairs), rates
 
@@ -256,8 +258,10 @@ def largest_difference(results):
     differences = {}
     for name in TRL:
         pairs = zip(results[OURS], results.get(name, []), strict=False)
-        steps = [zip(one["losses"], two["losses"], strict=True) for one, two in pairs]
-        differences[name] = max((abs(a - b) for losses in steps for a, b in losses), default=None)
+        found = []
+        for one, two in pairs:
+            found += [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
+        differences[name] = max(found, default=None)
     return differences
 
 
@@ -276,7 +280,11 @@ def main():
     parser.add_argument("--trl-python", metavar="PYTHON", help="without it only ours is measured")
     args = parser.parse_args()
     sys.path.insert(0, str(REPO))
-    systems = [OURS] + [OLD] * bool(args.old) + list(TRL) * bool(args.trl_python)
+    systems = [OURS]
+    if args.old:
+        systems.append(OLD)
+    if args.trl_python:
+        systems += TRL
     results = {name: [] for name in systems}
     with tempfile.TemporaryDirectory() as folder:
         path, count, tokens, rates = write_pairs(args, Path(folder))

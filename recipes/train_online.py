@@ -119,7 +119,6 @@ class Online:
     """forward_backward of train_dpo.py with samples; keeps the reference model."""
 
     def __init__(self, args):
-        self.args = args
         self.end_id = train_dpo.end_of_turn(train_dpo.load_tokenizer(args.model, args.revision)[0])
         self.reference = None
 
@@ -127,7 +126,7 @@ class Online:
         if self.reference is None:
             revision = args.revision if args.reference == args.model else None
             self.reference = train_dpo.load_policy(args.reference, revision, args).requires_grad_(False)
-        samples = self.draw(policy, pairs, step)  # k for each pair
+        samples = self.draw(policy, pairs, args, step)  # k for each pair
         flat = [sequence for sequences in samples for sequence in sequences]
         flat_logps = train_dpo.all_logps(self.reference, flat, 4 * args.micro_tokens)
         logps = [flat_logps[i : i + args.samples] for i in range(0, len(flat), args.samples)]
@@ -136,27 +135,27 @@ class Online:
             rows = train_dpo.forward_backward(policy, pairs, args, step)
         else:
             rows = train_dpo.forward_backward(policy, pairs, args, step)
-            self.add_divergence(policy, pairs, samples, logps, rows)
+            add_divergence(policy, pairs, samples, logps, args, rows)
         sampled = {pair.pair_id: sequences for pair, sequences in zip(pairs, samples, strict=True)}
         for row in rows:
-            responses = [response_of(sequence) for sequence in sampled[row["pair_id"]]]
+            sequences = sampled[row["pair_id"]]
             if args.method == "hypo":
-                row["tokens"] += sum(len(sequence.ids) for sequence in sampled[row["pair_id"]])
-            row["sample_tokens"] = sum(map(len, responses)) / len(responses)
-            cut = [response[-1] != self.end_id for response in responses]
-            row["sample_truncated"] = sum(cut) / len(cut)
+                row["tokens"] += sum(len(sequence.ids) for sequence in sequences)
+            row["sample_tokens"] = sum(sum(sequence.trained) for sequence in sequences) / len(sequences)
+            truncated = sum(sequence.ids[-1] != self.end_id for sequence in sequences)
+            row["sample_truncated"] = truncated / len(sequences)
         return rows
 
-    def draw(self, policy, pairs, step):
+    def draw(self, policy, pairs, args, step):
         """args.samples sequences for each pair, on all processes; they share the work."""
         rank, world = train_dpo.rank_and_world()
         prompts, seeds = [], []
         for pair in pairs[rank::world]:
             chosen = pair.sequences[0]
-            for i in range(self.args.samples):
+            for i in range(args.samples):
                 prompts.append(chosen.ids[: chosen.trained.index(True)])
-                seeds.append(train_dpo.stable_hash(self.args.seed, "sample", step, pair.pair_id, i))
-        responses = sample(policy, prompts, seeds, self.args.max_new, self.end_id)
+                seeds.append(train_dpo.stable_hash(args.seed, "sample", step, pair.pair_id, i))
+        responses = sample(policy, prompts, seeds, args.max_new, self.end_id)
         sequences = []
         for prompt, response in zip(prompts, responses, strict=True):
             trained = [False] * len(prompt) + [True] * len(response)
@@ -166,31 +165,32 @@ class Online:
         remaining = [iter(each) for each in everyone]  # pair i belongs to process i % world
         drawn = []
         for index in range(len(pairs)):
-            drawn.append(list(itertools.islice(remaining[index % world], self.args.samples)))
+            drawn.append(list(itertools.islice(remaining[index % world], args.samples)))
         return drawn
 
-    def add_divergence(self, policy, pairs, samples, reference_logps, rows):
-        """Add the gradient of lambda times the mean divergence, and its metrics and loss to the rows."""
-        lengths = [sum(len(sequence.ids) for sequence in sequences) for sequences in samples]
-        mine = []
-        for batch in train_dpo.micro_batches(lengths, self.args.micro_tokens, *train_dpo.rank_and_world()):
-            sequences = [sequence for index in batch for sequence in samples[index]]
-            logps, _ = train_dpo.sequence_logps(policy, sequences or [train_dpo.DUMMY])
-            if not batch:
-                (0 * logps.sum()).backward()
-                continue
-            logps = logps.view(len(batch), -1)  # (B, k)
-            reference = logps.new_tensor([reference_logps[index] for index in batch])
-            terms = self.args.hypo_lambda * hypo_kl(logps, reference)
-            (terms.sum() / len(pairs)).backward()
-            log_ratios = (logps - reference).detach()
-            advantages = rloo_advantages(log_ratios).square().mean(1).sqrt()
-            values = torch.stack([terms.detach(), log_ratios.mean(1), advantages]).T.tolist()
-            mine += [(pairs[index].pair_id, value) for index, value in zip(batch, values, strict=True)]
-        measured = dict(train_dpo.from_all_processes(mine))
-        for row in rows:
-            term, row["kl_est"], row["advantage_rms"] = measured[row["pair_id"]]
-            row["loss"] += term
+
+def add_divergence(policy, pairs, samples, reference_logps, args, rows):
+    """Add the gradient of lambda times the mean divergence, and its metrics and loss to the rows."""
+    lengths = [sum(len(sequence.ids) for sequence in sequences) for sequences in samples]
+    mine = []
+    for batch in train_dpo.micro_batches(lengths, args.micro_tokens, *train_dpo.rank_and_world()):
+        sequences = [sequence for index in batch for sequence in samples[index]]
+        logps, _ = train_dpo.sequence_logps(policy, sequences or [train_dpo.DUMMY])
+        if not batch:
+            (0 * logps.sum()).backward()
+            continue
+        logps = logps.view(len(batch), -1)  # (B, k)
+        reference = logps.new_tensor([reference_logps[index] for index in batch])
+        terms = args.hypo_lambda * hypo_kl(logps, reference)
+        (terms.sum() / len(pairs)).backward()
+        log_ratios = (logps - reference).detach()
+        advantages = rloo_advantages(log_ratios).square().mean(1).sqrt()
+        values = torch.stack([terms.detach(), log_ratios.mean(1), advantages]).T.tolist()
+        mine += [(pairs[index].pair_id, value) for index, value in zip(batch, values, strict=True)]
+    measured = dict(train_dpo.from_all_processes(mine))
+    for row in rows:
+        term, row["kl_est"], row["advantage_rms"] = measured[row["pair_id"]]
+        row["loss"] += term
 
 
 def with_sample(pair, sequences, logps):
@@ -198,10 +198,6 @@ def with_sample(pair, sequences, logps):
     return pair._replace(
         sequences=[pair.sequences[0], *sequences], reference_logps=(pair.reference_logps[0], *logps)
     )
-
-
-def response_of(sequence):
-    return sequence.ids[sequence.trained.index(True) :]
 
 
 if __name__ == "__main__":

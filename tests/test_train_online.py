@@ -124,7 +124,7 @@ def prompt_of(pair):
 
 
 def responses_of(pair):
-    return [train_online.response_of(sequence) for sequence in pair.sequences]
+    return [sequence.ids[sequence.trained.index(True) :] for sequence in pair.sequences]
 
 
 @torch.no_grad()
