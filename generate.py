@@ -20,7 +20,7 @@ Within a backend, every draw is a function of --seed, prompt id and number of th
 two settings) that are sampled with one seed share their random numbers, and their responses tend to begin
 alike: for a second answer to a prompt, take another --seed.
 
-    python generate.py --model out/models/policy --prompts data/demo_train.jsonl --out out/on.jsonl
+    python generate.py --model out/models/policy --prompts data/train.jsonl --out out/on.jsonl
 
 If it is stopped, the same command resumes it. On a CPU in float32 the rows are then equal byte for byte. On a
 GPU they are not: numbers differ slightly with what else is in a batch. Prints one JSON object last: rows,

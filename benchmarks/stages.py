@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-PROMPTS = REPO / "data/demo_train.jsonl"
+PROMPTS = REPO / "data/train.jsonl"
 sys.path.insert(0, str(REPO))
 os.environ["HF_HUB_OFFLINE"] = "1"
 

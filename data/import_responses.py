@@ -14,7 +14,7 @@ Rows of one prompt are merged, also those of several files, and their responses 
 becomes a hash of the prompt, and a score that is no number, such as "N/A", null. Prints one JSON object last,
 which counts what was written and left out. The papers are S1 SimpleMix, S3 "What Matters in Data for DPO?".
 
-    python data/import_responses.py --format rows --data data/demo_train.jsonl --out out/off.jsonl
+    python data/import_responses.py --format rows --data data/train.jsonl --out out/off.jsonl
     python data/import_responses.py --format helpsteer2 --data nvidia/HelpSteer2 --out out/off.jsonl
 """
 

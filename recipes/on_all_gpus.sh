@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Runs generate.py, score.py or one of scorers/ once per GPU that is visible, each on its share of the rows:
-#     bash recipes/on_all_gpus.sh out/on.jsonl python generate.py --model MODEL --prompts uf.jsonl
-# writes out/on.0.jsonl, out/on.1.jsonl, ... Every stage reads several files as one (out/on.*.jsonl would also match the
-# records: out/on.[0-9].jsonl does not). Fails if one of them fails; the same command goes on.
+# Runs generate.py, score.py or a script of scorers/ once per visible GPU, each on its share of the rows; once without one.
+#
+#     bash recipes/on_all_gpus.sh out/on python generate.py --model MODEL --prompts uf.jsonl
+#
+# writes out/on/0.jsonl, out/on/1.jsonl, ...; every stage reads several files as one (--responses out/on/*.jsonl).
+# Fails if one of them fails; the same command goes on.
 set -euo pipefail
-out=$1
+folder=$1
 shift
-mapfile -t gpus < <(tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}")
+gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+IFS=, read -ra gpus <<<"$gpus"
+mkdir -p "$folder"
+if [ ${#gpus[@]} -le 1 ]; then exec "$@" --out "$folder/0.jsonl"; fi
+
 pids=()
+trap 'kill "${pids[@]}"; wait' INT TERM # Ctrl-C does not reach what runs in the background
 for i in "${!gpus[@]}"; do
-  CUDA_VISIBLE_DEVICES=${gpus[$i]} "$@" --shard "$i/${#gpus[@]}" --out "${out%.jsonl}.$i.jsonl" &
+  CUDA_VISIBLE_DEVICES=${gpus[$i]} "$@" --shard "$i/${#gpus[@]}" --out "$folder/$i.jsonl" &
   pids+=($!)
 done
 failed=0

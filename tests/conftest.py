@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ sys.path.insert(0, str(REPO))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from processes import Script  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -85,16 +85,9 @@ def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def run_script(*command, cwd=None, expect=0):
+def run_script(script, *flags, cwd=None, expect=0):
     """A script as a user runs it; returns (last line of standard output as JSON or None, standard error)."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(REPO / command[0]), *map(str, command[1:])],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=env,
-    )
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    lines = done.stdout.strip().splitlines()
-    return (json.loads(lines[-1]) if expect == 0 else None), done.stderr
+    status, out, err = Script(script, *flags, cwd=cwd).wait()
+    assert status == expect, f"exit {status}\n{out[-2000:]}\n{err[-4000:]}"
+    lines = out.strip().splitlines()
+    return (json.loads(lines[-1]) if expect == 0 else None), err

@@ -1,8 +1,9 @@
 """
 What the documents tell people to type is understood, and `--help` is quick.
 
-Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, demo.sh, recipes/ and the
-        docstrings of the scripts goes through the parse_args of its script; `--help` imports no engine.
+Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, recipes/ and the docstrings
+        of the scripts goes through the parse_args of its script; `--help` imports no engine. What demo.sh and
+        the recipes run is in test_recipes.py.
 Run     python -m pytest tests/test_commands.py
 """
 
@@ -18,9 +19,8 @@ import pytest
 from conftest import REPO
 from test_style import SIDE, SIZES
 
-NOT_IN_PARSE_ARGS = ("data/get_models.py",)  # its arguments are read in main
-SCRIPTS = [f"{name}.py" for name in SIZES] + [path for path in SIDE if path not in NOT_IN_PARSE_ARGS]
-DOCUMENTS = [REPO / "README.md", REPO / "demo.sh", *sorted((REPO / "recipes").glob("*.sh"))]
+SCRIPTS = [f"{name}.py" for name in SIZES] + SIDE
+DOCUMENTS = [REPO / "README.md", *sorted((REPO / "recipes").glob("*.[ms][dh]"))]
 
 
 def commands(text):

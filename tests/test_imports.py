@@ -94,8 +94,8 @@ def test_rows_in_other_files(tmp_path, capsys, kind):
 
 
 def test_the_demo_data_imports(tmp_path, capsys):
-    rows, printed = run_import(tmp_path, capsys, REPO / "data" / "demo_train.jsonl")
-    lines = (REPO / "data" / "demo_train.jsonl").read_text().splitlines()
+    rows, printed = run_import(tmp_path, capsys, REPO / "data" / "train.jsonl")
+    lines = (REPO / "data" / "train.jsonl").read_text().splitlines()
     assert len(rows) == len(lines) == printed["rows"] and all(len(row["responses"]) >= 2 for row in rows)
 
 

@@ -362,28 +362,33 @@ def on_all_gpus(folder, *command, **environment):
         path.chmod(0o755)
     plain = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     plain["PATH"] = f"{folder / 'bin'}:{plain['PATH']}"
-    script = [str(REPO / "recipes/on_all_gpus.sh"), "out.jsonl", "stage", *command]
+    script = [str(REPO / "recipes/on_all_gpus.sh"), "out", "stage", *command]
     done = subprocess.run(
         ["bash", *script], cwd=folder, env=plain | environment, capture_output=True, text=True
     )
-    return done.returncode, {path.name: path.read_text() for path in sorted(folder.glob("out*"))}
+    return done.returncode, {path.name: path.read_text() for path in sorted(folder.glob("out/*"))}
 
 
 def test_one_process_per_gpu(tmp_path):
     status, outputs = on_all_gpus(tmp_path, "--model", "a b", "--n", "2")
     assert status == 0
-    assert outputs == {f"out.{i}.jsonl": f"{i} --model a b --n 2 --shard {i}/3\nend\n" for i in range(3)}
+    assert outputs == {f"{i}.jsonl": f"{i} --model a b --n 2 --shard {i}/3\nend\n" for i in range(3)}
     assert (tmp_path / "smi.txt").read_text() == "--query-gpu=index --format=csv,noheader\n"
 
 
 def test_gpus_that_are_named_are_those_that_are_used(tmp_path):
     status, outputs = on_all_gpus(tmp_path, CUDA_VISIBLE_DEVICES="5,GPU-7")
     assert status == 0
-    assert outputs == {"out.0.jsonl": "5 --shard 0/2\nend\n", "out.1.jsonl": "GPU-7 --shard 1/2\nend\n"}
+    assert outputs == {"0.jsonl": "5 --shard 0/2\nend\n", "1.jsonl": "GPU-7 --shard 1/2\nend\n"}
     assert not (tmp_path / "smi.txt").exists()
+
+
+def test_one_gpu_has_all_rows(tmp_path):
+    status, outputs = on_all_gpus(tmp_path, CUDA_VISIBLE_DEVICES="3")
+    assert (status, outputs) == (0, {"0.jsonl": "3\nend\n"})
 
 
 def test_one_that_fails_fails_all_after_the_others_have_ended(tmp_path):
     status, outputs = on_all_gpus(tmp_path, FAILING="0")
-    assert status == 1 and outputs["out.0.jsonl"] == "0 --shard 0/3\n"
-    assert outputs["out.1.jsonl"].endswith("end\n") and outputs["out.2.jsonl"].endswith("end\n")
+    assert status == 1 and outputs["0.jsonl"] == "0 --shard 0/3\n"
+    assert outputs["1.jsonl"].endswith("end\n") and outputs["2.jsonl"].endswith("end\n")

@@ -1,5 +1,5 @@
 """
-train_dpo.py as processes: two by torchrun against one, kill -9 and --resume, runs that share a cache.
+train_dpo.py as processes: two against one, kill -9 and --resume, runs that share a cache.
 
 Covers  two processes make the steps, the reference and the model of one: tied and untied, with small rows,
         with activation checkpointing, sft, a last step with fewer pairs than processes; in bfloat16 nearly. A
@@ -12,7 +12,6 @@ Run     python -m pytest tests/test_train_distributed.py     (one process: test_
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,15 +21,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPO, make_policy, read_rows, write_rows
+from processes import Script, kill_when, start_one, start_two, two_processes
 from safetensors.torch import load_file
 from train_oracle import LR, files_of, make_pairs, train, without_noise
 
 # of the runs that are killed: two epochs of 10 steps, two windows of the reference
 RUN = SimpleNamespace(pairs=80, steps=20, every=4)
-# sums in one order, and no threads that wait for each other on a busy machine
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-ONE = [sys.executable, str(REPO / "train_dpo.py")]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ONE[1]]
+SCRIPT = "train_dpo.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def same_run(ours, theirs):
@@ -80,9 +78,10 @@ def one_thread():
 
 
 # ----- two processes
-def two_processes(*flags):
-    """A run by torchrun; returns what it printed."""
-    done = subprocess.run([*TWO, *map(str, flags)], capture_output=True, text=True, env=ENV)
+def by_torchrun(*flags):
+    """A run by torchrun; returns what both processes printed."""
+    command = [*TORCHRUN, str(REPO / SCRIPT), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -104,7 +103,9 @@ def both(request, policy, tmp_path_factory):
     flags = ("--model", model, "--pairs", pairs, "--batch-size", 7, "--epochs", 2, "--lr", LR, *shared)
     flags += ("--eval-pairs", pairs)
     train(*flags, "--out", folder / "a" / "out")
-    printed = two_processes(*flags, "--out", folder / "b" / "out", *cut)
+    flags += ("--out", folder / "b" / "out", *cut)
+    # torchrun takes longer to start, so one case has it
+    printed = by_torchrun(*flags) if kind == "tied" else two_processes(SCRIPT, *flags)
     return SimpleNamespace(model=model, one=folder / "a" / "out", two=folder / "b" / "out", printed=printed)
 
 
@@ -135,7 +136,7 @@ def test_two_processes_in_bfloat16_are_near_one(policy, tmp_path):
     flags = ("--model", policy, "--pairs", pairs, "--batch-size", 7, "--epochs", 2, "--lr", LR)
     flags += ("--dtype", "bfloat16")
     train(*flags, "--out", tmp_path / "a" / "out")
-    two_processes(*flags, "--out", tmp_path / "b" / "out", "--micro-tokens", 120)
+    two_processes(SCRIPT, *flags, "--out", tmp_path / "b" / "out", "--micro-tokens", 120)
     one, two = (read_rows(tmp_path / name / "out" / "metrics.jsonl") for name in "ab")
     assert len(one) == len(two) == 6
     # the sums of the first gradient round differently, then some weights round to their neighbours
@@ -161,24 +162,6 @@ def straight(policy, tmp_path_factory):
     return SimpleNamespace(flags=flags, pairs=pairs, out=folder / "out", summary=summary, rows=rows)
 
 
-def start_and_kill(command, flags, out, ready):
-    """Start a run, kill -9 it (with torchrun: its workers, whereupon it ends) as soon as ready() holds."""
-    command = [*command, *map(str, flags), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV)
-    os.set_blocking(process.stderr.fileno(), False)
-    said = b""
-    while process.poll() is None and not ready():
-        said += process.stderr.read() or b""
-        time.sleep(0.001)
-    assert process.poll() is None, f"it ended before it could be killed: {said[-2000:]!r}"
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = children.read_text().split() if TWO[1:3] == command[1:3] else [process.pid]
-    for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
-    process.stderr.close()
-    assert process.wait() != 0 and not (out / "model.safetensors").exists()
-
-
 def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -196,10 +179,12 @@ def same_as_straight(straight, out, resumed_steps):
     assert files_of(out).keys() == files_of(straight.out).keys()
 
 
-def killed(straight, folder, command, ready):
+def killed(straight, folder, start, ready):
     """Start a run, kill it, put its folder aside; returns a function that sets it up again, for one test."""
     out = folder / "out"
-    start_and_kill(command, straight.flags, out, lambda: ready(lines(out / "metrics.jsonl")))
+    runs = start(SCRIPT, *straight.flags, "--out", out)
+    kill_when(lambda: ready(lines(out / "metrics.jsonl")), runs)
+    assert not (out / "model.safetensors").exists()
     kept = Path(shutil.move(out, out.with_name("kept")))
 
     def again():
@@ -213,19 +198,19 @@ def killed(straight, folder, command, ready):
 def killed_late(straight, tmp_path_factory):
     """Killed behind its third checkpoint, with steps logged since then."""
     folder = tmp_path_factory.mktemp("late")
-    return killed(straight, folder, ONE, lambda done: done >= 3 * RUN.every + 2)
+    return killed(straight, folder, start_one, lambda done: done >= 3 * RUN.every + 2)
 
 
 @pytest.fixture(scope="module")
 def killed_early(straight, tmp_path_factory):
     """Killed behind the reference and before the first checkpoint."""
-    return killed(straight, tmp_path_factory.mktemp("early"), ONE, lambda done: done >= 2)
+    return killed(straight, tmp_path_factory.mktemp("early"), start_one, lambda done: done >= 2)
 
 
 @pytest.fixture(scope="module")
 def killed_two(straight, tmp_path_factory):
     """Two processes, killed behind their first checkpoint."""
-    return killed(straight, tmp_path_factory.mktemp("two"), TWO, lambda done: done > RUN.every)
+    return killed(straight, tmp_path_factory.mktemp("two"), start_two, lambda done: done > RUN.every)
 
 
 def test_the_last_checkpoint_alone_is_kept(killed_late):
@@ -256,7 +241,7 @@ def test_killed_before_the_first_checkpoint_and_resumed_is_the_same_run(straight
 
 def test_killed_in_the_reference_pass_and_resumed_is_the_same_run(straight, tmp_path):
     out = tmp_path / "out"
-    start_and_kill(ONE, straight.flags, out, lambda: cached(tmp_path))
+    kill_when(lambda: cached(tmp_path), start_one(SCRIPT, *straight.flags, "--out", out))
     assert lines(out / "metrics.jsonl") == 0
     assert 0 < len(cached(tmp_path)) < len(cached(straight.out.parent))  # a window is there, and is read
     same_as_straight(straight, out, 0)
@@ -272,7 +257,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(straight, killed_two, p
 
 def test_a_checkpoint_of_one_process_is_resumed_by_two(straight, killed_late, policy):
     out = killed_late()
-    printed = two_processes(*straight.flags, "--out", out, "--resume")
+    printed = two_processes(SCRIPT, *straight.flags, "--out", out, "--resume")
     assert json.loads(printed.strip().splitlines()[-1])["resumed_steps"] == 3 * RUN.every
     same_run(read_rows(out / "metrics.jsonl"), straight.rows)
     same_weights(out, straight.out, policy)
@@ -333,19 +318,14 @@ def test_a_finished_run_is_not_done_again(straight):
 
 
 # ----- runs at the same time
-def started(*flags):
-    command = [*ONE, *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV)
-
-
-def finished(process):
-    said = process.communicate()[1].decode()
-    assert process.returncode == 0, said[-2000:]
+def finished(run):
+    status, _, err = run.wait()
+    assert status == 0, err[-2000:]
 
 
 def test_two_runs_at_the_same_time_share_one_reference_cache(straight, tmp_path):
     losses = ("dpo", "ipo")
-    runs = [started(*straight.flags, "--loss", loss, "--out", tmp_path / loss) for loss in losses]
+    runs = [Script(SCRIPT, *straight.flags, "--loss", loss, "--out", tmp_path / loss) for loss in losses]
     for run in runs:
         finished(run)
     dpo, ipo = (read_rows(tmp_path / loss / "metrics.jsonl") for loss in losses)
@@ -363,7 +343,7 @@ def test_two_runs_at_the_same_time_share_one_reference_cache(straight, tmp_path)
 
 def test_a_second_process_on_the_same_out_is_refused(straight, tmp_path):
     out = tmp_path / "out"
-    run = started(*straight.flags, "--out", out)
+    run = Script(SCRIPT, *straight.flags, "--out", out)
     while run.poll() is None and lines(out / "metrics.jsonl") < 2:
         time.sleep(0.01)
     for more in ([], ["--resume"], ["--overwrite"]):

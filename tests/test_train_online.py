@@ -14,12 +14,8 @@ import io
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +23,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO, make_policy, read_rows, run_script
+from conftest import make_policy, read_rows, run_script
+from processes import kill_when, start_one, two_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from train_oracle import GIVEN, LR, end_processes, float64, make_pairs, read_pairs, without_noise
@@ -627,23 +624,6 @@ def test_held_out_pairs_are_measured_by_plain_dpo(kind, run, ending, other, tmp_
 
 
 # ----- two processes
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order, and no threads that wait for each other
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def two_processes(*flags):
-    """A run by torchrun; what it printed. If it stands still, torchrun ends its processes."""
-    command = [*TORCHRUN, str(REPO / SCRIPT), *map(str, flags)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
-    try:
-        printed, said = run.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        run.terminate()
-        pytest.fail(f"two processes stand still: {run.communicate()[1][-2000:]}")
-    assert run.returncode == 0, said[-3000:]
-    return printed
-
-
 def test_two_processes_make_the_run_of_one(ending, other, tmp_path):
     """Steps of 3, 3 and 1 pairs: the last leaves the second process without a pair and without a prompt.
 
@@ -654,7 +634,7 @@ def test_two_processes_make_the_run_of_one(ending, other, tmp_path):
     flags += ["--epochs", 2, *FLAGS["hypo of 3"]]
     train(*flags, "--out", tmp_path / "one" / "out")
     more = ["--micro-tokens", 120, "--activation-checkpointing"]
-    printed = two_processes(*flags, "--out", tmp_path / "two" / "out", *more)
+    printed = two_processes(SCRIPT, *flags, "--out", tmp_path / "two" / "out", *more)
     assert printed.count('"steps"') == 1  # by one process only
     assert json.loads(printed.splitlines()[-1])["steps"] == 6
     one, two = (read_rows(tmp_path / name / "out" / "metrics.jsonl") for name in ("one", "two"))
@@ -674,27 +654,13 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def start_and_kill(flags, out, ready):
-    """Start the script and kill -9 it as soon as `ready` holds."""
-    command = [sys.executable, str(REPO / SCRIPT), *map(str, flags), "--out", str(out)]
-    with open(out.with_suffix(".stderr"), "w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=ENV)
-        while process.poll() is None and not ready():
-            time.sleep(0.001)
-        ended = process.poll()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        said.seek(0)
-        assert ended is None, f"it ended before it could be killed: {said.read()[-2000:]}"
-
-
 def test_a_killed_hypo_run_resumed_is_the_same_run(ending, pairs_file, tmp_path):
     flags = ["--model", ending, "--pairs", pairs_file, "--eval-pairs", pairs_file, "--batch-size", 3]
     flags += ["--epochs", 8, "--lr", LR, "--save-every", 4, "--micro-tokens", 1, *FLAGS["hypo of 3"]]
     (tmp_path / "b").mkdir()
     straight, out = tmp_path / "a" / "out", tmp_path / "b" / "out"
     run_script(SCRIPT, *flags, "--out", straight)
-    start_and_kill(flags, out, lambda: lines(out / "metrics.jsonl") >= 6)
+    kill_when(lambda: lines(out / "metrics.jsonl") >= 6, start_one(SCRIPT, *flags, "--out", out))
     assert not (out / "model.safetensors").exists() and list(out.glob("checkpoints/[0-9]*"))
     summary, _ = run_script(SCRIPT, *flags, "--out", out, "--resume")
     assert summary["steps"] == 16 and summary["resumed_steps"] >= 4

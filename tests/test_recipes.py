@@ -1,0 +1,197 @@
+"""
+demo.sh and the recipes from the first line to the last, with a stand-in for Python that notes the commands.
+
+Covers  every command is understood by the script that it names; every file that it reads was made by an
+        earlier one or is in the project; what a recipe needs and does not have is one sentence, before the
+        first command; a failed step ends it; a kill of on_all_gpus.sh reaches what it started.
+Run     python -m pytest tests/test_recipes.py
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from test_commands import SCRIPTS, module_of
+
+RECIPES = sorted(path.name for path in (REPO / "recipes").glob("s*_*.sh"))
+SOURCED = [name for name in RECIPES if "settings.sh" in (REPO / "recipes" / name).read_text()]
+
+# Notes "SCRIPT FLAGS" in commands.log, missing files in missing.log, and writes what the script would.
+STAND_IN = r"""#!/usr/bin/env bash
+case $1 in -c | -) cat >/dev/null; exit ;; esac
+[ "$1" = --nproc-per-node ] && shift 2
+printf '%q ' "$@" >>commands.log
+echo >>commands.log
+script=$1
+shift
+last= out= written=
+for word in "$@"; do
+  [ "$last" = --out ] && out=$word
+  case $last in
+    --out) ;;
+    --model | --baseline | --minus | --reference)
+      case $word in
+        out/*) [ -d "$word" ] || echo "$script $last $word" >>missing.log ;;
+      esac ;;
+    *)
+      case $word in
+        *.jsonl | *.json | */metrics.*) [ -e "$word" ] || echo "$script $word" >>missing.log ;;
+      esac ;;
+  esac
+  last=$word
+done
+case $script in
+  train_dpo.py | recipes/train_online.py)
+    mkdir -p "$out"
+    touch "$out"/{config.json,metrics.jsonl,metrics.meta.json} ;;
+  data/get_models.py) mkdir -p "$out"/{policy,reward}; touch "$out"/{policy,reward}/config.json ;;
+  report/table.py) mkdir -p "$out"; echo "setting,runs" >"$out/settings.csv" ;;
+  *)
+    mkdir -p "$(dirname "$out")"
+    echo '{"advice": "", "score": 0.6}' >"$out"; touch "${out%.*}.meta.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the shell scripts and the data whose .venv has the stand-in; a machine with two GPUs."""
+    for name in ("recipes", "data"):
+        shutil.copytree(REPO / name, tmp_path / name)
+    for name in ("demo.sh", "requirements.txt", "requirements-cpu.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    nvidia = "#!/bin/sh\n[ $# = 0 ] || printf '0\\n1\\n'\n"
+    for name, text in {"python": STAND_IN, "torchrun": STAND_IN, "nvidia-smi": nvidia}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "alpaca_eval").mkdir()
+    for name in ("alpaca_eval_gpt4_baseline.json", "df_gamed.csv", "alpaca_eval_clf.txt"):
+        (tmp_path / "alpaca_eval" / name).touch()
+    return tmp_path
+
+
+def run(checkout, script, **variables):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    environment |= {"PATH": f"{checkout}/.venv/bin:{environment['PATH']}", **variables}
+    command = ["bash", script]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+
+
+def check_commands(checkout):
+    """Parse what was noted; returns the names of the scripts, in order."""
+    missing = checkout / "missing.log"
+    assert not missing.exists(), missing.read_text()
+    scripts, parsed = [], set()
+    for line in (checkout / "commands.log").read_text().splitlines():
+        script, *words = shlex.split(line)
+        assert script in SCRIPTS, line
+        scripts.append(script)
+        if line not in parsed:
+            module_of(script).parse_args(words)
+        parsed.add(line)
+    return scripts
+
+
+def make_demo_models(checkout):
+    for name in ("policy", "reward"):
+        (checkout / "out" / "models" / name).mkdir(parents=True)
+        (checkout / "out" / "models" / name / "config.json").touch()
+
+
+def test_the_demo(checkout):
+    for requirements in ("requirements.txt", "requirements-cpu.txt"):
+        found = subprocess.run(["sha256sum", requirements], cwd=checkout, capture_output=True, text=True)
+        (checkout / ".venv" / f"installed-{found.stdout[:16]}").touch()
+    done = run(checkout, "demo.sh")
+    assert done.returncode == 0, done.stderr
+    scripts = check_commands(checkout)
+    assert scripts[:3] == ["data/get_models.py", "generate.py", "data/import_responses.py"]
+    assert scripts.count("train_dpo.py") == 3 and scripts[-1] == "report/table.py"
+    assert "report.md" in done.stdout and "recipes/s1_fig4.sh" in done.stdout
+
+
+@pytest.mark.parametrize("name", SOURCED)
+def test_a_recipe_for_the_demo(checkout, name):
+    make_demo_models(checkout)
+    done = run(checkout, f"recipes/{name}", SCALE="demo")
+    assert done.returncode == 0, done.stderr
+    scripts = check_commands(checkout)
+    assert 1 <= sum(script in ("train_dpo.py", "recipes/train_online.py") for script in scripts) <= 6
+    assert scripts[-1].startswith("report/")
+
+
+@pytest.mark.parametrize("name", SOURCED)
+def test_a_recipe_at_the_papers_scale(checkout, name):
+    done = run(checkout, f"recipes/{name}", SEEDS="0 1", JUDGE="judge", OPENAI_API_KEY="key")
+    assert done.returncode == 0, done.stderr
+    scripts = check_commands(checkout)
+    assert scripts[-1].startswith("report/")
+    sampled = [line for line in (checkout / "commands.log").read_text().splitlines() if "generate.py" in line]
+    assert any("--shard 0/2" in line for line in sampled) and any("--shard 1/2" in line for line in sampled)
+
+
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        ({"OPENAI_API_KEY": "k"}, "s1_fig4.sh: JUDGE is not set; give the model that judges"),
+        ({"JUDGE": "j"}, "s1_fig4.sh: OPENAI_API_KEY is not set"),
+        (
+            {"JUDGE": "j", "OPENAI_API_KEY": "k", "ALPACA": "x"},
+            "s1_fig4.sh: there is no x/alpaca_eval_gpt4_base",
+        ),
+        (
+            {"SCALE": "demo"},
+            "s1_fig4.sh: SCALE=demo takes the models that demo.sh makes; run bash demo.sh first",
+        ),
+        ({"SCALE": "small"}, "s1_fig4.sh: SCALE is paper or demo, found small"),
+    ],
+)
+def test_what_a_recipe_needs(checkout, variables, sentence):
+    done = run(checkout, "recipes/s1_fig4.sh", **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
+    assert not (checkout / "commands.log").exists() and not (checkout / "out").exists()
+
+
+def test_a_model_that_cannot_be_had(checkout):
+    (checkout / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    variables = {"JUDGE": "j", "OPENAI_API_KEY": "k", "MODEL": "no/model", "HF_HUB_OFFLINE": "1"}
+    done = run(checkout, "recipes/s1_fig4.sh", **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("s1_fig4.sh: no/model: ") and done.stderr.count("\n") == 1
+    assert not (checkout / "out").exists()
+
+
+def test_a_failed_step_ends_the_recipe(checkout):
+    make_demo_models(checkout)
+    program = checkout / ".venv" / "bin" / "python"
+    program.write_text(program.read_text().replace("last=", '[ "$script" = score.py ] && exit 1\nlast=', 1))
+    done = run(checkout, "recipes/s1_fig4.sh", SCALE="demo")
+    assert done.returncode == 1
+    lines = (checkout / "commands.log").read_text().splitlines()
+    assert lines[-1].startswith("score.py")
+
+
+def test_a_kill_reaches_every_process(checkout):
+    script = 'echo $$ >"${@: -1}"; exec sleep 60'
+    command = ["bash", "recipes/on_all_gpus.sh", "out/on", "bash", "-c", script, "x"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
+    with subprocess.Popen(command, cwd=checkout, env=environment) as process:
+        paths = [Path(checkout, f"out/on/{i}.jsonl") for i in range(2)]
+        while not all(path.exists() and path.read_text() for path in paths):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) != 0
+    for path in paths:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
