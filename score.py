@@ -133,10 +133,10 @@ def parse_args(argv=None):
     flag("--tensor-parallel", type=int, default=1, metavar="GPUS", help="for one model, rm with vllm")
     args = parser.parse_args(argv)
     check_args(parser, args)
-    if args.scorer == "verify":
+    if not SCORERS[args.scorer].needs_model:
         model_flags = (args.model, args.revision, args.batch_tokens, args.max_length)
         if any(model_flags) or args.dtype != "auto" or args.backend != "auto" or args.tensor_parallel > 1:
-            parser.error("--scorer verify has no model, and takes no flag of one")
+            parser.error(f"--scorer {args.scorer} has no model, and takes no flag of one")
     elif not args.model:
         parser.error(f"--scorer {args.scorer} needs --model")
     if args.dtype == "auto":
@@ -156,6 +156,7 @@ def check_args(parser, args):
 class Scorer:
     """What main needs of a scorer: a subclass has `score`, and `load` if there is a model."""
 
+    needs_model = True
     sets_reward = True
     window = 256  # rows that are scored together and then written
 
@@ -271,6 +272,8 @@ def plain(text):
 
 class Verify(Scorer):
     """1.0 for the right final answer, 0.0 for another or none."""
+
+    needs_model = False
 
     def score(self, rows, update):
         for row in rows:

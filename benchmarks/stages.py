@@ -1,7 +1,7 @@
 """
 What the data stages cost beside the engines that they call, in one run on this machine.
 
-    python benchmarks/stages.py --policy out/demo/models/policy --reward out/demo/models/reward [--vllm]
+    python benchmarks/stages.py --policy out/models/policy --reward out/models/reward [--vllm]
 
 help         seconds of each script's --help
 generate     the share of a run's sampling that is not spent in the engine (decoding, order, writing); against

@@ -2,7 +2,7 @@
 Parts of train_dpo.py alone: memory over the vocabulary, where the time of a step goes, one rank of many.
 
     python benchmarks/train_parts.py memory
-    python benchmarks/train_parts.py step --model out/demo/models/policy \
+    python benchmarks/train_parts.py step --model out/models/policy \
         --responses alpaca_eval_805x8_responses.jsonl.gz
     python benchmarks/train_parts.py rank --gpus 8 --tokens 8192 --activation-checkpointing
 

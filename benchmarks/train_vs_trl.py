@@ -3,7 +3,7 @@ train_dpo.py against TRL's DPOTrainer on the same pairs, in one run on this mach
 
     python -m venv .venv-trl
     .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0
-    python benchmarks/train_vs_trl.py --model out/demo/models/policy --trl-python .venv-trl/bin/python \
+    python benchmarks/train_vs_trl.py --model out/models/policy --trl-python .venv-trl/bin/python \
         --responses alpaca_eval_805x8_responses.jsonl.gz
 
 --pairs takes a file of pairs instead of --responses, rows {"prompt", "model", "response"}, of which the first

@@ -19,7 +19,8 @@ on_gpus "$OUT/scored" score.py --model "$REWARD" --responses "$OUT"/on/*.jsonl "
 for share in $SHARES; do # every share of the same prompts, so the total is the same too
   for seed in $SEEDS; do
     run=$OUT/dpo_${share}_seed$seed
-    python build_pairs.py --scored "$OUT"/scored/*.jsonl --on-ratio "$share" --seed "$seed" "${PAIRS[@]}" --out "$run.pairs.jsonl"
+    python build_pairs.py --scored "$OUT"/scored/*.jsonl --on-ratio "$share" --seed "$seed" "${PAIRS[@]}" \
+      --out "$run.pairs.jsonl"
     train train_dpo.py --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
     win_rate "$run" "$run"
   done

@@ -1,57 +1,60 @@
 #!/usr/bin/env bash
-# S1 Table 2 for one model and one data set: five sources of equally many pairs; by task Tables 4 and 5, by category Figs. 2 and 8.
-# Not as in the paper: shares are exact and no prompt comes twice (its code interleaves with repetition), off-policy pairs too are labelled
-# by the reward model (its code takes GPT-4's labels), HyPO's formula is corrected and its lambda ours, DPO-Mix-P goes in two rounds: plain
-# samples for one half of the prompts, then mixtures of both models for the other. One node of 8 x 80 GB; not run here.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}  # and allenai/Llama-3.1-Tulu-3-8B-SFT
-DATA=${DATA:-ultrafeedback}                       # and helpsteer2, with TOTAL=9000
-TOTAL=${TOTAL:-50000}
-REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
-JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
-OUT=${OUT:-out/s1_table2/$DATA/${MODEL##*/}}
-GPUS=${GPUS:-8}
-half=$((TOTAL / 2))
+# S1 Table 2: five sources of equally many pairs, two models, two data sets. By task Tables 4, 5; by category Figs. 2, 8.
+#
+#     SCALE=demo bash recipes/s1_table2.sh          (recipes/settings.sh tells what SCALE and the functions do)
+#
+# Not as in the paper: shares are exact and no prompt comes twice (its code interleaves with repetition), all pairs have
+# labels of the reward model (in its code off-policy ones have GPT-4's), HyPO's formula is corrected and its lambda ours.
+# DPO-Mix-P goes in two rounds, for at first its mixtures are the model itself: plain samples give half of its pairs, the
+# mixtures on other prompts the rest. Its online form has plain pairs with probability 0.3; here half are plain as it is.
+# 24 trainings on a node of 8 x 80 GB; not run there.
+source "$(dirname "$0")/settings.sh"
+read -ra models <<<"${MODELS:-meta-llama/Llama-3.1-8B-Instruct allenai/Llama-3.1-Tulu-3-8B-SFT}"
+read -ra data_sets <<<"${DATA:-ultrafeedback helpsteer2}"
+LABELER=${LABELER:-gpt-4o-mini} # names the category of each of AlpacaEval's prompts
+OUT=${OUT:-out/s1_table2/$SCALE}
+HYPO=(recipes/train_online.py --method hypo)
+PAPER=(--paper recipes/paper/s1_table2.csv)
+if [ "$SCALE" = demo ]; then models=("$MODEL") data_sets=(demo) PAPER=() HYPO+=(--max-new 48); fi
+needs "${models[@]}" "$REWARD"
 
-case $DATA in
-  ultrafeedback) python data/import_responses.py --format ultrafeedback_binarized \
-    --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl" ;;
-  helpsteer2) python data/import_responses.py --format helpsteer2 --data nvidia/HelpSteer2 --out "$OUT/off.jsonl" ;;
-esac
-python generate.py --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
-for k in 0 1; do  # two halves of the prompts, for DPO-Mix-P's rounds
-  python score.py --model "$REWARD" --responses "$OUT/on.jsonl" "$OUT/off.jsonl" --shard "$k/2" --out "$OUT/scored_$k.jsonl"
-done
-for share in 0 0.5 1; do  # off-policy DPO, SimpleMix, on-policy DPO
-  python build_pairs.py --scored "$OUT/scored_0.jsonl" "$OUT/scored_1.jsonl" --on-ratio "$share" --total "$TOTAL" \
-    --out "$OUT/dpo_$share.pairs.jsonl"
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$OUT/dpo_$share.pairs.jsonl" \
-    --out "$OUT/dpo_$share"
-done
-torchrun --nproc-per-node "$GPUS" recipes/train_online.py --resume --activation-checkpointing --method hypo --model "$MODEL" --pairs "$OUT/dpo_0.pairs.jsonl" --out "$OUT/hypo"
+for MODEL in "${models[@]}"; do
+  for data in "${data_sets[@]}"; do
+    run=$OUT/${MODEL##*/}_$data # the settings are ${run}_off, ...
+    case $data in
+      ultrafeedback) off=("${OFF_POLICY[@]}") total=50000 ;;
+      helpsteer2) off=(--format helpsteer2 --data nvidia/HelpSteer2) total=9000 ;;
+      demo) off=("${OFF_POLICY[@]}") total=32 ;;
+      *) stop "DATA names ultrafeedback, helpsteer2 or both, found $data" ;;
+    esac
+    python data/import_responses.py "${off[@]}" --out "$run/off.jsonl"
+    on_gpus "$run/on" generate.py --model "$MODEL" --prompts "$run/off.jsonl"
+    on_gpus "$run/scored" score.py --model "$REWARD" --responses "$run"/on/*.jsonl "$run/off.jsonl"
+    pairs=(build_pairs.py --scored "$run"/scored/*.jsonl)
+    python "${pairs[@]}" --on-ratio 0 --total "$total" --out "${run}_off.pairs.jsonl"
+    python "${pairs[@]}" --on-ratio 1 --total "$total" --out "${run}_on.pairs.jsonl"
+    python "${pairs[@]}" --on-ratio 0.5 --total "$total" --out "${run}_simplemix.pairs.jsonl"
+    for name in "${run}"_{off,on,simplemix}; do
+      train train_dpo.py --model "$MODEL" --pairs "$name.pairs.jsonl" --out "$name"
+    done
+    train "${HYPO[@]}" --model "$MODEL" --pairs "${run}_off.pairs.jsonl" --out "${run}_hypo"
 
-python build_pairs.py --scored "$OUT/scored_0.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_1.pairs.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$MODEL" --pairs "$OUT/mixp_1.pairs.jsonl" --out "$OUT/mixp_1"
-python recipes/sample_mixture.py --model "$OUT/mixp_1" --reference "$MODEL" --weights 1.5 -0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_a.jsonl"
-python recipes/sample_mixture.py --model "$OUT/mixp_1" --reference "$MODEL" --weights 0.5 0.5 --prompts "$OUT/scored_1.jsonl" --out "$OUT/mixp_b.jsonl"
-python score.py --model "$REWARD" --responses "$OUT/mixp_a.jsonl" "$OUT/mixp_b.jsonl" --out "$OUT/mixp_scored.jsonl"
-python build_pairs.py --scored "$OUT/mixp_scored.jsonl" --on-ratio 1 --total "$half" --out "$OUT/mixp_2.pairs.jsonl"
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --model "$OUT/mixp_1" --reference "$MODEL" --pairs "$OUT/mixp_2.pairs.jsonl" \
-  --out "$OUT/mixp_2"
+    first=${run}_mixp_round1
+    python "${pairs[@]}" --on-ratio 1 --total $((total / 2)) --out "$first.pairs.jsonl"
+    train train_dpo.py --model "$MODEL" --pairs "$first.pairs.jsonl" --out "$first"
+    python data/decontaminate.py --prompts "$run/off.jsonl" --seen "$first.pairs.jsonl" --out "$run/other_prompts.jsonl"
+    mixture=(recipes/sample_mixture.py --model "$first" --reference "$MODEL" --prompts "$run/other_prompts.jsonl")
+    on_gpus "$run/mixture_1" "${mixture[@]}" --weights 1.5 -0.5
+    on_gpus "$run/mixture_2" "${mixture[@]}" --weights 0.5 0.5
+    on_gpus "$run/mixed" score.py --model "$REWARD" --responses "$run"/mixture_?/*.jsonl
+    python build_pairs.py --scored "$run"/mixed/*.jsonl --on-ratio 1 --total $((total / 2)) --out "${run}_mixp.pairs.jsonl"
+    train train_dpo.py --model "$first" --reference "$MODEL" --pairs "${run}_mixp.pairs.jsonl" --out "${run}_mixp"
 
-python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/gpt4.jsonl"
-python scorers/category.py --model gpt-4o-mini --responses "$OUT/gpt4.jsonl" --out "$OUT/alpaca.jsonl"
-for model in "$MODEL" "$OUT/dpo_0" "$OUT/dpo_0.5" "$OUT/dpo_1" "$OUT/hypo" "$OUT/mixp_2"; do
-  name=$OUT/eval/${model##*/}
-  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
-  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "$name.winrate.json"
-  python evaluate.py benchmarks --model "$model" --suite simplemix --out "$name.benchmarks.json"
+    for name in "${run}"_{off,on,hypo,mixp,simplemix}; do win_rate "$name" "$name"; done
+    for name in "${run}"_{off,on,hypo,mixp,simplemix}; do benchmarks "$name" "$name" simplemix; done
+    python report/figure.py categories "${run}"_{off,on,simplemix}.winrate.json --out "${run}_categories.png"
+  done
+  win_rate "$MODEL" "$OUT/${MODEL##*/}"
+  benchmarks "$MODEL" "$OUT/${MODEL##*/}" simplemix
 done
-python report/figure.py categories "$OUT"/eval/*.winrate.json --out "$OUT/fig8.png"
-python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/eval/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* \
-  --start "${MODEL##*/}" --out "$OUT"
+python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* "${PAPER[@]}" --out "$OUT"

@@ -1,47 +1,60 @@
 #!/usr/bin/env bash
-# S2 Table 2, Fig. 3 and C.5: Zephyr on pairs that another model wrote, PC_llama, in the first iteration and after PC_off.
-# Not as in the paper: answers to AlpacaEval are greedy (it does not say how), and C.5 is another number. The paper judges a random answer
-# of PC_llama against PC_off's chosen one, length-controlled; no command makes responses of chosen ones, so here it meets both answers of
-# PC_off, and "score" is the share that it wins ("length_matched": among similar lengths). 4 x 80 GB; not run here.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full}  # Fig. 3 also: Qwen/Qwen2.5-1.5B after s2_sft.sh, Qwen/Qwen3-4B
+# S2 Table 2 and Fig. 3: Zephyr on pairs of another model, PC_llama, in the first iteration and after PC_off. C.5 and 5.4:
+# the quality of PC_llama and of PC_on, by an answer of theirs against PC_off's chosen one on 805 random prompts.
+#
+#     SCALE=demo bash recipes/s2_pc_llama.sh          (recipes/settings.sh tells what SCALE and the functions do)
+#
+# The rows of PC_off and PC_on are Table 1's: what s2_stages.sh has made is taken, what is missing it makes. Not as in the
+# paper: answers to AlpacaEval are greedy (it does not say how); 5.4 does not say which PC_on (here the model's own and,
+# with the paper's number, that of the model after PC_on) and prints a share, 0.46, where C.5 prints percent. 6 trainings,
+# 4 of them of s2_stages.sh, on a node of 8 x 80 GB; not run there. Demo: the other model is the policy after its own pairs.
+source "$(dirname "$0")/settings.sh"
+export MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full} # Fig. 3 also: out/s2_sft/Qwen2.5-1.5B, Qwen/Qwen3-4B
 LLAMA=${LLAMA:-meta-llama/Meta-Llama-3-8B-Instruct}
-JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+STAGES=${STAGES:-out/s2_stages/${MODEL##*/}_dpo}
 OUT=${OUT:-out/s2_pc_llama/${MODEL##*/}}
-GPUS=${GPUS:-4}
+start=${MODEL##*/}
+chat=()
+if [[ $start = Qwen3-* ]]; then chat=(--template-kwargs '{"enable_thinking": false}'); fi
+judge=(scorers/judge.py --model "${JUDGE:-}" --judge-prompt "${ALPACA:-}/alpaca_eval_clf.txt")
+if [ "$SCALE" = demo ]; then judge=(score.py --model "$REWARD") LLAMA=$STAGES/on PAIRS=(--total 24); else needs "$LLAMA"; fi
+needs "$MODEL" "${PREFERENCE[2]}"
 
-python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
-python generate.py --preset s2 --source off --model "$LLAMA" --prompts "$OUT/off.jsonl" --out "$OUT/llama.jsonl"
-python generate.py --preset s2 --model "$MODEL" --prompts "$OUT/off.jsonl" --out "$OUT/on.jsonl"
-for name in off llama on; do
-  python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "$OUT/$name.jsonl" --out "$OUT/wins_$name.jsonl"
-done
-python build_pairs.py --scored "$OUT/wins_off.jsonl" --select relabel --on-ratio 0 --out "$OUT/dpo_off.pairs.jsonl"
-python build_pairs.py --scored "$OUT/wins_llama.jsonl" --on-ratio 0 --out "$OUT/dpo_llama.pairs.jsonl"
-python build_pairs.py --scored "$OUT/wins_on.jsonl" --on-ratio 1 --out "$OUT/dpo_on.pairs.jsonl"
-for name in off llama on; do
-  torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --model "$MODEL" --pairs "$OUT/dpo_$name.pairs.jsonl" \
-    --out "$OUT/dpo_$name"
-done
-torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --model "$OUT/dpo_off" --pairs "$OUT/dpo_llama.pairs.jsonl" \
-  --out "$OUT/dpo_off-llama"
+quality() { # NAME SAMPLES ...: the first of a prompt's samples against PC_off's chosen answer
+  mkdir -p "$OUT/quality"
+  python - "$STAGES/off.pairs.jsonl" "$@" >"$OUT/quality/$1.jsonl" <<'END'
+import json, random, sys
+pairs, name, *samples = sys.argv[1:]
+chosen = {pair["id"]: pair["chosen"][0]["content"] for pair in map(json.loads, open(pairs))}
+drawn = set(random.Random(0).sample(sorted(chosen), min(805, len(chosen))))  # the same for every NAME
+for row in (json.loads(line) for path in samples for line in open(path)):
+    if row["id"] in drawn:
+        texts = {name: row["responses"][0]["text"], "pc_off": chosen[row["id"]]}
+        row["responses"] = [{"text": text, "source": "off", "model": model} for model, text in texts.items()]
+        print(json.dumps(row))
+END
+  python "${judge[@]}" --responses "$OUT/quality/$1.jsonl" --out "$OUT/quality/$1.judged.jsonl"
+  python evaluate.py winrate --scored "$OUT/quality/$1.judged.jsonl" --model "$1" --baseline pc_off \
+    --out "$OUT/quality/$1.winrate.json"
+}
 
-python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
-for model in "$MODEL" "$OUT/dpo_off" "$OUT/dpo_llama" "$OUT/dpo_on" "$OUT/dpo_off-llama"; do
-  name=$OUT/eval/${model##*/}
-  python generate.py --greedy --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
-  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "$name.winrate.json"
-done
-# C.5: the first of PC_llama's two answers (a sample depends on seed, prompt and number alone) to the first 805 prompts
-python generate.py --preset s2 --n 1 --limit 805 --model "$LLAMA" --prompts "$OUT/off.jsonl" --out "$OUT/c5_llama.jsonl"
-python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --limit 805 \
-  --responses "$OUT/c5_llama.jsonl" "$OUT/off.jsonl" --out "$OUT/c5_judged.jsonl"
-python boundary.py --scored "$OUT/c5_judged.jsonl" --out "$OUT/c5.boundary.json"
-python report/figure.py training "$OUT"/dpo_*/metrics.jsonl --out "$OUT/fig3.png"
-python report/table.py "$OUT"/eval/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/dpo_*/metrics.* "$OUT/c5.boundary.json" \
-  --start "${MODEL##*/}" --out "$OUT"
+if [ ! -e "$STAGES/off-on.winrate.json" ]; then # of Table 1: the first iteration, and the second after PC_off
+  LOSS=dpo OUT=$STAGES STARTS="$MODEL $STAGES/off" bash recipes/s2_stages.sh
+fi
+on_gpus "$OUT/samples" generate.py --preset s2 --source off --seed 1 --model "$LLAMA" --prompts "$STAGES/off_policy.jsonl"
+on_gpus "$OUT/scored" "${PREFERENCE[@]}" --responses "$OUT"/samples/*.jsonl
+python build_pairs.py --scored "$OUT"/scored/*.jsonl --on-ratio 0 "${PAIRS[@]}" --out "$OUT/llama.pairs.jsonl"
+SAMPLE+=("${chat[@]}")
+train train_dpo.py --preset s2 "${chat[@]}" --model "$MODEL" --pairs "$OUT/llama.pairs.jsonl" --out "$OUT/llama"
+train train_dpo.py --preset s2 "${chat[@]}" --model "$STAGES/off" --pairs "$OUT/llama.pairs.jsonl" --out "$OUT/off-llama"
+for run in llama off-llama; do win_rate "$OUT/$run" "$OUT/$run"; done
+
+on_gpus "$STAGES/on.own" generate.py --preset s2 --model "$STAGES/on" --prompts "$STAGES/off_policy.jsonl"
+quality pc_llama "$OUT"/samples/*.jsonl
+quality pc_on "$STAGES/$start".own/*.jsonl
+quality pc_on-on "$STAGES"/on.own/*.jsonl
+python report/table.py "$OUT"/quality/*.json --paper recipes/paper/s2_quality.csv --out "$OUT/quality"
+python report/figure.py training "$STAGES"/{off,on}/metrics.jsonl "$OUT/llama/metrics.jsonl" --out "$OUT/fig3.png"
+python report/table.py "$STAGES"/{"$start",off,on,off-off,off-on}.*.json "$STAGES"/{off,on,off-off,off-on}/metrics.* \
+  "$OUT"/*.json "$OUT"/*/metrics.* --start "$start" --delta "$start" off llama --delta off off-off off-llama \
+  --paper recipes/paper/s2_pc_llama.csv --out "$OUT"

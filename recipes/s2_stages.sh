@@ -1,60 +1,58 @@
 #!/usr/bin/env bash
-# S2 Tables 1, 3, 4, 5, 8 and Fig. 3 for one model and loss: two iterations in all four orders of off- and on-policy pairs, labelled by
-# PairRM, and each start model's boundary score on 2,000 held-out prompts. Not as in the paper: the score is V_on / (V_on + V_off), as its
-# Algorithm 1 and numbers have it (Table 3's caption turns it round), gains and Delta are computed (several printed ones are wrong), answers
-# to AlpacaEval are greedy and SLiC's constants ours (neither is given). 4 x 80 GB; not run here.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct}  # and alignment-handbook/zephyr-7b-sft-full; the other three come from s2_sft.sh
-MAX_TOKENS=${MAX_TOKENS:-2048}  # 1024 for Phi-2 and Pythia, which read 2,048 tokens in all
-LOSS=${LOSS:-dpo}  # Table 5: slic, or hinge: "SLiC-HF loss" can be read both ways
-JUDGE=${JUDGE:-gpt-4-1106-preview}  # the key from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+# S2 Tables 1, 3, 4, 5, 8 and Fig. 3 for one model and loss: two iterations in all orders of off- and on-policy pairs, which
+# PairRM labels, and the boundary score of every model that an iteration begins with, on 2,000 held-out prompts.
+#
+#     SCALE=demo bash recipes/s2_stages.sh          (recipes/settings.sh tells what SCALE and the functions do)
+#
+# Not as in the paper: the score is V_on / (V_on + V_off), as its Algorithm 1 and numbers have it (Table 3's caption turns
+# it round); answers to AlpacaEval are greedy and SLiC's constants ours (it gives neither). Printed numbers that its own LC
+# rates contradict, with the right ones: Table 4, Qwen off-off, gain +3.86 (+2.03), delta 9.41 (4.95); Table 5, Llama off
+# +4.38 (+4.29), 0.68 (0.66), off-on -11.93 (-16.22), Zephyr off-off 0.38 (0.51); Table 3's minus signs of Llama's gains.
+# 6 trainings on a node of 8 x 80 GB; not run there. Demo: the paper's numbers in the table are Zephyr's.
+source "$(dirname "$0")/settings.sh"
+MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct} # alignment-handbook/zephyr-7b-sft-full; out/s2_sft/phi-2, ...
+LOSS=${LOSS:-dpo}                                   # Table 5: slic, or hinge: "SLiC-HF loss" can be read both ways
 OUT=${OUT:-out/s2_stages/${MODEL##*/}_$LOSS}
-GPUS=${GPUS:-4}
+STARTS=${STARTS:-$MODEL $OUT/off $OUT/on} # an iteration begins with each of these
+DPO=(train_dpo.py --preset s2 --loss "$LOSS")
+start=${MODEL##*/}
+paper=${start}_${LOSS/hinge/slic}
+case $start in
+  phi-2 | pythia-*) SAMPLE+=(--max-tokens 1024) ;; # they read 2,048 tokens in all
+  Qwen3-*) SAMPLE+=(--template-kwargs '{"enable_thinking": false}') DPO+=(--template-kwargs '{"enable_thinking": false}') ;;
+esac
+if [ "$SCALE" = demo ]; then PAIRS=(--total 24) paper=zephyr-7b-sft-full_dpo; fi # of two samples, one is often cut off
+needs "$MODEL" "${PREFERENCE[2]}"
 
-train() { # START PAIRS OUT
-  case $LOSS in
-    dpo) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --loss dpo --model "$1" --pairs "$2" --out "$3" ;;
-    slic) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --loss slic --model "$1" --pairs "$2" --out "$3" ;;
-    hinge) torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s2 --loss hinge --model "$1" --pairs "$2" --out "$3" ;;
-  esac
-}
-iteration() { # START: its boundary score, pairs of its own, and a model from either kind of pairs with START as the reference
-  local start=$OUT/${1##*/}
-  python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/test.jsonl" --out "${start}_test.jsonl"
-  python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "${start}_test.jsonl" "$OUT/test.jsonl" \
-    --out "${start}_test_wins.jsonl"
-  python score.py --scorer logp --model "$1" --responses "${start}_test_wins.jsonl" --out "${start}_test_logp.jsonl"
-  python boundary.py --scored "${start}_test_logp.jsonl" --out "$start.boundary.json"
-  python generate.py --preset s2 --max-tokens "$MAX_TOKENS" --model "$1" --prompts "$OUT/off.jsonl" --out "${start}_on.jsonl"
-  python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "${start}_on.jsonl" --out "${start}_wins.jsonl"
-  python build_pairs.py --scored "${start}_wins.jsonl" --on-ratio 1 --out "$start-on.pairs.jsonl"
-  train "$1" "$OUT/off.pairs.jsonl" "$start-off"
-  train "$1" "$start-on.pairs.jsonl" "$start-on"
-}
+python data/import_responses.py "${OFF_POLICY[@]}" --out "$OUT/off_policy.jsonl"
+if [ "$SCALE" = demo ]; then
+  grep -v '"answer"' data/train.jsonl | tail -n 64 >"$OUT/held_out_rows.jsonl" # like the first 64, which are trained on
+  python data/import_responses.py --format rows --data "$OUT/held_out_rows.jsonl" --out "$OUT/held_out.jsonl"
+else
+  python data/import_responses.py "${OFF_POLICY[@]}" --split test_prefs --out "$OUT/held_out.jsonl"
+fi
+on_gpus "$OUT/scored" "${PREFERENCE[@]}" --responses "$OUT/off_policy.jsonl"
+python build_pairs.py --scored "$OUT"/scored/*.jsonl --select relabel --on-ratio 0 "${PAIRS[@]}" \
+  --out "$OUT/off.pairs.jsonl"
 
-python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --out "$OUT/off.jsonl"
-python data/import_responses.py --format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized --split test_prefs \
-  --out "$OUT/test.jsonl"
-python scorers/pairrm.py --model llm-blender/PairRM-hf --responses "$OUT/off.jsonl" --out "$OUT/off_wins.jsonl"
-python build_pairs.py --scored "$OUT/off_wins.jsonl" --select relabel --on-ratio 0 --out "$OUT/off.pairs.jsonl"
-
-base=$OUT/${MODEL##*/}
-iteration "$MODEL"
-iteration "$base-off"
-iteration "$base-on"
-python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
-for model in "$MODEL" "$base"-{off,on,off-off,off-on,on-off,on-on}; do
+win_rate "$MODEL" "$OUT/$start"
+deltas=()
+for model in $STARTS; do
   name=$OUT/${model##*/}
-  python generate.py --greedy --max-tokens "$MAX_TOKENS" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$name.answers.jsonl"
-  python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-    --responses "$OUT/alpaca.jsonl" "$name.answers.jsonl" --out "$name.judged.jsonl"
-  python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-    --out "$name.winrate.json"
+  on_gpus "$name.held_out" generate.py --preset s2 --model "$model" --prompts "$OUT/held_out.jsonl"
+  on_gpus "$name.held_out_scored" "${PREFERENCE[@]}" --responses "$name".held_out/*.jsonl "$OUT/held_out.jsonl"
+  on_gpus "$name.held_out_logp" score.py --scorer logp --model "$model" --responses "$name".held_out_scored/*.jsonl
+  python boundary.py --scored "$name".held_out_logp/*.jsonl --out "$name.boundary.json"
+
+  on_gpus "$name.own" generate.py --preset s2 --model "$model" --prompts "$OUT/off_policy.jsonl"
+  on_gpus "$name.own_scored" "${PREFERENCE[@]}" --responses "$name".own/*.jsonl
+  if [ "$model" = "$MODEL" ]; then off=off on=on; else off=${model##*/}-off on=${model##*/}-on; fi # off-on: off, then on
+  python build_pairs.py --scored "$name".own_scored/*.jsonl --on-ratio 1 "${PAIRS[@]}" --out "$OUT/$on.pairs.jsonl"
+  train "${DPO[@]}" --model "$model" --pairs "$OUT/off.pairs.jsonl" --out "$OUT/$off"
+  train "${DPO[@]}" --model "$model" --pairs "$OUT/$on.pairs.jsonl" --out "$OUT/$on"
+  for run in "$off" "$on"; do win_rate "$OUT/$run" "$OUT/$run"; done
+  deltas+=(--delta "${model##*/}" "$off" "$on")
 done
-name=${base##*/}
-python report/figure.py training "$base"-*/metrics.jsonl --out "$OUT/fig3.png"
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$OUT"/*.pairs.meta.json "$base"-*/metrics.* --start "$name" \
-  --delta "$name" "$name-off" "$name-on" --delta "$name-off" "$name-off-off" "$name-off-on" \
-  --delta "$name-on" "$name-on-off" "$name-on-on" --out "$OUT"
+python report/figure.py training "$OUT"/*/metrics.jsonl --out "$OUT/fig3.png"
+if [ -e "recipes/paper/s2_stages_$paper.csv" ]; then deltas+=(--paper "recipes/paper/s2_stages_$paper.csv"); fi
+python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* --start "$start" "${deltas[@]}" --out "$OUT"

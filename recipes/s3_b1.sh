@@ -1,36 +1,59 @@
 #!/usr/bin/env bash
-# S3 Appendix B.1: the prompts of Tulu 3's UltraFeedback on which a reward model and a judge order the two answers differently, trained on
-# in the order of either. Not as in the paper: it names neither judge nor its prompt and prints no results (10,000 prompts differed, the
-# reward model's order did better). Three seeds; 8 x 80 GB, and 41,635 questions to the judge; not run here.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+# S3 Appendix B.1: prompts of Tulu's UltraFeedback whose two answers a reward model and a judge order differently, trained
+# on in the order of either.
+#
+#     SCALE=demo bash recipes/s3_b1.sh          (recipes/settings.sh tells what SCALE and the functions do)
+#
+# Not as in the paper: it names neither judge nor its prompt (here our own) and prints no results (10,000 prompts differed,
+# and the reward model's order did better). The benchmarks' questions are left out. Some answers are of Tulu-3-8B, which is
+# not marked. 6 trainings on a node of 8 x 80 GB and some 40,000 questions to the judge; not run there.
+# Demo: the judge is who wrote the two answers, one as the better; one epoch of two, greedy answers (beams are slow).
+source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
-REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
-LABELER=${LABELER:-gpt-4o-mini}     # the judge that labels
-JUDGE=${JUDGE:-gpt-4-1106-preview}  # the judge of AlpacaEval 2; the key of both from OPENAI_API_KEY
-ALPACA=${ALPACA:-alpaca_eval}  # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
-OUT=${OUT:-out/s3_b1}
-GPUS=${GPUS:-8}
+PAIR_JUDGE=${PAIR_JUDGE:-gpt-4o-mini} # orders the two answers of a prompt; JUDGE is AlpacaEval's
+OUT=${OUT:-out/s3_b1/${MODEL##*/}}
+S3=(--preset s3)
+DATA=(--format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b --split train)
+if [ "$SCALE" = demo ]; then S3+=(--epochs 1) DATA=(--format rows --data "$OUT/written.jsonl" --limit 64); fi
+needs "$MODEL" "$REWARD"
 
-python data/import_responses.py --format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b \
-  --split train --out "$OUT/off.jsonl"
-python score.py --model "$REWARD" --responses "$OUT/off.jsonl" --out "$OUT/rewards.jsonl"
-python scorers/judge.py --model "$LABELER" --responses "$OUT/rewards.jsonl" --out "$OUT/both.jsonl"  # prints their agreement
-python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl"
-python recipes/s3_pairs.py --scored "$OUT/both.jsonl" --ranks 1 2 --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
+mkdir -p "$OUT"
+if [ "$SCALE" = demo ]; then
+  cp data/eval.jsonl "$OUT/questions.jsonl"
+  sed 's/"written-careful"/&, "scores": {"judge": 1}/; s/"written-hasty"/&, "scores": {"judge": 0}/' \
+    data/train.jsonl >"$OUT/written.jsonl"
+else
+  python - "$ALPACA/alpaca_eval_gpt4_baseline.json" >"$OUT/questions.jsonl" <<'END' # pip install datasets
+import datasets, json, sys
 
-python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
-for name in reward judge; do
-  for seed in 0 1 2; do
-    model=$OUT/${name}_seed$seed
-    torchrun --nproc-per-node "$GPUS" train_dpo.py --resume --activation-checkpointing --preset s3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" \
-      --out "$model"
-    python recipes/sample_beams.py --beams 3 --seed "$seed" --model "$model" --prompts "$OUT/alpaca.jsonl" --out "$model.answers.jsonl"
-    python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "$model.answers.jsonl" --out "$model.judged.jsonl"
-    python evaluate.py winrate --scored "$model.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "$model.winrate.json"
-    python evaluate.py benchmarks --model "$model" --suite what-matters --out "$model.benchmarks.json"
+questions = [row["instruction"] for row in json.load(open(sys.argv[1]))]
+questions += datasets.load_dataset("google/IFEval", split="train")["prompt"]
+questions += datasets.load_dataset("openai/gsm8k", "main", split="test")["question"]
+questions += datasets.load_dataset("truthfulqa/truthful_qa", "generation", split="validation")["question"]
+questions += datasets.load_dataset("cais/mmlu", "all", split="test")["question"]
+for question in questions:
+    print(json.dumps({"question": question}))
+END
+fi
+python data/import_responses.py "${DATA[@]}" --out "$OUT/off.jsonl"
+python data/decontaminate.py --prompts "$OUT/off.jsonl" --seen "$OUT/questions.jsonl" --out "$OUT/clean.jsonl"
+on_gpus "$OUT/rewards" score.py --model "$REWARD" --responses "$OUT/clean.jsonl"
+both=("$OUT"/rewards/*.jsonl)
+if [ "$SCALE" = paper ]; then # prints how often they agree
+  python scorers/judge.py --model "$PAIR_JUDGE" --responses "${both[@]}" --out "$OUT/both.jsonl"
+  both=("$OUT/both.jsonl")
+fi
+pairs=(recipes/s3_pairs.py --scored "${both[@]}" --ranks 1 2 "${PAIRS[@]}")
+python "${pairs[@]}" --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl"
+python "${pairs[@]}" --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
+
+for seed in $SEEDS; do
+  if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
+  for name in reward judge; do
+    run=$OUT/${name}_seed$seed
+    train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
+    win_rate "$run" "$run"
+    benchmarks "$run" "$run" what-matters
   done
 done
-python report/table.py "$OUT"/*.winrate.json "$OUT"/*.benchmarks.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"
+python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* --out "$OUT"

@@ -27,7 +27,9 @@ case $SCALE in
     SEEDS=${SEEDS:-0 1 2}
     GPUS=${GPUS:-8}
     JUDGE=${JUDGE:-}
-    ALPACA=${ALPACA:-alpaca_eval} # alpaca_eval_gpt4_baseline.json, df_gamed.csv (hub: tatsu-lab/alpaca_eval), alpaca_eval_clf.txt (package)
+    # alpaca_eval_gpt4_baseline.json and df_gamed.csv of the hub's tatsu-lab/alpaca_eval, alpaca_eval_clf.txt of the package
+    ALPACA=${ALPACA:-alpaca_eval}
+    LABELER=${LABELER:-} # a model that names the category of AlpacaEval's prompts, for rates by category
     PAIRS=()
     SAMPLE=()
     ;;
@@ -45,13 +47,14 @@ esac
 
 ANSWER=(generate.py --greedy) # how a model answers the evaluation prompts
 
-needs() { # MODEL ...: ends the run before anything is sampled if one of them, the judge or AlpacaEval's files cannot be had
+needs() { # MODEL ...: ends the run, before anything is sampled, if a model, the judge or AlpacaEval's files cannot be had
   local name why
   if [ "$SCALE" = demo ]; then
     [ -e out/models/reward/config.json ] || stop "SCALE=demo takes the models that demo.sh makes; run bash demo.sh first"
   else
     [ "$JUDGE" ] || stop "JUDGE is not set; give the model that judges, as in JUDGE=gpt-4o, or take SCALE=demo"
-    [ "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}" ] || stop "OPENAI_API_KEY is not set; OPENAI_BASE_URL names a server of your own"
+    [ "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}" ] ||
+      stop "OPENAI_API_KEY is not set; OPENAI_BASE_URL names a server of your own"
     for name in alpaca_eval_gpt4_baseline.json df_gamed.csv alpaca_eval_clf.txt; do
       [ -e "$ALPACA/$name" ] || stop "there is no $ALPACA/$name; ALPACA is the folder with AlpacaEval's files"
     done
@@ -75,7 +78,7 @@ except Exception as error:  # the library has many, for gated, unknown and unrea
 END
 }
 
-on_gpus() { # FOLDER SCRIPT FLAGS: a script that samples or scores, once per GPU; writes FOLDER/0.jsonl, FOLDER/1.jsonl, ...
+on_gpus() { # FOLDER SCRIPT FLAGS: samples or scores, a process per GPU; writes FOLDER/0.jsonl, FOLDER/1.jsonl, ...
   local folder=$1 script=$2
   shift 2
   case $script in generate.py | recipes/sample_*) set -- "${SAMPLE[@]}" "$@" ;; esac
@@ -96,19 +99,25 @@ train() { # SCRIPT FLAGS: train_dpo.py or recipes/train_online.py, on all GPUs t
   fi
 }
 
-win_rate() { # MODEL NAME: NAME.winrate.json, against GPT-4's answers by the judge, or against the start model by the reward
-  local model=$1 name=$2
+win_rate() { # MODEL NAME: NAME.winrate.json; against GPT-4's answers by the judge, or the start model's by the reward
+  local model=$1 name=$2 prompts=$OUT/alpaca.jsonl
   if [ "$SCALE" = demo ]; then
     if [ "$model" = "$MODEL" ]; then return; fi # the report gives the baseline its 50
     on_gpus "$OUT/start.answers" "${ANSWER[@]}" --model "$MODEL" --prompts data/eval.jsonl --limit 64
     on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts data/eval.jsonl --limit 64
     on_gpus "$name.judged" score.py --model "$REWARD" --responses "$OUT"/start.answers/*.jsonl "$name".answers/*.jsonl
-    python evaluate.py winrate --scored "$name".judged/*.jsonl --model "$model" --baseline "$MODEL" --out "$name.winrate.json"
+    python evaluate.py winrate --scored "$name".judged/*.jsonl --model "$model" --baseline "$MODEL" \
+      --out "$name.winrate.json"
   else
-    python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" --out "$OUT/alpaca.jsonl"
-    on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts "$OUT/alpaca.jsonl"
+    python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" \
+      --out "$prompts"
+    if [ "$LABELER" ]; then
+      python scorers/category.py --model "$LABELER" --responses "$prompts" --out "$OUT/categories.jsonl"
+      prompts=$OUT/categories.jsonl
+    fi
+    on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts "$prompts"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$OUT/alpaca.jsonl" "$name".answers/*.jsonl --out "$name.judged.jsonl"
+      --responses "$prompts" "$name".answers/*.jsonl --out "$name.judged.jsonl"
     python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$name.winrate.json"
   fi
@@ -117,7 +126,7 @@ win_rate() { # MODEL NAME: NAME.winrate.json, against GPT-4's answers by the jud
 benchmarks() { # MODEL NAME SUITE: NAME.benchmarks.json
   if [ "$SCALE" = demo ]; then
     echo "SCALE=demo: no benchmarks for $1" >&2
-  else
+  elif [ ! -e "$2.benchmarks.json" ]; then
     python evaluate.py benchmarks --model "$1" --suite "$3" --out "$2.benchmarks.json"
   fi
 }

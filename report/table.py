@@ -16,6 +16,7 @@ pairs); groups, boundary and pair_sets have a line per run.
 
 settings      a line each (S1 Tables 2, 3; S2 Table 1; S3 Tables 1 to 4): win rates, gain over --start, mean
               of the benchmarks, rewards and gap of the pairs, compute. The baseline has 50 against itself
+grid          settings named beta_0.1_lr_5e-7: LC by both numbers (S1 Appendix A)
 groups        win rates by category and length, and differences of two models (S1 Figs. 2, 3, 8)
 benchmarks_*  a line per setting, by task (S1 Tables 4, 5)
 delta         --delta START OFF ON: the gain of OFF over START divided by that of ON, beside START's boundary
@@ -259,6 +260,9 @@ def compute(results):
     return line
 
 
+MEANS = {"reward of all samples": "mean of samples", "chosen reward": "mean chosen", "gap": "mean gap"}
+
+
 def settings_table(settings, start):
     lines = []
     for name, results in settings.items():
@@ -280,7 +284,7 @@ def settings_table(settings, start):
         line["characters"] = mean_of(runs, "avg_length", ".0f")
         line["prompts"] = mean_of(runs, "n_total", ".0f")
         line["pairs"] = mean_of([meta["counts"] for meta in pairs], "pairs", ".0f")
-        for what, column in (("chosen reward", "mean chosen"), ("gap", "mean gap")):
+        for what, column in MEANS.items():
             line[column] = mean_of([meta["stats"].get(what, {}) for meta in pairs], "mean")
         line |= compute(results)
         if runs:
@@ -295,17 +299,33 @@ def mean_of(runs, key, form=".2f"):
     return text(value["mean"], form) if value else ""
 
 
-def add_paper(lines, path):
-    """The paper's numbers as columns "COLUMN (paper)"; settings that are not among ours get a line."""
-    by_setting = {line["setting"]: line for line in lines}
+def add_paper(tables, path):
+    """The paper's numbers as columns "COLUMN (paper)"; settings that are not among ours get a line.
+
+    They go to the first table that has the column ("mmlu" is in "mmlu (n = 100)"), or else to the settings.
+    """
+    columns = {}  # column without its n -> (table, column)
+    for name, lines in reversed(tables.items()):
+        for column in dict.fromkeys(column for line in lines for column in line):
+            columns[column.partition(" (n = ")[0]] = name, column
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):
                 setting, column, value = (row[name].strip() for name in ("setting", "column", "value"))
-                by_setting.setdefault(setting, {"setting": setting})[f"{column} (paper)"] = value
+                name, column = columns.get(column, ("settings", column))
+                line_of(tables[name], setting)[f"{column} (paper)"] = value
     except (OSError, KeyError, AttributeError, UnicodeError, csv.Error) as error:
         fail(f"--paper {path}: expected the columns setting, column and value in each line: {error!r}")
-    return list(by_setting.values())
+
+
+def line_of(lines, setting):
+    """The line of a table whose first column is the setting; a new one if there is none."""
+    key = next(iter(lines[0])) if lines else "setting"
+    for line in lines:
+        if line[key] == setting:
+            return line
+    lines.append({key: setting})
+    return lines[-1]
 
 
 def groups_table(settings):
@@ -351,6 +371,19 @@ def benchmarks_table(settings, kind):
         line["average"] = mean_of(runs, "average")
         lines.append(line)
     return lines
+
+
+def grid_table(settings):
+    """Of settings such as beta_0.1_lr_5e-7 the LC, or win rate: a line per beta, a column per lr."""
+    lines = {}
+    for name, results in settings.items():
+        numbers = re.fullmatch(r"([a-z]+)_([\d.e-]+)_([a-z]+)_([\d.e-]+)", name)
+        runs = list(results.get("winrate", {}).values())
+        if numbers and runs:
+            row, column = f"{numbers[1]} {numbers[2]}", f"{numbers[3]} {numbers[4]}"
+            rate = mean_of(runs, "length_controlled_winrate") or mean_of(runs, "win_rate")
+            lines.setdefault(row, {"setting": row})[column] = rate
+    return list(lines.values())
 
 
 def delta_table(settings, asked):
@@ -431,8 +464,7 @@ def main(args):
         names = ", ".join(settings)
         fail(f"--start {args.start}: no setting or baseline has this name; there are {names}")
     tables = {"settings": settings_table(settings, args.start)}
-    if args.paper:
-        tables["settings"] = add_paper(tables["settings"], args.paper)
+    tables["grid"] = grid_table(settings)
     tables["groups"] = groups_table(settings)
     for kind in sorted({kind for results in settings.values() for kind in results}):
         if kind.startswith("benchmarks_"):
@@ -440,6 +472,8 @@ def main(args):
     tables["delta"] = delta_table(settings, args.delta)
     tables["boundary"] = boundary_table(settings)
     tables["pair_sets"] = pair_sets_table(settings)
+    if args.paper:
+        add_paper(tables, args.paper)
 
     out = Path(args.out)
     report = ["# Report"]

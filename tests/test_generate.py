@@ -364,14 +364,14 @@ def slowly():
     generate.append_rows = append_slowly
 
 def kills():
-    # 20 kills in 4 files, at any time or at any size of the file; some lines torn on top
+    # 10 kills in 2 files, at any time or at any size of the file; some lines torn on top
     statuses, lefts = [], []
     status(start("--out", "whole.jsonl"))
     started = time.time()
     statuses.append(status(start("--out", "whole.jsonl", "--overwrite")))
     duration = time.time() - started
     expected = open("whole.jsonl", "rb").read()
-    for _ in range(4):
+    for _ in range(2):
         statuses.append(status(start("--out", out, before=die_before_the_record)))
         for number in range(5):
             target = random.randrange(size(), len(expected))
@@ -422,10 +422,10 @@ def processes(tmp_path_factory, policy):
 def test_kill_9_at_random_moments(processes):
     """Always the same bytes in the end, which the driver asserts, and never a refusal."""
     ((statuses, lefts), _), _ = processes
-    # each of the 4: killed before the record, 5 kills (0 is a run that was quicker), and a run to the end
-    assert statuses[0] == 0 and set(statuses) <= {0, -9} and statuses.count(-9) >= 12
-    assert all(statuses[1 + 7 * k] == -9 and statuses[7 + 7 * k] == 0 for k in range(4))
-    assert len(lefts) == 20 and len(set(lefts)) > 4  # at different moments
+    # both: killed before the record, 5 kills (0 is a run that was quicker), and a run to the end
+    assert statuses[0] == 0 and set(statuses) <= {0, -9} and statuses.count(-9) >= 6
+    assert all(statuses[1 + 7 * k] == -9 and statuses[7 + 7 * k] == 0 for k in range(2))
+    assert len(lefts) == 10 and len(set(lefts)) > 3  # at different moments
 
 
 def test_a_second_process_on_one_output_is_refused(processes):

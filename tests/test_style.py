@@ -13,7 +13,7 @@ import pytest
 from conftest import REPO
 
 # Formatted lines. All are above their plans (380, 320, 540): the trials had no row types and no record.
-SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683, "generate": 749, "score": 925}
+SIZES = {"build_pairs": 408, "boundary": 336, "evaluate": 683, "generate": 749, "score": 928}
 SIZES |= {"train_dpo": 1255}
 FOLDERS = ("data", "scorers", "recipes", "report")
 SIDE = [str(path.relative_to(REPO)) for name in FOLDERS for path in sorted((REPO / name).glob("*.py"))]

@@ -575,6 +575,55 @@ def test_numbers_of_the_paper_stand_beside_ours(tmp_path, capsys):
     assert cells(lines["mix-p"], *columns) == ["", "27.79", "", "1"]
 
 
+def test_scores_of_tasks_in_the_paper_stand_beside_the_tasks(tmp_path, capsys):
+    file = put(tmp_path / "on50.benchmarks.json", benchmarks(61.0, mmlu=(60.5, 0.4)))
+    paper = put(
+        tmp_path / "paper.csv", "setting,column,value\non50,mmlu,62.1\non50,LC,29.41\noff,mmlu,61.7\n"
+    )
+    tables = report(tmp_path, capsys, file, "--paper", paper)
+    lines = by_setting(tables["benchmarks_simplemix"])
+    assert [line["mmlu (n = 1172) (paper)"] for line in lines.values()] == ["62.1", "61.7"]
+    assert lines["off"]["mmlu (n = 1172)"] == ""
+    (line,) = tables["settings"]
+    assert cells(line, "setting", "LC (paper)") == ["on50", "29.41"]
+
+
+def test_a_delta_in_the_paper_stands_beside_ours(tmp_path, capsys):
+    files = [put(tmp_path / f"{name}.winrate.json", winrate(rate)) for name, rate in (("a", 10), ("b", 12))]
+    files += [
+        put(tmp_path / "c.winrate.json", winrate(14.0)),
+        put(tmp_path / "a.boundary.json", boundary_of(0.3)),
+    ]
+    text = "setting,column,value\na,boundary score,0.28\na,delta,0.6\na,distinct,0.9\nd,gain on,+3\n"
+    paper = put(tmp_path / "paper.csv", text)
+    tables = report(tmp_path, capsys, *files, "--delta", "a", "b", "c", "--paper", paper)
+    first, second = tables["delta"]
+    columns = ("start", "boundary score", "boundary score (paper)", "delta", "delta (paper)")
+    assert cells(first, *columns) == ["a", "0.30", "0.28", "0.50", "0.6"]
+    assert cells(second, "start", "gain on", "gain on (paper)") == ["d", "", "+3"]
+    assert cells(tables["boundary"][0], "setting", "distinct (paper)") == ["a", "0.9"]
+
+
+def test_a_grid_of_two_numbers(tmp_path, capsys):
+    files = []
+    for beta in ("0.1", "1"):
+        for lr, rate in (("5e-7", 30.0), ("1e-6", 31.0)):
+            result = winrate(rate + float(beta))
+            files.append(put(tmp_path / f"beta_{beta}_lr_{lr}.winrate.json", result))
+    grid = report(tmp_path, capsys, *files)["grid"]
+    assert grid == [
+        {"setting": "beta 0.1", "lr 5e-7": "30.10", "lr 1e-6": "31.10"},
+        {"setting": "beta 1", "lr 5e-7": "31.00", "lr 1e-6": "32.00"},
+    ]
+
+
+def test_means_of_the_samples(tmp_path, capsys):
+    stats = {"reward of all samples": {"mean": -10.754}, "chosen reward": {"mean": 1.5}, "gap": {"mean": 2.0}}
+    file = put(tmp_path / "a.pairs.meta.json", pairs_meta({"pairs": 3}, stats))
+    (line,) = report(tmp_path, capsys, file)["settings"]
+    assert cells(line, "mean of samples", "mean chosen", "mean gap") == ["-10.75", "1.50", "2.00"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
