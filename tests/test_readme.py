@@ -90,7 +90,7 @@ def test_a_loss(tmp_path):
     run_script(script, *flags, "--batch-size", 4, "--lr", 1e-3, "--out", tmp_path / "out")
     first, second = read_rows(tmp_path / "out" / "metrics.jsonl")
     assert first["loss"] == pytest.approx(1, abs=1e-5)  # exp(0), at the reference
-    assert second["loss"] == pytest.approx(math.exp(-second["margin"]), rel=0.05)  # mean of exp(-margin)
+    assert math.exp(-second["margin"]) < second["loss"] < 1  # the mean of exp(-margin) over four pairs
 
 
 def test_a_scorer(tmp_path, scored):

@@ -11,6 +11,7 @@ Run     python -m pytest tests/test_scorers.py
 import json
 import math
 import os
+import subprocess
 import sys
 from functools import partial
 from itertools import permutations
@@ -463,19 +464,17 @@ def cached(home, name, folder):
     return name
 
 
-def test_pairrm_by_its_hub_id(tmp_path, capsys, pairrm, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+def run_with_hub(home, script, *flags):
+    """A script with another cache of the hub, which is read when huggingface_hub is imported."""
+    command = [sys.executable, str(REPO / script), *map(str, flags)]
+    subprocess.run(command, env=os.environ | {"HF_HOME": str(home)}, check=True, capture_output=True)
+
+
+def test_pairrm_by_its_hub_id(tmp_path, capsys, pairrm):
     by_folder, _ = run_pairrm(tmp_path, capsys, [hello(*TEXTS)], "--model", pairrm)
     name = cached(tmp_path / "home", "llm-blender/PairRM-hf", pairrm)
-    run_script(
-        "scorers/pairrm.py",
-        "--model",
-        name,
-        "--responses",
-        tmp_path / "in.jsonl",
-        "--out",
-        tmp_path / "hub.jsonl",
-    )
+    flags = ["--model", name, "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "hub.jsonl"]
+    run_with_hub(tmp_path / "home", "scorers/pairrm.py", *flags)
     (row,) = read_rows(tmp_path / "hub.jsonl")
     assert row["labeler"] == "pairrm:llm-blender/PairRM-hf" and rewards([row]) == pytest.approx(
         rewards(by_folder), abs=1e-6
@@ -655,16 +654,14 @@ def test_embed_two_poolings_are_refused(tmp_path, capsys, encoder):
     assert "pooling" in refused_embed(tmp_path, capsys, ENCODED, *EMBED, "--model", folder)
 
 
-def test_embed_pools_a_hub_id_as_a_folder(tmp_path, capsys, encoder, monkeypatch):
+def test_embed_pools_a_hub_id_as_a_folder(tmp_path, capsys, encoder):
     from shutil import copytree
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     folder = put_pooling(copytree(encoder, tmp_path / "encoder"), cls_token=True)
     name = cached(tmp_path / "home", "any/encoder", folder)
     data = write_rows(tmp_path / "in.jsonl", ENCODED)
-    run_script(
-        "scorers/embed.py", *EMBED, "--model", name, "--responses", data, "--out", tmp_path / "hub.jsonl"
-    )
+    flags = ["--model", name, "--responses", data, "--out", tmp_path / "hub.jsonl"]
+    run_with_hub(tmp_path / "home", "scorers/embed.py", *EMBED, *flags)
     same_matrix(
         read_rows(tmp_path / "hub.jsonl")[1]["cosine"],
         expected_cosines(folder, "cls_token", ENCODED[1]),
