@@ -94,8 +94,10 @@ LR = 5e-7  # in all three papers
 SFT_LR = {"s1": LR, "s2": 2e-5, "s3": 1e-6}  # with --loss sft
 ADAM_BETA2 = {"s1": 0.999, "s2": 0.999, "s3": 0.99}
 SFT_ADAM_BETA2 = ADAM_BETA2 | {"s3": 0.95}
-LOSSES_WITH = {  # flags that only some losses have; one without a reference gets plain log-probabilities
-    "reference": ("dpo", "hinge", "ipo", "revkl"),
+LOSSES = ["dpo", "hinge", "ipo", "revkl", "slic", "sft", "simpo"]
+WITHOUT_REFERENCE = ("slic", "sft", "simpo")  # they get log-probabilities, the others log-ratios
+LOSSES_WITH = {  # flags that only some losses have
+    "reference": [name for name in LOSSES if name not in WITHOUT_REFERENCE],
     "beta": ("dpo", "hinge", "ipo", "revkl", "simpo"),
     "length_normalize": ("dpo", "hinge", "ipo", "revkl"),
     "nll_weight": ("dpo", "hinge", "ipo", "revkl"),
@@ -160,7 +162,7 @@ def make_parser(description):
     flag("--pairs", required=True, metavar="FILE", help="pairs, JSONL")
     flag("--eval-pairs", metavar="FILE", help="held-out pairs, measured every --save-every steps and last")
     flag("--out", required=True, metavar="FOLDER", help="the trained model")
-    flag("--loss", choices=["dpo", "hinge", "ipo", "revkl", "slic", "sft", "simpo"], default="dpo")
+    flag("--loss", choices=LOSSES, default="dpo")
     flag("--lr", type=float, default=LR, help="highest learning rate (default 5e-7; sft: the preset's)")
     flag("--preset", choices=list(PRESETS), default="s1", help="sets the next five (default %(default)s)")
     flag("--beta", type=float, help="default: the preset's; simpo 2; with --length-normalize 5")
@@ -228,7 +230,7 @@ def parse_args(argv=None, parser=None):
 
 
 # ----- losses of B pairs, each (B,). A ratio is log(pi(y|x) / pi_ref(y|x)), per token with --length-normalize
-# A new loss is a function here, a branch of pair_losses, a choice of --loss, and its flags in LOSSES_WITH.
+# A new loss is a function here, a branch of pair_losses, a name in LOSSES, and its flags in LOSSES_WITH.
 def dpo_loss(chosen_ratios, rejected_ratios, beta, label_smoothing=0.0):
     """DPO (S1 eq. 1): -log sigma(beta h). Labels are held to be wrong with probability label_smoothing."""
     h = chosen_ratios - rejected_ratios

@@ -48,7 +48,7 @@ def scored(tmp_path):
 
 
 def test_a_pair_rule(tmp_path, scored):
-    rule = ("def why_unusable(", snippet("a pair rule") + "\n\ndef why_unusable(")
+    rule = ("\nDATA_SET_PAIR = (", snippet("a pair rule") + "\n\nDATA_SET_PAIR = (")
     script = changed_copy(tmp_path, "build_pairs.py", rule)
     flags = [
         "--scored",
@@ -80,8 +80,7 @@ def test_a_loss(tmp_path):
     changes = [
         ("def hinge_loss(", snippet("a loss") + "\n\ndef hinge_loss("),
         ('    elif args.loss == "hinge":\n', branch + '    elif args.loss == "hinge":\n'),
-        ('choices=["dpo",', 'choices=["exponential", "dpo",'),
-        ('"reference": ("dpo",', '"reference": ("exponential", "dpo",'),
+        ('LOSSES = ["dpo",', 'LOSSES = ["exponential", "dpo",'),
         ('"beta": ("dpo",', '"beta": ("exponential", "dpo",'),
     ]
     script = changed_copy(tmp_path, "train_dpo.py", *changes)
