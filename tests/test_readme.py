@@ -48,7 +48,7 @@ def scored(tmp_path):
 
 
 def test_a_pair_rule(tmp_path, scored):
-    rule = ("\nDATA_SET_PAIR = (", snippet("a pair rule") + "\n\nDATA_SET_PAIR = (")
+    rule = ("DATA_SET_PAIR = (", snippet("a pair rule") + "\n\nDATA_SET_PAIR = (")
     script = changed_copy(tmp_path, "build_pairs.py", rule)
     flags = [
         "--scored",
