@@ -2,7 +2,7 @@
 # SimpleMix (S1) from end to end on a bare machine with Python 3.11+ and pip: a real 135M model, a real reward model, on- and
 # off-policy responses, the boundary score (S2), three mixtures, DPO on each, win rates, a table and a figure.
 #
-#     bash demo.sh                  10 minutes on 2 cores, 8 GB of memory, 6 GB of disk; results in out/demo/report.md
+#     bash demo.sh                  about 10 minutes on 2 cores, 8 GB of memory, 6 GB of disk; results in out/demo/report.md
 #
 # Kill it whenever you like: the same command goes on where it was.
 set -euo pipefail
@@ -10,7 +10,13 @@ export PYTHONDONTWRITEBYTECODE= # packages are compiled when they are first impo
 cd "$(dirname "$0")"
 began=$(date +%s)
 say() { printf '\n== %4d s  %s\n' $(($(date +%s) - began)) "$*" >&2; }
-stop() { printf 'demo.sh: %s\n' "$*" >&2 && exit 2; }
+stop() { printf 'demo.sh: %s\n' "$*" >&2; exit 2; }
+find_python() { # sets python to the first that is new enough
+  for python in python3 python3.14 python3.13 python3.12 python3.11; do
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
+  done
+  stop "Python 3.11 or newer is needed, and there is none on the PATH"
+}
 
 # 1. the environment, made anew where its requirements changed or its installation was broken off
 requirements=requirements-cpu.txt
@@ -18,10 +24,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirem
 installed=".venv/installed-$(sha256sum "$requirements" | cut -c1-16)"
 if [ ! -e "$installed" ]; then
   say "installing $requirements into .venv"
-  for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
-    [ "$python" ] || stop "Python 3.11 or newer is needed, and there is none on the PATH"
-    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
-  done
+  find_python
   free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1e6) }')
   [ "$free" -ge 6 ] || stop "6 GB of free disk are needed, $free GB are left"
   rm -rf .venv

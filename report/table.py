@@ -304,10 +304,11 @@ def add_paper(tables, path):
 
     They go to the first table that has the column ("mmlu" is in "mmlu (n = 100)"), or else to the settings.
     """
-    columns = {}  # column without its n -> (table, column)
+    columns = {}  # column without its n -> (table, column); the first table comes last and wins
     for name, lines in reversed(tables.items()):
-        for column in dict.fromkeys(column for line in lines for column in line):
-            columns[column.partition(" (n = ")[0]] = name, column
+        for line in lines:
+            for column in line:
+                columns[column.partition(" (n = ")[0]] = name, column
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):

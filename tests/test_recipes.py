@@ -32,7 +32,7 @@ case $1 in -c) echo 0.6; exit ;; -) cat >/dev/null; exit ;; esac
 printf '%s\n' "$(printf '%q ' "$@")" >>commands.log # at once: two GPUs write
 script=$1
 shift
-last= out= written=
+last= out=
 for word in "$@"; do
   [ "$last" = --out ] && out=$word
   case $last in
