@@ -13,11 +13,11 @@ export MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full} # Fig. 3 also: out/
 LLAMA=${LLAMA:-meta-llama/Meta-Llama-3-8B-Instruct}
 STAGES=${STAGES:-out/s2_stages/${MODEL##*/}_dpo}
 OUT=${OUT:-out/s2_pc_llama/${MODEL##*/}}
-start=${MODEL##*/}
-chat=()
+start=${MODEL##*/} chat=()
 if [[ $start = Qwen3-* ]]; then chat=(--template-kwargs '{"enable_thinking": false}'); fi
 judge=(scorers/judge.py --model "${JUDGE:-}" --judge-prompt "${ALPACA:-}/alpaca_eval_clf.txt")
-if [ "$SCALE" = demo ]; then judge=(score.py --model "$REWARD") LLAMA=$STAGES/on PAIRS=(--total 24); else needs "$LLAMA"; fi
+if [ "$SCALE" = demo ]; then judge=(score.py --model "$REWARD") LLAMA=$STAGES/on PAIRS=("${FEWER_PAIRS[@]}"); fi
+if [ "$SCALE" = paper ]; then needs "$LLAMA"; fi
 needs "$MODEL" "${PREFERENCE[2]}"
 
 quality() { # NAME SAMPLES ...: the first of a prompt's samples against PC_off's chosen answer

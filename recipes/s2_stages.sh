@@ -14,14 +14,15 @@ MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct} # alignment-handbook/zephyr-
 LOSS=${LOSS:-dpo}                                   # Table 5: slic, or hinge: "SLiC-HF loss" can be read both ways
 OUT=${OUT:-out/s2_stages/${MODEL##*/}_$LOSS}
 STARTS=${STARTS:-$MODEL $OUT/off $OUT/on} # an iteration begins with each of these
-DPO=(train_dpo.py --preset s2 --loss "$LOSS")
+S2=(--preset s2 --seed "${SEED:-0}")
+DPO=(train_dpo.py "${S2[@]}" --loss "$LOSS")
 start=${MODEL##*/}
 paper=${start}_${LOSS/hinge/slic}
 case $start in
   phi-2 | pythia-*) SAMPLE+=(--max-tokens 1024) ;; # they read 2,048 tokens in all
   Qwen3-*) SAMPLE+=(--template-kwargs '{"enable_thinking": false}') DPO+=(--template-kwargs '{"enable_thinking": false}') ;;
 esac
-if [ "$SCALE" = demo ]; then PAIRS=(--total 24) paper=zephyr-7b-sft-full_dpo; fi # of two samples, one is often cut off
+if [ "$SCALE" = demo ]; then PAIRS=("${FEWER_PAIRS[@]}") paper=zephyr-7b-sft-full_dpo; fi
 needs "$MODEL" "${PREFERENCE[2]}"
 
 python data/import_responses.py "${OFF_POLICY[@]}" --out "$OUT/off_policy.jsonl"
@@ -39,12 +40,12 @@ win_rate "$MODEL" "$OUT/$start"
 deltas=()
 for model in $STARTS; do
   name=$OUT/${model##*/}
-  on_gpus "$name.held_out" generate.py --preset s2 --model "$model" --prompts "$OUT/held_out.jsonl"
+  on_gpus "$name.held_out" generate.py "${S2[@]}" --model "$model" --prompts "$OUT/held_out.jsonl"
   on_gpus "$name.held_out_scored" "${PREFERENCE[@]}" --responses "$name".held_out/*.jsonl "$OUT/held_out.jsonl"
   on_gpus "$name.held_out_logp" score.py --scorer logp --model "$model" --responses "$name".held_out_scored/*.jsonl
   python boundary.py --scored "$name".held_out_logp/*.jsonl --out "$name.boundary.json"
 
-  on_gpus "$name.own" generate.py --preset s2 --model "$model" --prompts "$OUT/off_policy.jsonl"
+  on_gpus "$name.own" generate.py "${S2[@]}" --model "$model" --prompts "$OUT/off_policy.jsonl"
   on_gpus "$name.own_scored" "${PREFERENCE[@]}" --responses "$name".own/*.jsonl
   if [ "$model" = "$MODEL" ]; then off=off on=on; else off=${model##*/}-off on=${model##*/}-on; fi # off-on: off, then on
   python build_pairs.py --scored "$name".own_scored/*.jsonl --on-ratio 1 "${PAIRS[@]}" --out "$OUT/$on.pairs.jsonl"

@@ -14,7 +14,7 @@ PAIR_JUDGE=${PAIR_JUDGE:-gpt-4o-mini} # orders the two answers of a prompt; JUDG
 OUT=${OUT:-out/s3_b1/${MODEL##*/}}
 S3=(--preset s3)
 DATA=(--format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b --split train)
-if [ "$SCALE" = demo ]; then S3+=(--epochs 1) DATA=(--format rows --data "$OUT/written.jsonl" --limit 64); fi
+if [ "$SCALE" = demo ]; then S3+=(--epochs 1) DATA=(--format rows --data "$OUT/written.jsonl" --limit "$N_PROMPTS"); fi
 needs "$MODEL" "$REWARD"
 
 mkdir -p "$OUT"

@@ -7,8 +7,9 @@
 #
 # paper  the papers' judge, gpt-4-1106-preview, is reported shut down, so JUDGE must be given: win rates under another
 #        judge can be compared with each other, not with the papers' numbers
-# demo   SmolLM2-135M-Instruct, 64 prompts of our own, 48 tokens, 32 pairs, one seed. A cross-encoder stands in for the
-#        reward model, for PairRM and for the judge, the start model for GPT-4's answers; no benchmarks
+# demo   SmolLM2-135M-Instruct, 64 prompts of our own, 48 tokens, 32 pairs, one seed; N_PROMPTS, N_PAIRS and N_EVAL, the
+#        prompts of the evaluation, are for sizes between. A cross-encoder stands in for the reward model, for PairRM and
+#        for the judge, the start model for GPT-4's answers; no benchmarks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
@@ -37,9 +38,11 @@ case $SCALE in
     MODEL=${MODEL:-out/models/policy}
     REWARD=${REWARD:-out/models/reward}
     PREFERENCE=(score.py --model "$REWARD")
-    OFF_POLICY=(--format rows --data data/train.jsonl --limit 64)
+    N_PROMPTS=${N_PROMPTS:-64} N_PAIRS=${N_PAIRS:-32} N_EVAL=${N_EVAL:-64}
+    OFF_POLICY=(--format rows --data data/train.jsonl --limit "$N_PROMPTS")
     SEEDS=${SEEDS:-0}
-    PAIRS=(--total 32)
+    PAIRS=(--total "$N_PAIRS")
+    FEWER_PAIRS=(--total $((N_PAIRS * 3 / 4))) # of prompts with two samples, of which one is often cut off
     SAMPLE=(--max-tokens 48 --dtype float32 --backend hf)
     ;;
   *) stop "SCALE is paper or demo, found $SCALE" ;;
@@ -103,8 +106,8 @@ win_rate() { # MODEL NAME: NAME.winrate.json; against GPT-4's answers by the jud
   local model=$1 name=$2 prompts=$OUT/alpaca.jsonl
   if [ "$SCALE" = demo ]; then
     if [ "$model" = "$MODEL" ]; then return; fi # the report gives the baseline its 50
-    on_gpus "$OUT/start.answers" "${ANSWER[@]}" --model "$MODEL" --prompts data/eval.jsonl --limit 64
-    on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts data/eval.jsonl --limit 64
+    on_gpus "$OUT/start.answers" "${ANSWER[@]}" --model "$MODEL" --prompts data/eval.jsonl --limit "$N_EVAL"
+    on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts data/eval.jsonl --limit "$N_EVAL"
     on_gpus "$name.judged" score.py --model "$REWARD" --responses "$OUT"/start.answers/*.jsonl "$name".answers/*.jsonl
     python evaluate.py winrate --scored "$name".judged/*.jsonl --model "$model" --baseline "$MODEL" \
       --out "$name.winrate.json"

@@ -383,7 +383,7 @@ def main(args):
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         for ending in (".png", ".pdf"):
-            figure.savefig(f"{out}.tmp{ending}", dpi=150)
+            figure.savefig(f"{out}.tmp{ending}", dpi=150, bbox_inches="tight")
             os.replace(f"{out}.tmp{ending}", f"{out}{ending}")
     except OSError as error:
         fail(f"--out {args.out}: {error}")
