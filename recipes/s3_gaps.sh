@@ -16,6 +16,7 @@ OUT=${OUT:-out/s3_gaps/${MODEL##*/}}
 mixture='import datasets, sys; datasets.load_dataset("allenai/tulu-3-sft-mixture")["train"].to_json(sys.stdout.buffer)'
 SEEN=(python -c "$mixture") # what MODEL was trained on, whose prompts are left out; pip install datasets
 DATA=(--format ultrafeedback --data openbmb/UltraFeedback)
+SETS=${SETS:-lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv}
 GAP=1.5 S3=(--preset s3)
 if [ "$SCALE" = demo ]; then GAP=1 S3+=(--epochs 1) DATA=("${OFF_POLICY[@]}") SEEN=(cat data/eval.jsonl); fi
 needs "$MODEL" "$REWARD"
@@ -44,7 +45,7 @@ python "${pairs[@]}" --ranks 1 2 --swap-rejected "$OUT/swap/3_4.pairs.jsonl" --o
 
 for seed in $SEEDS; do
   if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
-  for name in lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv; do
+  for name in $SETS; do
     run=$OUT/${name}_seed$seed
     train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
     win_rate "$run" "$run"

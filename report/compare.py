@@ -55,7 +55,7 @@ def parse_args(argv=None):
 
 
 def read_runs(runs, baseline, ending):
-    """([{id: prompt} of each run], {id: category}, the judges); prompts as evaluate.py's verdicts has them."""
+    """([{id: prompt} of each run], {id: category}, judges); prompts as evaluate.py's verdicts has them."""
     prompts_of, categories, judges = [], {}, set()
     for run in runs:
         paths = sorted(glob.glob(f"{glob.escape(run)}.{ending}/*.jsonl"))

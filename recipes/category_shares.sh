@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The share set by category, ours, after S1 Fig. 2: on-policy pairs where answers are right or wrong, off-policy pairs where
+# taste decides, against one share for all prompts (S1 Fig. 4). All pairs are of the same rewards, and equally many.
+#
+#     SCALE=demo bash recipes/category_shares.sh     (recipes/settings.sh tells what SCALE and the functions do)
+#
+# Runs s1_fig4.sh first, whose trainings it shows beside its own. 30 trainings on a node of 8 x 80 GB; not run there.
+source "$(dirname "$0")/settings.sh"
+MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
+FIG4=${FIG4:-out/s1_fig4/${MODEL##*/}} # OUT of s1_fig4.sh
+OUT=${OUT:-out/category_shares/${MODEL##*/}}
+LABELER=${LABELER:-gpt-4o-mini} # names the categories of the prompts
+needs "$MODEL" "$REWARD"
+
+MODEL=$MODEL OUT=$FIG4 bash recipes/s1_fig4.sh
+if [ "$SCALE" = demo ]; then
+  mkdir -p "$OUT"
+  cat "$FIG4"/scored/*.jsonl >"$OUT/scored.jsonl" # its prompts have categories
+  taste=(writing=0 recommendation=0)
+else
+  python scorers/category.py --model "$LABELER" --responses "$FIG4"/scored/*.jsonl --out "$OUT/scored.jsonl"
+  taste=("assisting or creative writing=0" roleplay=0 recommendation=0)
+fi
+for seed in $SEEDS; do
+  run=$OUT/by_category_seed$seed
+  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 1 --on-ratio-of "${taste[@]}" --seed "$seed" "${PAIRS[@]}" \
+    --out "$run.pairs.jsonl"
+  train train_dpo.py --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
+  win_rate "$run" "$run"
+done
+python report/table.py "$FIG4"/*.winrate.json "$FIG4"/*.pairs.meta.json "$FIG4"/*/metrics.* \
+  "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"

@@ -1,0 +1,125 @@
+"""
+report/compare.py: the difference of two settings over prompts and seeds.
+
+Covers  means over runs, and the standard error by its closed form: over prompts that of the mean of paired
+        differences, over seeds the variance of the runs' rates; groups; the baseline as second setting; one
+        judge, the same prompts, a verdict for each; results/claims.py: agrees, disagrees, undecided.
+Run     python -m pytest tests/test_compare.py
+"""
+
+import importlib.util
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO, write_rows
+
+sys.path.insert(0, str(REPO / "report"))
+import compare  # noqa: E402
+
+N = 120
+
+
+def judged(folder, name, rewards, labeler="rm:x", ids=None):
+    """Rows of a run: its answer to prompt k has rewards[k], the baseline's 0; lengths are all different."""
+    rows = []
+    for k, reward in enumerate(rewards):
+        mine = {
+            "text": f"{name} {'a' * (k % 7)}",
+            "source": "on",
+            "model": str(folder / name),
+            "reward": reward,
+        }
+        theirs = {"text": f"base {'b' * (k % 5)}", "source": "on", "model": "base", "reward": 0.0}
+        row = {"id": f"p{k if ids is None else ids[k]:03}", "prompt": "x", "responses": [mine, theirs]}
+        rows.append(row | {"category": "math" if k % 3 else "art", "labeler": labeler})
+    (folder / f"{name}.judged").mkdir()
+    write_rows(folder / f"{name}.judged" / "0.jsonl", rows)
+    return str(folder / name)
+
+
+def result_of(folder, *flags):
+    args = compare.parse_args([*flags, "--baseline", "base", "--out", str(folder / "out" / "c.json")])
+    compare.main(args)
+    return json.loads((folder / "out" / "c.json").read_text())
+
+
+def signs(seed, share):
+    """Rewards of N answers, the share of them above the baseline's."""
+    return np.where(np.random.default_rng(seed).random(N) < share, 1.0, -1.0).tolist()
+
+
+def test_one_run_each_is_the_paired_difference(tmp_path, capsys):
+    ones, others = signs(1, 0.7), signs(2, 0.5)
+    first, second = judged(tmp_path, "a", ones), judged(tmp_path, "b", others)
+    result = result_of(tmp_path, "--first", first, "--second", second)
+    rate = result["groups"]["all"]["win_rate"]
+    difference = 50 * (np.array(ones) - np.array(others))
+    assert rate["first"] == pytest.approx(50 + 50 * np.mean(ones))
+    assert rate["difference"] == pytest.approx(difference.mean())
+    error = difference.std() / math.sqrt(N)
+    assert rate["error_over_prompts"] == pytest.approx(error, rel=0.08)  # of 1,000 draws
+    assert rate["error_over_seeds"] is None
+    half = 1.96 * rate["error_over_prompts"]
+    assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half])
+    assert result["groups"]["all"]["reward"]["difference"] == pytest.approx(difference.mean() / 50)
+    assert result["judge"] == ["rm:x"] and result["groups"]["all"]["n_total"] == N
+    assert f"all (n = {N}), win_rate: {difference.mean():+.2f}" in capsys.readouterr().out
+
+
+def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
+    runs = [signs(seed, share) for seed, share in ((1, 0.9), (2, 0.7), (3, 0.8))]
+    others = [signs(seed, share) for seed, share in ((4, 0.4), (5, 0.6))]
+    first = [judged(tmp_path, f"a{k}", run) for k, run in enumerate(runs)]
+    second = [judged(tmp_path, f"b{k}", run) for k, run in enumerate(others)]
+    rate = result_of(tmp_path, "--first", *first, "--second", *second)["groups"]["all"]["win_rate"]
+    rates, other_rates = 50 + 50 * np.mean(runs, axis=1), 50 + 50 * np.mean(others, axis=1)
+    assert rate["difference"] == pytest.approx(rates.mean() - other_rates.mean())
+    over_seeds = math.sqrt(rates.var(ddof=1) / 3 + other_rates.var(ddof=1) / 2)
+    assert rate["error_over_seeds"] == pytest.approx(over_seeds)
+    paired = 50 * (np.mean(runs, axis=0) - np.mean(others, axis=0))
+    assert rate["error_over_prompts"] == pytest.approx(paired.std() / math.sqrt(N), rel=0.08)
+    half = 1.96 * math.hypot(rate["error_over_prompts"], over_seeds)
+    assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half])
+
+
+def test_groups_and_the_baseline_itself(tmp_path):
+    ones = [1.0 if k % 3 else -1.0 for k in range(N)]  # right in math, wrong in art
+    first = judged(tmp_path, "a", ones)
+    groups = result_of(tmp_path, "--first", first, "--group", "m=math", "--group", "both=math,art")["groups"]
+    assert groups["m"]["n_total"] == N * 2 // 3
+    assert groups["both"]["win_rate"] == groups["all"]["win_rate"]
+    assert groups["m"]["win_rate"]["difference"] == pytest.approx(50)
+    assert groups["m"]["win_rate"]["second"] == pytest.approx(50)
+    assert groups["m"]["length_controlled_winrate"]["second"] == pytest.approx(50)
+    assert groups["all"]["win_rate"]["difference"] == pytest.approx(100 * 2 / 3 - 50)
+    assert (groups["m"]["reward"]["first"], groups["m"]["reward"]["second"]) == (1.0, 0.0)
+
+
+def test_refusals(tmp_path, capsys):
+    first, second = judged(tmp_path, "a", signs(1, 0.7)), judged(tmp_path, "b", signs(2, 0.5), "rm:y")
+    fewer = judged(tmp_path, "c", signs(3, 0.5)[:-1])
+    without = judged(tmp_path, "d", [None] + signs(4, 0.5)[1:])
+    for flags, sentence in (
+        (["--first", first, "--second", second], "expected one judge, found rm:x and rm:y"),
+        (["--first", first, fewer], f"{fewer}.judged: expected the same prompts as {first} has"),
+        (["--first", without], "1 prompts have no verdict"),
+        (["--first", str(tmp_path / "none")], "none.judged: no rows"),
+        (["--first", first, "--group", "x=cooking"], "--group x: no prompt is of cooking"),
+        (["--first", first, "--group", "x"], "expected NAME=CATEGORY,CATEGORY, found x"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            result_of(tmp_path, *flags)
+        assert end.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_verdicts_on_claims():
+    spec = importlib.util.spec_from_file_location("claims", REPO / "results" / "claims.py")
+    claims = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(claims)
+    assert claims.verdict(0.1, 5.0, 1) == "agrees" and claims.verdict(0.1, 5.0, -1) == "disagrees"
+    assert claims.verdict(-5.0, -0.1, -1) == "agrees" and claims.verdict(-5.0, -0.1, 1) == "disagrees"
+    assert claims.verdict(-1.0, 5.0, 1) == claims.verdict(-1.0, 0.0, -1) == "undecided"
