@@ -41,6 +41,12 @@ def draw(folder, capsys, name, *files, out="figure.png"):
     assert len(np.unique(pixels[::3, ::3].reshape(-1, pixels.shape[-1]), axis=0)) > 10
     assert pdf.read_bytes()[:5] == b"%PDF-" and set(png.parent.iterdir()) == {png, pdf}
     assert said == {"out": [str(png), str(pdf)], "series": len(legend(drawn))}
+    for axis in drawn.axes:  # every point can be seen
+        for line in axis.lines:
+            x, y = np.array(line.get_xydata(), float).T
+            if line.get_transform() == axis.transData:
+                assert ((x >= axis.get_xlim()[0]) & (x <= axis.get_xlim()[1])).all()
+                assert ((y >= min(axis.get_ylim())) & (y <= max(axis.get_ylim()))).all()
     return drawn
 
 
