@@ -42,6 +42,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.transforms import ScaledTranslation
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import table
@@ -113,7 +114,7 @@ def curves(panels):
     names = list(dict.fromkeys(name for _, _, series, _ in panels for name in series))
     figure, axes = subplots(len(panels), 3.6, 3.6)
     for axis, (x_label, y_label, series, shaded) in zip(axes, panels, strict=True):
-        for name, points in series.items():
+        for k, (name, points) in enumerate(series.items()):
             x, middle, low, high = np.array(sorted(points), float).T
             style = style_of(names.index(name))  # the same in all panels
             if shaded:
@@ -122,7 +123,11 @@ def curves(panels):
                     axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             else:
                 errors = np.array([middle - low, high - middle])
-                axis.errorbar(x, middle, yerr=errors, capsize=3, markersize=4, label=name, **style)
+                drawn = axis.errorbar(x, middle, yerr=errors, capsize=3, markersize=4, label=name, **style)
+                inches = (k - (len(series) - 1) / 2) / 20
+                shift = ScaledTranslation(inches, 0, figure.dpi_scale_trans)
+                for artist in drawn.get_children():  # bars at the same x lie side by side
+                    artist.set_transform(artist.get_transform() + shift)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
     return figure

@@ -42,11 +42,10 @@ def draw(folder, capsys, name, *files, out="figure.png"):
     assert pdf.read_bytes()[:5] == b"%PDF-" and set(png.parent.iterdir()) == {png, pdf}
     assert said == {"out": [str(png), str(pdf)], "series": len(legend(drawn))}
     for axis in drawn.axes:  # every point can be seen
-        for line in axis.lines:
-            x, y = np.array(line.get_xydata(), float).T
-            if line.get_transform() == axis.transData:
-                assert ((x >= axis.get_xlim()[0]) & (x <= axis.get_xlim()[1])).all()
-                assert ((y >= min(axis.get_ylim())) & (y <= max(axis.get_ylim()))).all()
+        for container in axis.containers:
+            if isinstance(container, ErrorbarContainer):
+                places = container[0].get_transform().transform(container[0].get_xydata())
+                assert axis.bbox.padded(1).count_contains(places) == len(places) > 0
     return drawn
 
 
