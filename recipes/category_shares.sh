@@ -9,7 +9,7 @@ source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 FIG4=${FIG4:-out/s1_fig4/${MODEL##*/}} # OUT of s1_fig4.sh
 OUT=${OUT:-out/category_shares/${MODEL##*/}}
-LABELER=${LABELER:-gpt-4o-mini} # names the categories of the prompts
+export LABELER=${LABELER:-gpt-4o-mini} # names the categories of the prompts
 needs "$MODEL" "$REWARD"
 
 MODEL=$MODEL OUT=$FIG4 bash recipes/s1_fig4.sh

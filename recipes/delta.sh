@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Delta, ours: must preference data be on-policy (Tulu 3), or does only the difference between the two answers count (delta
 # learning, Olmo 3)? A grid of two gaps and three on-policy shares. Of four answers per source, by one reward, the best is
-# chosen in every cell, and the second (small gap) or the last (large gap) is rejected. All cells have the same prompts and
-# equally many pairs.
+# chosen in every cell, and the second (small gap) or the last (large gap) is rejected. All cells have the same prompts,
+# those with three different answers per source, and equally many pairs.
 #
 #     SCALE=demo bash recipes/delta.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
@@ -34,7 +34,8 @@ for path in sys.argv[2:]:
         kept = []
         for source in ("on", "off"):
             answers = [r for r in row["responses"] if r["source"] == source and r["finish"] != "length"]
-            ranked = sorted((r for r in answers if r["reward"] is not None), key=lambda r: -r["reward"])
+            answers = {r["reward"]: r for r in answers if r["reward"] is not None}  # equal texts have equal rewards
+            ranked = [answers[reward] for reward in sorted(answers, reverse=True)]
             if len(ranked) >= 3:  # the second is not the last
                 kept += [ranked[0], ranked[1 if sys.argv[1] == "small" else -1]]
         if len(kept) == 4:

@@ -11,12 +11,17 @@ shift
 gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
 IFS=, read -ra gpus <<<"$gpus"
 mkdir -p "$folder"
-if [ ${#gpus[@]} -le 1 ]; then exec "$@" --out "$folder/0.jsonl"; fi
+count=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))
+if [ -e "$folder/$count.jsonl" ]; then
+  echo "on_all_gpus.sh: $folder was made on more than $count GPUs; take as many again, or another folder" >&2
+  exit 2
+fi
+if [ "$count" = 1 ]; then exec "$@" --out "$folder/0.jsonl"; fi
 
 pids=()
 trap 'kill "${pids[@]}"; wait' INT TERM # Ctrl-C does not reach what runs in the background
 for i in "${!gpus[@]}"; do
-  CUDA_VISIBLE_DEVICES=${gpus[$i]} "$@" --shard "$i/${#gpus[@]}" --out "$folder/$i.jsonl" &
+  CUDA_VISIBLE_DEVICES=${gpus[$i]} "$@" --shard "$i/$count" --out "$folder/$i.jsonl" &
   pids+=($!)
 done
 failed=0

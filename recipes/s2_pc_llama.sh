@@ -39,7 +39,7 @@ END
 }
 
 if [ ! -e "$STAGES/off-on.winrate.json" ]; then # of Table 1: the first iteration, and the second after PC_off
-  LOSS=dpo OUT=$STAGES STARTS="$MODEL $STAGES/off" bash recipes/s2_stages.sh
+  LOSS=dpo SEED=0 OUT=$STAGES STARTS="$MODEL $STAGES/off" bash recipes/s2_stages.sh
 fi
 on_gpus "$OUT/samples" generate.py --preset s2 --source off --seed 1 --model "$LLAMA" --prompts "$STAGES/off_policy.jsonl"
 on_gpus "$OUT/scored" "${PREFERENCE[@]}" --responses "$OUT"/samples/*.jsonl

@@ -43,7 +43,8 @@ cat > "$OUT/zephyr.jinja" <<'END'
   {{- '<|assistant|>\n' }}
 {%- endif %}
 END
-last=$(find "$OUT" -maxdepth 1 -name 'checkpoint-*' | sort -V | tail -n 1)
+# the last complete checkpoint; the trainer writes its state last
+last=$(find "$OUT" -path '*/checkpoint-*/trainer_state.json' -printf '%h\n' | sort -V | tail -n 1)
 
 .venv-trl/bin/trl sft --config "$OUT/data.yaml" --accelerate_config "$LAUNCH" --num_processes "$GPUS" \
   --model_name_or_path "$MODEL" --output_dir "$OUT" --chat_template_path "$OUT/zephyr.jinja" \

@@ -27,7 +27,7 @@ needs "$MODEL" "${PREFERENCE[2]}"
 
 python data/import_responses.py "${OFF_POLICY[@]}" --out "$OUT/off_policy.jsonl"
 if [ "$SCALE" = demo ]; then
-  grep -v '"answer"' data/train.jsonl | tail -n 64 >"$OUT/held_out_rows.jsonl" # like the first 64, which are trained on
+  sed "1,${N_PROMPTS}d; $((N_PROMPTS + 64))q" data/train.jsonl >"$OUT/held_out_rows.jsonl" # the next 64
   python data/import_responses.py --format rows --data "$OUT/held_out_rows.jsonl" --out "$OUT/held_out.jsonl"
 else
   python data/import_responses.py "${OFF_POLICY[@]}" --split test_prefs --out "$OUT/held_out.jsonl"

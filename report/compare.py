@@ -1,20 +1,21 @@
 """
 Runs of two settings -> the difference of their rates, over prompts and seeds.
 
-Reads   RUN.judged/*.jsonl   of each run of --first and --second, as recipes/settings.sh leaves them: scored
+Reads   RUN.judged/*.jsonl   of each run of --first and --second, as recipes leave them at SCALE=demo: scored
                              responses (score.py) of the model RUN and of --baseline
 Writes  --out FILE           JSON: {"groups": {group: {measure: Difference (below)}}, "runs", "judge"}
 
 The measures are those of evaluate.py winrate: the win rate over the baseline, its length-controlled form, and
 the mean reward, which is the share of right answers where the reward is that of score.py --scorer verify
-(--ending verified reads RUN.verified/*.jsonl). A setting's runs differ in their seeds and are averaged.
-Without --second the setting is compared with the baseline, which wins 50 against itself.
+(--ending verified reads RUN.verified/*.jsonl). The runs of --first are averaged, and those of --second; runs
+whose names differ only in seed0, seed1, ... are of one setting, and the same number of each is expected.
+Without --second the baseline is subtracted, which wins 50 against itself.
 
-The 95 % interval is 1.96 standard errors either way. Its variance is the sum of two: over prompts, 1,000
-bootstrap draws of the difference of the averages, all runs on the same draws; and over seeds, for each
-setting the variance of its runs' rates divided by their number. What a seed does to a single prompt is in
-both, so the interval is rather too wide. A single run knows nothing of other seeds: its interval is for the
-model that it trained, and "seeds" is null.
+The variance of a difference is the sum of two: over prompts, that of 1,000 bootstrap draws, all runs on the
+same draws; and over seeds, that of the settings' means, each estimated from its own runs. The 95 % interval
+uses Student's t with the degrees of freedom of this sum (Welch and Satterthwaite). How differently seeds
+answer the same prompt counts in both, which makes the interval too wide rather than too narrow. One run of a
+setting says nothing about other seeds: the interval is then for these models alone, "error_over_seeds" null.
 
     python report/compare.py --first out/s1/on_seed* --second out/s1/off_seed* --baseline out/models/policy \\
         --group verifiable=arithmetic,counting --out on_off.json
@@ -25,7 +26,9 @@ Prints a line per group and measure.
 import argparse
 import glob
 import json
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -102,19 +105,36 @@ def mean_rates(runs, drawn):
     return np.array(values)
 
 
-def compare(first, second):
-    """(means of first (3, g), of second (3, g), standard errors over prompts and over seeds (3, g))."""
-    n = len(first[0]["p"])
-    settings = [mean_rates(runs, np.arange(n)) for runs in (first, second)]
-    differences = []
+def over_prompts(first, second):
+    """(3, g) variances over bootstrap draws of the prompts of the difference of two averages of runs."""
+    n, differences = len(first[0]["p"]), []
     for drawn in np.random.default_rng(0).integers(n, size=(DRAWS, n)):
         differences.append(mean_rates(first, drawn).mean(0) - mean_rates(second, drawn).mean(0))
-    over_prompts = np.nanstd(differences, axis=0, ddof=1)
-    variance = np.zeros_like(over_prompts)
-    for values in settings:
-        if len(values) > 1:
-            variance += values.var(axis=0, ddof=1) / len(values)
-    return settings[0].mean(0), settings[1].mean(0), over_prompts, np.sqrt(variance)
+    return np.nanvar(differences, axis=0, ddof=1)
+
+
+def over_seeds(names, values):
+    """[(variance (3, g) of the average of all runs that a setting's seeds cause, degrees of freedom)].
+
+    names of the runs, values (runs, 3, g). None if a setting has a single run.
+    """
+    settings = {}
+    for name, value in zip(names, values, strict=True):
+        settings.setdefault(re.sub(r"seed\d+", "seed", name), []).append(value)
+    if min(map(len, settings.values())) < 2:
+        return None
+    parts = []
+    for runs in settings.values():
+        variance = np.var(runs, axis=0, ddof=1) / len(runs) / len(settings) ** 2
+        parts.append((variance, len(runs) - 1))
+    return parts
+
+
+def t_quantile(df):
+    """The 0.975 quantile of Student's t, df >= 1; the angle of x = sqrt(df) tan(angle) has density cos^(df - 1)."""
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    below = np.cumsum(np.cos(angles) ** (df - 1))
+    return math.sqrt(df) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
 def main(args):
@@ -134,25 +154,34 @@ def main(args):
     second = [as_arrays(prompts, members) for prompts in prompts_of[len(args.first) :]]
     if not second:
         second = [as_arrays(baseline_of(prompts_of[0]), members)]
+    everything = np.arange(len(keys))
     with np.errstate(invalid="ignore"):  # nan: a draw left a group empty
-        means, other_means, over_prompts, over_seeds = compare(first, second)
+        values, other_values = mean_rates(first, everything), mean_rates(second, everything)
+        variance = over_prompts(first, second)
+    parts = over_seeds(args.first, values)
+    if args.second and parts:
+        other_parts = over_seeds(args.second, other_values)
+        parts = parts + other_parts if other_parts else None
+    seeds = sum((part for part, _ in parts or []), np.zeros_like(variance))
+    squares = variance**2 / (len(keys) - 1) + sum(part**2 / df for part, df in parts or [])
 
-    several = len(args.first) > 1 and len(args.second) != 1
     results = {}
     for g, (name, size) in enumerate(zip(groups, members.sum(0), strict=True)):
         results[name] = {"n_total": int(size)}
         for m, measure in enumerate(MEASURES):
-            difference = means[m, g] - other_means[m, g]
-            error = float(np.hypot(over_prompts[m, g], over_seeds[m, g]))
+            mean, other_mean = values[:, m, g].mean(), other_values[:, m, g].mean()
+            difference = mean - other_mean
+            total = variance[m, g] + seeds[m, g]
+            half = t_quantile(total**2 / squares[m, g]) * math.sqrt(total) if total > 0 else 0.0
+            low, high = difference - half, difference + half
             results[name][measure] = {
-                "first": means[m, g],
-                "second": other_means[m, g],
+                "first": mean,
+                "second": other_mean,
                 "difference": difference,
-                "ci": [difference - 1.96 * error, difference + 1.96 * error],
-                "error_over_prompts": over_prompts[m, g],
-                "error_over_seeds": over_seeds[m, g] if several else None,
+                "ci": [low, high],
+                "error_over_prompts": math.sqrt(variance[m, g]),
+                "error_over_seeds": math.sqrt(seeds[m, g]) if parts else None,
             }
-            low, high = results[name][measure]["ci"]
             print(f"{name} (n = {size}), {measure}: {difference:+.2f} ({low:.2f} to {high:.2f})")
     result = {"groups": results, "runs": {"first": args.first, "second": args.second or [args.baseline]}}
     result |= {"baseline": args.baseline, "judge": sorted(judges)}

@@ -5,7 +5,7 @@ Reads   CLAIMS   JSON: [{"claim", "paper", "result", "group", "measure", "sign"}
                  number as text, and where ours is: a JSON of report/compare.py beside CLAIMS, a group and a
                  measure in it, and the sign that the claim gives the difference, 1 or -1
 Prints  a line of Markdown per claim: agrees or disagrees if the whole 95 % interval lies on one side of 0,
-        else undecided
+        else undecided; "of these models" if a setting was trained with one seed
 
     python results/claims.py results/claims.json
 """
@@ -39,13 +39,16 @@ def line_of(claim, folder):
     if claim["result"].endswith(".verified.json"):  # a reward of 1 is a right answer
         measure = "right answers"
         difference, low, high = 100 * difference, 100 * low, 100 * high
+    decision = verdict(low, high, claim["sign"])
+    if cell[claim["measure"]]["error_over_seeds"] is None:
+        decision += ", of these models"
     return [
         claim["claim"],
         claim["paper"],
         f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
         f"{measure}, {group}, n = {cell['n_total']}",
         f"[{claim['result'].removesuffix('.json')}]({claim['result']})",
-        verdict(low, high, claim["sign"]),
+        decision,
     ]
 
 

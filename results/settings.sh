@@ -3,10 +3,10 @@
 # 200 training and 200 evaluation prompts, 96 pairs, three seeds: results/README.md tells why. One thread a process, since
 # two experiments at a time on two cores take a third less than one after the other on both.
 set -euo pipefail
+NAME=$(basename "$(realpath "$(dirname "$0")")")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
 export SCALE=demo N_PROMPTS=200 N_PAIRS=96 N_EVAL=200 SEEDS="0 1 2" OMP_NUM_THREADS=1
-NAME=$(basename "$(dirname "$0")")
 RUNS=${RUNS:-out/results}/$NAME # models, answers, rewards; the folder of this file keeps what is small
 KEPT=${KEPT:-results}/$NAME
 BASELINE=out/models/policy

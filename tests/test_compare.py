@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPO, write_rows
+from scipy import stats
 
 sys.path.insert(0, str(REPO / "report"))
 import compare  # noqa: E402
@@ -62,8 +63,8 @@ def test_one_run_each_is_the_paired_difference(tmp_path, capsys):
     error = difference.std() / math.sqrt(N)
     assert rate["error_over_prompts"] == pytest.approx(error, rel=0.08)  # of 1,000 draws
     assert rate["error_over_seeds"] is None
-    half = 1.96 * rate["error_over_prompts"]
-    assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half])
+    half = 1.98 * rate["error_over_prompts"]  # Student's t with 119 degrees of freedom
+    assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half], rel=1e-3)
     assert result["groups"]["all"]["reward"]["difference"] == pytest.approx(difference.mean() / 50)
     assert result["judge"] == ["rm:x"] and result["groups"]["all"]["n_total"] == N
     assert f"all (n = {N}), win_rate: {difference.mean():+.2f}" in capsys.readouterr().out
@@ -72,17 +73,44 @@ def test_one_run_each_is_the_paired_difference(tmp_path, capsys):
 def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
     runs = [signs(seed, share) for seed, share in ((1, 0.9), (2, 0.7), (3, 0.8))]
     others = [signs(seed, share) for seed, share in ((4, 0.4), (5, 0.6))]
-    first = [judged(tmp_path, f"a{k}", run) for k, run in enumerate(runs)]
-    second = [judged(tmp_path, f"b{k}", run) for k, run in enumerate(others)]
+    first = [judged(tmp_path, f"a_seed{k}", run) for k, run in enumerate(runs)]
+    second = [judged(tmp_path, f"b_seed{k}", run) for k, run in enumerate(others)]
     rate = result_of(tmp_path, "--first", *first, "--second", *second)["groups"]["all"]["win_rate"]
     rates, other_rates = 50 + 50 * np.mean(runs, axis=1), 50 + 50 * np.mean(others, axis=1)
     assert rate["difference"] == pytest.approx(rates.mean() - other_rates.mean())
-    over_seeds = math.sqrt(rates.var(ddof=1) / 3 + other_rates.var(ddof=1) / 2)
-    assert rate["error_over_seeds"] == pytest.approx(over_seeds)
+    parts = [(rates.var(ddof=1) / 3, 2), (other_rates.var(ddof=1) / 2, 1)]
+    assert rate["error_over_seeds"] == pytest.approx(math.sqrt(parts[0][0] + parts[1][0]))
     paired = 50 * (np.mean(runs, axis=0) - np.mean(others, axis=0))
     assert rate["error_over_prompts"] == pytest.approx(paired.std() / math.sqrt(N), rel=0.08)
-    half = 1.96 * math.hypot(rate["error_over_prompts"], over_seeds)
-    assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half])
+    parts.append((rate["error_over_prompts"] ** 2, N - 1))
+    total = sum(variance for variance, _ in parts)
+    df = total**2 / sum(variance**2 / df for variance, df in parts)
+    half = stats.t.ppf(0.975, df) * math.sqrt(total)
+    assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half], rel=1e-2)
+
+
+def test_two_settings_in_one_average_are_not_seeds_of_each_other(tmp_path):
+    large = [judged(tmp_path, f"large_seed{k}", signs(k, 0.9)) for k in (1, 2)]
+    small = [judged(tmp_path, f"small_seed{k}", signs(k, 0.3)) for k in (3, 4)]
+    rate = result_of(tmp_path, "--first", *large, *small)["groups"]["all"]["win_rate"]
+    rates = [50 + 50 * np.mean(signs(k, 0.9 if k < 3 else 0.3)) for k in (1, 2, 3, 4)]
+    within = np.var(rates[:2], ddof=1) / 2 / 4 + np.var(rates[2:], ddof=1) / 2 / 4
+    assert rate["first"] == pytest.approx(np.mean(rates))
+    assert rate["error_over_seeds"] == pytest.approx(math.sqrt(within))
+
+
+def test_a_setting_with_one_run_says_nothing_of_seeds(tmp_path):
+    first = [judged(tmp_path, f"a_seed{k}", signs(k, 0.9)) for k in (1, 2)]
+    second = judged(tmp_path, "b", signs(3, 0.5))
+    rate = result_of(tmp_path, "--first", *first, "--second", second)["groups"]["all"]["win_rate"]
+    assert rate["error_over_seeds"] is None
+    half = 1.98 * rate["error_over_prompts"]
+    assert rate["ci"][1] - rate["difference"] == pytest.approx(half, rel=1e-3)
+
+
+def test_the_quantile_of_t():
+    for df in (1, 1.4, 2, 3, 10, 100, 600):
+        assert compare.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=2e-3)
 
 
 def test_groups_and_the_baseline_itself(tmp_path):

@@ -215,3 +215,16 @@ def test_a_kill_reaches_every_process(checkout):
     for path in paths:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
+
+
+def test_answers_of_more_gpus_are_not_mixed_with_those_of_fewer(checkout):
+    command = ["bash", "recipes/on_all_gpus.sh", "out/on", "bash", "-c", 'echo $* >"${@: -1}"', "x"]
+    for gpus, files in (("0,1,2", 3), ("0", 3), ("4,5", 3), ("3,4,5", 3)):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert len(list(Path(checkout, "out/on").glob("*.jsonl"))) == files
+        if gpus.count(",") == 2:
+            assert done.returncode == 0
+            assert Path(checkout, "out/on/2.jsonl").read_text() == "--shard 2/3 --out out/on/2.jsonl\n"
+        else:
+            assert done.returncode == 2 and "out/on was made on more than" in done.stderr
