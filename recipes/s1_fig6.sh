@@ -4,8 +4,8 @@
 #     SCALE=demo bash recipes/s1_fig6.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
 # Not as in the paper: it does not say from which prompts the on-policy pairs come (here from those whose off-policy pair is
-# left out), and it compares sets of unequal sizes; same_size is SimpleMix with as many pairs as high has. 3 trainings on a
-# node of 8 x 80 GB; not run there.
+# left out), and it compares sets of unequal sizes. Here mix is SimpleMix, high has the best off-policy pairs, and same_size
+# is SimpleMix with as many pairs as high. 3 trainings on a node of 8 x 80 GB; not run there.
 source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 OUT=${OUT:-out/s1_fig6/${MODEL##*/}}

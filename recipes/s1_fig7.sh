@@ -4,7 +4,7 @@
 #     SCALE=demo bash recipes/s1_fig7.sh          (the demo's prompts, by the categories that they were written for)
 #
 # Not as in the paper: its question to the model is unpublished (here a numbered list, answered by a number), and its code
-# splits labels at their commas, which makes 17 of them. No GPU; not run there.
+# splits the labels at their commas, so that it has 17. No GPU; not run there.
 source "$(dirname "$0")/settings.sh"
 LABELER=${LABELER:-gpt-4o-mini} # with the key in OPENAI_API_KEY
 OUT=${OUT:-out/s1_fig7/$SCALE}

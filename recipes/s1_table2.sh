@@ -5,9 +5,9 @@
 #
 # Not as in the paper: shares are exact and no prompt comes twice (its code interleaves with repetition), all pairs have
 # labels of the reward model (in its code off-policy ones have GPT-4's), HyPO's formula is corrected and its lambda ours.
-# DPO-Mix-P goes in two rounds, for at first its mixtures are the model itself: plain samples give half of its pairs, the
-# mixtures on other prompts the rest. Its online form has plain pairs with probability 0.3; here half are plain as it is.
-# 24 trainings on a node of 8 x 80 GB; not run there.
+# DPO-Mix-P mixes the policy with the reference, which are the same model before any training. So it goes in two rounds:
+# half of its pairs are plain samples; the mixtures, on other prompts, give the rest. (Its online form draws a plain pair
+# with probability 0.3; here their share is a half.) 24 trainings on a node of 8 x 80 GB; not run there.
 source "$(dirname "$0")/settings.sh"
 read -ra models <<<"${MODELS:-meta-llama/Llama-3.1-8B-Instruct allenai/Llama-3.1-Tulu-3-8B-SFT}"
 read -ra data_sets <<<"${DATA:-ultrafeedback helpsteer2}"

@@ -5,9 +5,9 @@
 #     SCALE=demo bash recipes/s1_table3.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
 # Not as in the paper: it does not say over what its "Avg. Reward" goes (here all samples, of SimpleMix both sources'; the
-# means over the pairs are in report.md's pair_sets). But for SimpleMix, answers that were cut stay in, without an
-# end-of-turn token: at 2 and 3 hardly any ends by itself. The figures have temperature 1 too. vLLM stops at 2, so 3 is
-# sampled in transformers, which is slow. 5 trainings on a node of 8 x 80 GB; not run there.
+# means over the pairs are in report.md's pair_sets). In all settings except SimpleMix, answers that were cut stay in,
+# without an end-of-turn token: at 2 and 3 hardly any ends by itself. The figures have temperature 1 too. vLLM stops at 2,
+# so 3 is sampled in transformers, which is slow. 5 trainings on a node of 8 x 80 GB; not run there.
 source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 OUT=${OUT:-out/s1_table3/${MODEL##*/}}

@@ -5,8 +5,8 @@
 #     SCALE=demo bash recipes/s2_pc_llama.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
 # The rows of PC_off and PC_on are Table 1's: what s2_stages.sh has made is taken, what is missing it makes. Not as in the
-# paper: answers to AlpacaEval are greedy (it does not say how); 5.4 does not say which PC_on (here the model's own and,
-# with the paper's number, that of the model after PC_on) and prints a share, 0.46, where C.5 prints percent. 6 trainings,
+# paper: answers to AlpacaEval are greedy (it does not say how); 5.4 does not say whose samples PC_on are (here the start
+# model's; in pc_on-on, which has the paper's number, those of the model after PC_on) and prints a share, 0.46. 6 trainings,
 # 4 of them of s2_stages.sh, on a node of 8 x 80 GB; not run there. Demo: the other model is the policy after its own pairs.
 source "$(dirname "$0")/settings.sh"
 export MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full} # Fig. 3 also: out/s2_sft/Qwen2.5-1.5B, Qwen/Qwen3-4B

@@ -5,10 +5,11 @@
 #     SCALE=demo bash recipes/s2_stages.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
 # Not as in the paper: the score is V_on / (V_on + V_off), as its Algorithm 1 and numbers have it (Table 3's caption turns
-# it round); answers to AlpacaEval are greedy and SLiC's constants ours (it gives neither). Printed numbers that its own LC
-# rates contradict, with the right ones: Table 4, Qwen off-off, gain +3.86 (+2.03), delta 9.41 (4.95); Table 5, Llama off
-# +4.38 (+4.29), 0.68 (0.66), off-on -11.93 (-16.22), Zephyr off-off 0.38 (0.51); Table 3's minus signs of Llama's gains.
-# 6 trainings on a node of 8 x 80 GB; not run there. Demo: the paper's numbers in the table are Zephyr's.
+# it round); answers to AlpacaEval are greedy and SLiC's constants ours (it gives neither). Some printed numbers contradict
+# its own LC rates, from which the numbers in parentheses follow: Table 4, Qwen off-off, gain +3.86 (+2.03), delta 9.41
+# (4.95); Table 5, Llama off +4.38 (+4.29), 0.68 (0.66), off-on -11.93 (-16.22), Zephyr off-off 0.38 (0.51); Table 3's minus
+# signs of Llama's gains. 6 trainings on a node of 8 x 80 GB; not run there. Demo: the paper's numbers in the table are
+# Zephyr's.
 source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct} # alignment-handbook/zephyr-7b-sft-full; out/s2_sft/phi-2, ...
 LOSS=${LOSS:-dpo}                                   # Table 5: slic, or hinge: "SLiC-HF loss" can be read both ways

@@ -4,10 +4,10 @@
 #
 #     SCALE=demo bash recipes/s3_gaps.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
-# Not as in the paper: its rule is unpublished. Here the ranks of the four answers, which come near its means: 1 over 3 and
-# 2 over 4 with a gap of 1.5 or more, 1 over 2, 3 over 4, each set on all prompts that have such a pair (the paper: on the
-# 41,633 that Tulu's version has too). LG-HQ-inv, the first over the second, is then SG-HQ on the prompts of LG-HQ. Pairs
-# that a swap inverts are dropped; the paper kept some. 18 trainings on a node of 8 x 80 GB; not run there.
+# Not as in the paper: its rule is unpublished. Here ranks of the four answers, with means like the paper's: 1 over 3 and 2
+# over 4 with a gap of 1.5 or more, 1 over 2, 3 over 4, each set on all prompts that have such a pair (the paper: on the
+# 41,633 that Tulu's version has too). LG-HQ-inv, rank 1 over 2, is then SG-HQ on the prompts of LG-HQ. Pairs that a swap
+# inverts are dropped; the paper kept some. 18 trainings on a node of 8 x 80 GB; not run there.
 # Demo: ranks among two written answers and four of the policy, a gap of 1 or more, one epoch of two, greedy answers (beams
 # are slow on two cores).
 source "$(dirname "$0")/settings.sh"

@@ -3,7 +3,7 @@
 #
 #     SCALE=demo bash recipes/s3_tiers.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
-# Not as in the paper: its rule for the tiers is unpublished and not always ordered (here ranks, without prompts of equal
+# Not as in the paper: its rule for the tiers is unpublished and lets them overlap (here ranks, without prompts of equal
 # tiers); the Mistral models are our guess, and so is online DPO's sampling (temperature 1). Tulu's version of UltraFeedback
 # has no TruthfulQA and, not marked, answers of Tulu-3-8B: "off-policy" is partly on-policy. The paper's mean gap is the
 # difference of Table 5's means. 27 trainings for a data set on a node of 8 x 80 GB; not run there. Demo: two written
@@ -35,7 +35,7 @@ python data/import_responses.py "${data[@]}" --out "$OUT/prompts.jsonl"
 python data/decontaminate.py --prompts "$OUT/prompts.jsonl" --seen "$OUT/seen.jsonl" --out "$OUT/answers/prompts.jsonl"
 seed=0
 for model in "${OTHERS[@]}"; do
-  seed=$((seed + 1)) # of one seed their answers would begin alike
+  seed=$((seed + 1)) # with one seed for all, their answers would begin alike
   on_gpus "$OUT/answers/${model##*/}" generate.py --preset s3 "${OTHER[@]}" --source off --seed "$seed" --model "$model" \
     --prompts "$OUT/answers/prompts.jsonl"
 done
