@@ -131,7 +131,8 @@ def over_seeds(names, values):
 
 
 def t_quantile(df):
-    """The 0.975 quantile of Student's t, df >= 1. For x = sqrt(df) tan(a) the density of a is cos(a)^(df - 1)."""
+    """The 0.975 quantile of Student's t with df >= 1 degrees of freedom."""
+    # t = sqrt(df) tan(angle), and the density of the angle is cos(angle)^(df - 1)
     angles = np.linspace(0, np.pi / 2, 100_001)
     below = np.cumsum(np.cos(angles) ** (df - 1))
     return math.sqrt(df) * math.tan(np.interp(0.95 * below[-1], below, angles))
