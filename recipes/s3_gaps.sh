@@ -35,11 +35,11 @@ pairs=(recipes/s3_pairs.py --scored "$OUT"/scored/*.jsonl)
 python "${pairs[@]}" --ranks 1 2 --out "$OUT/swap/1_2.pairs.jsonl" # the inverse sets take their rejected answers
 python "${pairs[@]}" --ranks 3 4 --out "$OUT/swap/3_4.pairs.jsonl"
 pairs+=("${PAIRS[@]}")
-python "${pairs[@]}" --ranks 1 3 --gap "$GAP" inf --out "$OUT/lg_hq.pairs.jsonl"
-python "${pairs[@]}" --ranks 2 4 --gap "$GAP" inf --out "$OUT/lg_lq.pairs.jsonl"
+python "${pairs[@]}" --ranks 1 3 --gap "$GAP" --out "$OUT/lg_hq.pairs.jsonl"
+python "${pairs[@]}" --ranks 2 4 --gap "$GAP" --out "$OUT/lg_lq.pairs.jsonl"
 python "${pairs[@]}" --ranks 1 2 --out "$OUT/sg_hq.pairs.jsonl"
 python "${pairs[@]}" --ranks 3 4 --out "$OUT/sg_lq.pairs.jsonl"
-python "${pairs[@]}" --ranks 1 3 --gap "$GAP" inf --swap-rejected "$OUT/swap/1_2.pairs.jsonl" \
+python "${pairs[@]}" --ranks 1 3 --gap "$GAP" --swap-rejected "$OUT/swap/1_2.pairs.jsonl" \
   --out "$OUT/lg_hq_inv.pairs.jsonl"
 python "${pairs[@]}" --ranks 1 2 --swap-rejected "$OUT/swap/3_4.pairs.jsonl" --out "$OUT/sg_hq_inv.pairs.jsonl"
 

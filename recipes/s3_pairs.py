@@ -10,9 +10,9 @@ One rule chooses a pair among a prompt's usable off-policy responses, sorted by 
                           five responses or with equal tiers is left out whatever A and B are, so that all
                           sets have the same prompts
     --ranks A B           two ranks, counted from 1, the best. The rule of Table 3's sets is unpublished:
-                          1 3 (LG-HQ) and 2 4 (LG-LQ) with --gap 1.5 inf, 1 2 (SG-HQ), 3 4 (SG-LQ) come near
+                          1 3 (LG-HQ) and 2 4 (LG-LQ) with --gap 1.5, 1 2 (SG-HQ), 3 4 (SG-LQ) come near
                           its means
-    --gap LOW HIGH        besides, only pairs whose rewards are that far apart
+    --gap LOW [HIGH]      besides, only pairs whose rewards are that far apart
 Then, for the prompts with a pair:
     --disagree NAME       B.1: only pairs that "scores"[NAME] orders the other way
     --replace RHO         Algorithm 1: in floor(RHO N) of N pairs the best on-policy response y' meets the old
@@ -23,7 +23,7 @@ Then, for the prompts with a pair:
     --inverted keep       keeps pairs whose rejected response then has the higher reward, as S3 does
 
     python recipes/s3_pairs.py --scored out/off.jsonl --out out/best_low.pairs.jsonl --tiers best/low
-    python recipes/s3_pairs.py --scored out/off.jsonl --out out/lg_hq.pairs.jsonl --ranks 1 3 --gap 1.5 inf
+    python recipes/s3_pairs.py --scored out/off.jsonl --out out/lg_hq.pairs.jsonl --ranks 1 3 --gap 1.5
     python recipes/s3_pairs.py --scored off.jsonl on.jsonl --out on10.jsonl --tiers best/low --replace 0.1
 
 Prints one JSON object: counts of rows and pairs, and what was dropped.
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--tiers", metavar="CHOSEN/REJECTED", help=f"two of {', '.join(TIERS)}")
     rule.add_argument("--ranks", type=int, nargs=2, metavar=("CHOSEN", "REJECTED"), help="from 1")
-    flag("--gap", type=float, nargs=2, metavar=("LOW", "HIGH"), help="window of the difference of rewards")
+    flag("--gap", type=float, nargs="+", metavar=("LOW", "HIGH"), help="window of the difference of rewards")
     flag("--reward", metavar="NAME", help='take "scores"[NAME] as the reward')
     flag("--disagree", metavar="NAME", help='only pairs that "scores"[NAME] orders the other way')
     flag("--replace", type=float, metavar="RHO", help="share of pairs that take in an on-policy response")
@@ -92,8 +92,8 @@ def parse_args(argv=None):
             parser.error("--tiers: the chosen tier must be above the rejected one")
     elif not 1 <= args.ranks[0] < args.ranks[1]:
         parser.error(f"--ranks must be A B with 1 <= A < B, found {args.ranks}")
-    if args.gap and not args.gap[0] <= args.gap[1]:
-        parser.error(f"--gap must be LOW HIGH with LOW <= HIGH, found {args.gap}")
+    if args.gap and (len(args.gap) > 2 or not -math.inf < args.gap[0] <= args.gap[-1] < math.inf):
+        parser.error(f"--gap must be LOW, or LOW HIGH with LOW <= HIGH, found {args.gap}")
     if args.replace is not None and not 0 < args.replace <= 1:
         parser.error(f"--replace must lie in (0, 1], found {args.replace}")
     if args.replace_rule and not args.replace:
@@ -131,7 +131,7 @@ def why_dropped(chosen, rejected, args):
     gap = chosen["reward"] - rejected["reward"]
     if gap == 0:
         return "tie"
-    if args.gap and not args.gap[0] <= gap <= args.gap[1]:
+    if args.gap and (gap < args.gap[0] or len(args.gap) == 2 and gap > args.gap[1]):
         return "outside of the gap"
     if args.disagree:
         scores = [(response.get("scores") or {}).get(args.disagree) for response in (chosen, rejected)]
