@@ -31,12 +31,10 @@ compare() { # NAME FIRST ... [--second SECOND ...]: NAME.json by the reward, NAM
   python report/compare.py "${flags[@]}" --ending verified --out "$KEPT/$name.verified.json"
 }
 
-keep() { # FOLDER ...: win rates, boundaries, records of pairs, tables and figures of recipes
-  local folder
-  for folder in "$@"; do
-    cp "$folder"/*.winrate.json "$folder"/*.pairs.meta.json "$folder"/{report.md,settings.csv} "$KEPT"
-    for file in "$folder"/*.boundary.json "$folder"/*.png; do
-      if [ -e "$file" ]; then cp "$file" "$KEPT"; fi
-    done
+keep() { # FOLDER: win rates, boundaries, records of pairs, tables and figures of a recipe
+  local file
+  cp "$1"/*.winrate.json "$1"/*.pairs.meta.json "$1"/{report.md,settings.csv} "$KEPT"
+  for file in "$1"/*.boundary.json "$1"/*.png; do
+    if [ -e "$file" ]; then cp "$file" "$KEPT"; fi
   done
 }
