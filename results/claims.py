@@ -1,26 +1,30 @@
 """
-Claims and results -> the table of results/README.md.
+Claims and results -> the table of results/README.md, and its figure.
 
 Reads   CLAIMS   JSON: [{"claim", "paper", "result", "group", "measure", "sign"}]: what a paper says, its
                  number as text, and where ours is: a JSON of report/compare.py beside CLAIMS, a group and a
                  measure in it, and the sign that the claim gives the difference, 1 or -1
+Writes  --figure FILE   PNG: the differences with their 95 % intervals, positive as the claim has them
 Prints  a line of Markdown per claim: agrees or disagrees if the whole 95 % interval lies on one side of 0,
-        else undecided; "of these models" if a setting was trained with one seed
+        else undecided; "of these models" if a setting was trained with one seed; "not run" without a result
 
-    python results/claims.py results/claims.json
+    python results/claims.py results/claims.json --figure results/claims.png
 """
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 MEASURES = {"win_rate": "win rate", "length_controlled_winrate": "LC", "reward": "reward"}
+COLOURS = {"agrees": "#009E73", "disagrees": "#D55E00", "undecided": "#777777"}
 
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("claims", metavar="CLAIMS")
+    parser.add_argument("--figure", metavar="FILE")
     return parser.parse_args(argv)
 
 
@@ -31,32 +35,72 @@ def verdict(low, high, sign):
     return "agrees" if (low > 0) == (sign > 0) else "disagrees"
 
 
-def line_of(claim, folder):
+def with_result(claim, folder):
+    """The claim with the difference and its interval in points, what it was measured by, and the verdict."""
+    path = folder / claim["result"]
+    if not path.exists():
+        return claim | {"verdict": "not run"}
+    group = json.loads(path.read_text(encoding="utf-8"))["groups"][claim["group"]]
+    cell, name, scale = group[claim["measure"]], MEASURES[claim["measure"]], 1
+    if path.name.endswith(".verified.json"):  # a reward of 1 is a right answer
+        name, scale = "right answers", 100
+    difference, low, high = (scale * number for number in (cell["difference"], *cell["ci"]))
+    return claim | {
+        "difference": difference,
+        "ci": (low, high),
+        "by": f"{name}, {claim['group']}, n = {group['n_total']}",
+        "seeds": cell["error_over_seeds"] is not None,
+        "verdict": verdict(low, high, claim["sign"]),
+    }
+
+
+def line_of(claim):
     """The cells of a claim's line."""
-    group, measure = claim["group"], MEASURES[claim["measure"]]
-    cell = json.loads((folder / claim["result"]).read_text(encoding="utf-8"))["groups"][group]
-    difference, (low, high) = cell[claim["measure"]]["difference"], cell[claim["measure"]]["ci"]
-    if claim["result"].endswith(".verified.json"):  # a reward of 1 is a right answer
-        measure = "right answers"
-        difference, low, high = 100 * difference, 100 * low, 100 * high
-    decision = verdict(low, high, claim["sign"])
-    if cell[claim["measure"]]["error_over_seeds"] is None:
-        decision += ", of these models"
+    if claim["verdict"] == "not run":
+        return [claim["claim"], claim["paper"], "", "", claim["result"], "not run"]
+    low, high = claim["ci"]
     return [
         claim["claim"],
         claim["paper"],
-        f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
-        f"{measure}, {group}, n = {cell['n_total']}",
+        f"{claim['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+        claim["by"],
         f"[{claim['result'].removesuffix('.json')}]({claim['result']})",
-        decision,
+        claim["verdict"] + ("" if claim["seeds"] else ", of these models"),
     ]
 
 
+def draw(claims, path):
+    """A line per claim that has a result; to the right of 0 is what the claim says."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    claims = [claim for claim in claims if claim["verdict"] != "not run"]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.42 * len(claims)), layout="constrained")
+    for k, claim in enumerate(claims):
+        ends = [claim["sign"] * end for end in claim["ci"]]
+        colour = COLOURS[claim["verdict"]]
+        axes.plot(ends, [k, k], color=colour, linewidth=2)
+        axes.plot(claim["sign"] * claim["difference"], k, "o" if claim["seeds"] else "s", color=colour)
+    for name, colour in COLOURS.items():
+        axes.plot([], [], color=colour, linewidth=2, label=name)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(claims)), [textwrap.fill(claim["claim"], 56) for claim in claims], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("points in the direction of the claim, 95 % interval; squares: one seed")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def main(args):
-    claims = json.loads(Path(args.claims).read_text(encoding="utf-8"))
+    path = Path(args.claims)
+    claims = [with_result(claim, path.parent) for claim in json.loads(path.read_text(encoding="utf-8"))]
     print("| claim | paper | ours, points (95 %) | measured by | JSON | |\n|---|---|---|---|---|---|")
     for claim in claims:
-        print(f"| {' | '.join(line_of(claim, Path(args.claims).parent))} |")
+        print(f"| {' | '.join(line_of(claim))} |")
+    if args.figure:
+        draw(claims, args.figure)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@ report/compare.py: the difference of two settings over prompts and seeds.
 
 Covers  means over runs, and the standard error by its closed form: over prompts that of the mean of paired
         differences, over seeds the variance of the runs' rates; groups; the baseline as second setting; one
-        judge, the same prompts, a verdict for each; results/claims.py: agrees, disagrees, undecided.
+        judge, the same prompts, a verdict for each; results/claims.py: its table and figure.
 Run     python -m pytest tests/test_compare.py
 """
 
-import importlib.util
 import json
 import math
 import sys
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 from conftest import REPO, write_rows
 
-sys.path.insert(0, str(REPO / "report"))
+sys.path[:0] = [str(REPO / "report"), str(REPO / "results")]
+import claims  # noqa: E402
 import compare  # noqa: E402
 
 N = 120
@@ -145,9 +145,32 @@ def test_refusals(tmp_path, capsys):
 
 
 def test_verdicts_on_claims():
-    spec = importlib.util.spec_from_file_location("claims", REPO / "results" / "claims.py")
-    claims = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(claims)
     assert claims.verdict(0.1, 5.0, 1) == "agrees" and claims.verdict(0.1, 5.0, -1) == "disagrees"
     assert claims.verdict(-5.0, -0.1, -1) == "agrees" and claims.verdict(-5.0, -0.1, 1) == "disagrees"
     assert claims.verdict(-1.0, 5.0, 1) == claims.verdict(-1.0, 0.0, -1) == "undecided"
+
+
+def test_table_of_claims(tmp_path, capsys):
+    def cell(difference, low, high, seeds):
+        return {"difference": difference, "ci": [low, high], "error_over_seeds": seeds}
+
+    (tmp_path / "a").mkdir()
+    groups = {"open": {"n_total": 9, "length_controlled_winrate": cell(-3.0, -4.04, -2.0, None)}}
+    (tmp_path / "a" / "x.json").write_text(json.dumps({"groups": groups}))
+    groups = {"all": {"n_total": 8, "reward": cell(0.02, -0.01, 0.05, 0.1)}}
+    (tmp_path / "a" / "r.verified.json").write_text(json.dumps({"groups": groups}))
+    rows = [
+        {"result": "a/x.json", "group": "open", "measure": "length_controlled_winrate", "sign": -1},
+        {"result": "a/r.verified.json", "group": "all", "measure": "reward", "sign": 1},
+        {"result": "b/x.json", "group": "all", "measure": "win_rate", "sign": 1},
+    ]
+    path = tmp_path / "claims.json"
+    path.write_text(json.dumps([row | {"claim": "c", "paper": "p"} for row in rows]))
+    claims.main(claims.parse_args([str(path), "--figure", str(tmp_path / "claims.png")]))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| c | p | -3.0 (-4.0 to -2.0) | LC, open, n = 9 | [a/x](a/x.json) | agrees, of these models |",
+        "| c | p | +2.0 (-1.0 to +5.0) | right answers, all, n = 8 | [a/r.verified](a/r.verified.json) "
+        "| undecided |",
+        "| c | p |  |  | b/x.json | not run |",
+    ]
+    assert (tmp_path / "claims.png").read_bytes()[:4] == b"\x89PNG"
