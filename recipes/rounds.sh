@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Rounds, ours: S2's conclusion leaves open how often to measure the boundary. In each round the score of the current model
-# becomes the share of on-policy pairs: the more it beats the off-policy answers, the more it learns from its own.
+# Rounds, ours: S2's conclusion leaves "smoother and more adaptive data blending" open. In each round the score of the
+# current model becomes the share of on-policy pairs: the more it beats the off-policy answers, the more it learns from
+# its own.
 #
 #     SCALE=demo bash recipes/rounds.sh     (SHARE=0.5 for a fixed share; recipes/settings.sh tells what SCALE does)
 #

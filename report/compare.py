@@ -14,8 +14,9 @@ Without --second the baseline is subtracted, which wins 50 against itself.
 The variance of a difference is the sum of two: over prompts, that of 1,000 bootstrap draws, all runs on the
 same draws; and over seeds, that of the settings' means, each estimated from its own runs. The 95 % interval
 uses Student's t with the degrees of freedom of this sum (Welch and Satterthwaite). How differently seeds
-answer the same prompt counts in both, which makes the interval too wide rather than too narrow. One run of a
-setting says nothing about other seeds: the interval is then for these models alone, "error_over_seeds" null.
+answer the same prompt counts in both, which makes the interval too wide rather than too narrow. What seeds
+have in common, such as samples or pairs that were made once, is in neither. One run of a setting says nothing
+about other seeds: the interval is then for these models alone, "error_over_seeds" null.
 
     python report/compare.py --first out/s1/on_seed* --second out/s1/off_seed* --baseline out/models/policy \\
         --group verifiable=arithmetic,counting --out on_off.json
@@ -121,7 +122,12 @@ def over_seeds(names, values):
     settings = {}
     for name, value in zip(names, values, strict=True):
         settings.setdefault(re.sub(r"seed\d+", "seed", name), []).append(value)
-    if min(map(len, settings.values())) < 2:
+    counts = {len(runs) for runs in settings.values()}
+    if len(counts) > 1:
+        fail(
+            f"expected the same number of runs of each setting, found {' and '.join(map(str, sorted(counts)))}"
+        )
+    if counts == {1}:
         return None
     parts = []
     for runs in settings.values():
@@ -164,7 +170,7 @@ def main(args):
         other_parts = over_seeds(args.second, other_values)
         parts = parts + other_parts if other_parts else None
     seeds = sum((part for part, _ in parts or []), np.zeros_like(variance))
-    squares = variance**2 / (len(keys) - 1) + sum(part**2 / df for part, df in parts or [])
+    squares = variance**2 / np.maximum(members.sum(0) - 1, 1) + sum(part**2 / df for part, df in parts or [])
 
     results = {}
     for g, (name, size) in enumerate(zip(groups, members.sum(0), strict=True)):

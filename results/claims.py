@@ -3,7 +3,8 @@ Claims and results -> the table of results/README.md, and its figure.
 
 Reads   CLAIMS   JSON: [{"claim", "paper", "result", "group", "measure", "sign"}]: what a paper says, its
                  number as text, and where ours is: a JSON of report/compare.py beside CLAIMS, a group and a
-                 measure in it, and the sign that the claim gives the difference, 1 or -1
+                 measure in it, and the sign that the claim gives the difference, 1 or -1. With "boundary",
+                 a pattern of boundary.py's files beside CLAIMS, the sign is that of their mean score - 0.5
 Writes  --figure FILE   PNG: the differences with their 95 % intervals, positive as the claim has them
 Prints  a line of Markdown per claim: agrees or disagrees if the whole 95 % interval lies on one side of 0,
         else undecided; "of these models" if a setting was trained with one seed; "not run" without a result
@@ -30,7 +31,7 @@ def parse_args(argv=None):
 
 def verdict(low, high, sign):
     """Whether a difference with this interval has the claimed sign."""
-    if low <= 0 <= high:
+    if not (low > 0 or high < 0):
         return "undecided"
     return "agrees" if (low > 0) == (sign > 0) else "disagrees"
 
@@ -45,6 +46,10 @@ def with_result(claim, folder):
     if path.name.endswith(".verified.json"):  # a reward of 1 is a right answer
         name, scale = "right answers", 100
     difference, low, high = (scale * number for number in (cell["difference"], *cell["ci"]))
+    if "boundary" in claim:
+        scores = [json.loads(file.read_text())["score"] for file in sorted(folder.glob(claim["boundary"]))]
+        sign = 1 if sum(scores) / len(scores) > 0.5 else -1
+        claim = claim | {"sign": sign, "claim": f"{claim['claim']}: {' '.join(f'{s:.2f}' for s in scores)}"}
     return claim | {
         "difference": difference,
         "ci": (low, high),

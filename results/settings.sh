@@ -12,6 +12,7 @@ KEPT=${KEPT:-results}/$NAME
 BASELINE=out/models/policy
 VERIFIABLE=verifiable=arithmetic,counting,spelling
 OPEN=open=facts,how-to,explanation,recommendation,writing
+TASTE=taste=recommendation,writing
 mkdir -p "$KEPT"
 
 verify() { # RUN ...: the share of right answers among the prompts that have one, RUN.verified/0.jsonl
@@ -27,7 +28,7 @@ compare() { # NAME FIRST ... [--second SECOND ...]: NAME.json by the reward, NAM
   local name=$1
   shift
   local flags=(--first "$@" --baseline "$BASELINE")
-  python report/compare.py "${flags[@]}" --group "$OPEN" --group "$VERIFIABLE" --out "$KEPT/$name.json"
+  python report/compare.py "${flags[@]}" --group "$OPEN" --group "$TASTE" --group "$VERIFIABLE" --out "$KEPT/$name.json"
   python report/compare.py "${flags[@]}" --ending verified --out "$KEPT/$name.verified.json"
 }
 

@@ -130,11 +130,13 @@ def test_refusals(tmp_path, capsys):
     first, second = judged(tmp_path, "a", signs(1, 0.7)), judged(tmp_path, "b", signs(2, 0.5), "rm:y")
     fewer = judged(tmp_path, "c", signs(3, 0.5)[:-1])
     without = judged(tmp_path, "d", [None] + signs(4, 0.5)[1:])
+    seeds = [judged(tmp_path, f"e_seed{k}", signs(k, 0.5)) for k in (5, 6)]
     for flags, sentence in (
         (["--first", first, "--second", second], "expected one judge, found rm:x and rm:y"),
         (["--first", first, fewer], f"{fewer}.judged: expected the same prompts as {first} has"),
         (["--first", without], "1 prompts have no verdict"),
         (["--first", str(tmp_path / "none")], "none.judged: no rows"),
+        (["--first", first, *seeds], "expected as many runs of each setting, found 1 and 2"),
         (["--first", first, "--group", "x=cooking"], "--group x: no prompt is of cooking"),
         (["--first", first, "--group", "x"], "expected NAME=CATEGORY,CATEGORY, found x"),
     ):
@@ -159,10 +161,14 @@ def test_table_of_claims(tmp_path, capsys):
     (tmp_path / "a" / "x.json").write_text(json.dumps({"groups": groups}))
     groups = {"all": {"n_total": 8, "reward": cell(0.02, -0.01, 0.05, 0.1)}}
     (tmp_path / "a" / "r.verified.json").write_text(json.dumps({"groups": groups}))
+    for k, score in enumerate((0.3, 0.6)):  # the mean is below 0.5: off-policy is predicted
+        (tmp_path / "a" / f"{k}.boundary.json").write_text(json.dumps({"score": score}))
     rows = [
         {"result": "a/x.json", "group": "open", "measure": "length_controlled_winrate", "sign": -1},
         {"result": "a/r.verified.json", "group": "all", "measure": "reward", "sign": 1},
         {"result": "b/x.json", "group": "all", "measure": "win_rate", "sign": 1},
+        {"result": "a/x.json", "group": "open", "measure": "length_controlled_winrate", "sign": 1}
+        | {"boundary": "a/*.boundary.json"},
     ]
     path = tmp_path / "claims.json"
     path.write_text(json.dumps([row | {"claim": "c", "paper": "p"} for row in rows]))
@@ -172,5 +178,7 @@ def test_table_of_claims(tmp_path, capsys):
         "| c | p | +2.0 (-1.0 to +5.0) | right answers, all, n = 8 | [a/r.verified](a/r.verified.json) "
         "| undecided |",
         "| c | p |  |  | b/x.json | not run |",
+        "| c: 0.30 0.60 | p | -3.0 (-4.0 to -2.0) | LC, open, n = 9 | [a/x](a/x.json) "
+        "| agrees, of these models |",
     ]
     assert (tmp_path / "claims.png").read_bytes()[:4] == b"\x89PNG"

@@ -7,5 +7,5 @@ large_high=("$RUNS"/lg_hq_seed{0,1,2}) large_low=("$RUNS"/lg_lq_seed{0,1,2})
 small_high=("$RUNS"/sg_hq_seed{0,1,2}) small_low=("$RUNS"/sg_lq_seed{0,1,2})
 verify "${large_high[@]}" "${large_low[@]}" "${small_high[@]}" "${small_low[@]}"
 compare high_against_low "${large_high[@]}" "${small_high[@]}" --second "${large_low[@]}" "${small_low[@]}"
-compare large_against_small "${large_high[@]}" "${large_low[@]}" --second "${small_high[@]}" "${small_low[@]}"
-compare quality_against_gap "${small_high[@]}" --second "${large_low[@]}" # is the first minus the second
+compare large_against_small "${large_high[@]}" --second "${small_high[@]}" # the best answer is chosen in both
+compare quality_against_gap "${small_high[@]}" --second "${large_low[@]}"

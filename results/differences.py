@@ -1,0 +1,51 @@
+"""
+Comparisons of one experiment -> their table.
+
+Reads   FOLDER   NAME.json and NAME.verified.json of report/compare.py, as results/settings.sh writes them
+Prints  a line of Markdown per NAME, the first setting minus the second in points with 95 % intervals: win
+        rates by the reward, plain and length-controlled (LC), on all prompts and on groups of them, and the
+        share of right answers. A star: one seed, so the interval is of these models alone
+
+    python results/differences.py results/shares
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+COLUMNS = (
+    ("all", "length_controlled_winrate", "LC"),
+    ("all", "win_rate", "win rate"),
+    ("open", "length_controlled_winrate", "LC, open"),
+    ("open", "win_rate", "win rate, open"),
+    ("taste", "length_controlled_winrate", "LC, taste"),
+    ("verifiable", "length_controlled_winrate", "LC, verifiable"),
+)
+
+
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+def cell_text(cell, scale=1):
+    difference, low, high = (scale * number for number in (cell["difference"], *cell["ci"]))
+    star = "" if cell["error_over_seeds"] is not None else "*"
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}){star}"
+
+
+def main(args):
+    print(f"| comparison | {' | '.join(title for *_, title in COLUMNS)} | right answers |")
+    print("|---|---|---|---|---|---|---|---|")
+    for verified in sorted(Path(args.folder).glob("*.verified.json")):
+        name = verified.name.removesuffix(".verified.json")
+        groups = json.loads((verified.parent / f"{name}.json").read_text(encoding="utf-8"))["groups"]
+        cells = [cell_text(groups[group][measure]) for group, measure, _ in COLUMNS]
+        right = json.loads(verified.read_text(encoding="utf-8"))["groups"]["all"]["reward"]
+        print(f"| {name} | {' | '.join(cells)} | {cell_text(right, 100)} |")
+
+
+if __name__ == "__main__":
+    main(parse_args())
