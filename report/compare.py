@@ -124,9 +124,7 @@ def over_seeds(names, values):
         settings.setdefault(re.sub(r"seed\d+", "seed", name), []).append(value)
     counts = {len(runs) for runs in settings.values()}
     if len(counts) > 1:
-        fail(
-            f"expected the same number of runs of each setting, found {' and '.join(map(str, sorted(counts)))}"
-        )
+        fail(f"expected as many runs of each setting, found {' and '.join(map(str, sorted(counts)))}")
     if counts == {1}:
         return None
     parts = []
