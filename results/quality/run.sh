@@ -2,6 +2,7 @@
 # Quality of the chosen answer against the gap between the two: four sets of equal size (S3 Tables 1 and 3).
 source "$(dirname "$0")/../settings.sh"
 SETS="lg_hq lg_lq sg_hq sg_lq" OUT=$RUNS bash recipes/s3_gaps.sh
+python report/figure.py settings "$RUNS"/*.winrate.json --out "$RUNS/rates.png"
 keep "$RUNS"
 large_high=("$RUNS"/lg_hq_seed{0,1,2}) large_low=("$RUNS"/lg_lq_seed{0,1,2})
 small_high=("$RUNS"/sg_hq_seed{0,1,2}) small_low=("$RUNS"/sg_lq_seed{0,1,2})

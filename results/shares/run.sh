@@ -2,6 +2,7 @@
 # The on-policy share (S1 Fig. 4), by kind of prompt (S1 Fig. 2), and the share set by category (ours).
 source "$(dirname "$0")/../settings.sh"
 FIG4=$RUNS/fig4 OUT=$RUNS/by_category bash recipes/category_shares.sh
+python report/figure.py categories "$RUNS"/fig4/dpo_{0,0.5,1}_seed*.winrate.json --out "$RUNS/fig4/categories.png"
 keep "$RUNS/fig4"
 cp "$RUNS"/by_category/{*.winrate.json,*.pairs.meta.json,report.md,settings.csv} "$KEPT"
 
