@@ -3,7 +3,7 @@ report/compare.py: the difference of two settings over prompts and seeds.
 
 Covers  means over runs, and the standard error by its closed form: over prompts that of the mean of paired
         differences, over seeds the variance of the runs' rates; groups; the baseline as second setting; one
-        judge, the same prompts, a verdict for each; results/claims.py: its table and figure.
+        judge, the same prompts, a verdict for each; results/: tables and figure.
 Run     python -m pytest tests/test_compare.py
 """
 
@@ -18,6 +18,7 @@ from conftest import REPO, write_rows
 sys.path[:0] = [str(REPO / "report"), str(REPO / "results")]
 import claims  # noqa: E402
 import compare  # noqa: E402
+import differences  # noqa: E402
 
 N = 120
 
@@ -182,3 +183,11 @@ def test_table_of_claims(tmp_path, capsys):
         "| agrees, of these models |",
     ]
     assert (tmp_path / "claims.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_results_are_those_of_their_json(capsys):
+    claims.main(claims.parse_args([str(REPO / "results" / "claims.json")]))
+    assert capsys.readouterr().out in (REPO / "results" / "README.md").read_text()
+    for readme in sorted((REPO / "results").glob("*/README.md")):
+        differences.main(differences.parse_args([str(readme.parent)]))
+        assert capsys.readouterr().out in readme.read_text(), readme
