@@ -45,13 +45,15 @@ def with_result(claim, folder):
     cell, name, scale = group[claim["measure"]], MEASURES[claim["measure"]], 1
     if path.name.endswith(".verified.json"):  # a reward of 1 is a right answer
         name, scale = "right answers", 100
-    difference, low, high = (scale * number for number in (cell["difference"], *cell["ci"]))
+    low, high = scale * cell["ci"][0], scale * cell["ci"][1]
     if "boundary" in claim:
-        scores = [json.loads(file.read_text())["score"] for file in sorted(folder.glob(claim["boundary"]))]
+        paths = sorted(folder.glob(claim["boundary"]))
+        scores = [json.loads(path.read_text(encoding="utf-8"))["score"] for path in paths]
         sign = 1 if sum(scores) / len(scores) > 0.5 else -1
-        claim = claim | {"sign": sign, "claim": f"{claim['claim']}: {' '.join(f'{s:.2f}' for s in scores)}"}
+        listed = " ".join(f"{score:.2f}" for score in scores)
+        claim = claim | {"sign": sign, "claim": f"{claim['claim']}: {listed}"}
     return claim | {
-        "difference": difference,
+        "difference": scale * cell["difference"],
         "ci": (low, high),
         "by": f"{name}, {claim['group']}, n = {group['n_total']}",
         "seeds": cell["error_over_seeds"] is not None,

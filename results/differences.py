@@ -31,7 +31,7 @@ def parse_args(argv=None):
 
 
 def cell_text(cell, scale=1):
-    difference, low, high = (scale * number for number in (cell["difference"], *cell["ci"]))
+    difference, low, high = scale * cell["difference"], scale * cell["ci"][0], scale * cell["ci"][1]
     star = "" if cell["error_over_seeds"] is not None else "*"
     return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}){star}"
 
