@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# the numbers expected are those of a CPU in float32; on a GPU the scripts would compute in bfloat16
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 

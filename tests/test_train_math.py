@@ -541,6 +541,15 @@ def test_the_type_of_the_files_counts_not_that_of_the_config(policy, pairs_file,
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
 
 
+def test_the_rounding_of_bfloat16_hides_nothing_that_cannot_be_packed(pairs_file, tmp_path, capsys):
+    """A convolution of three tokens moves a response by 1 at most, which bfloat16's rounding may."""
+    make_tokenizer(tmp_path / "model")
+    random_model("Lfm2", tmp_path / "model", **LFM2)
+    flags = ("--pairs", pairs_file, "--out", tmp_path / "out", "--dtype", "bfloat16")
+    assert "with another one before it in a row" in refused_run(capsys, "--model", tmp_path / "model", *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_small_rows_of_the_reference_hide_nothing_that_cannot_be_packed(pairs_file, tmp_path, capsys):
     """Rows of the reference have one sequence here; in a step the two of a pair share a row."""
     make_tokenizer(tmp_path / "model")
