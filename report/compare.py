@@ -18,6 +18,10 @@ answer the same prompt counts in both, which makes the interval too wide rather 
 have in common, such as samples or pairs that were made once, is in neither. One run of a setting says nothing
 about other seeds: the interval is then for these models alone, "error_over_seeds" null.
 
+Runs of the same seed may share prompts, the order of pairs or the model they start from. "ci_paired" is the
+interval that takes the differences of such runs, --first and --second in the same order of seeds, where "ci"
+takes all runs as independent.
+
     python report/compare.py --first out/s1/on_seed* --second out/s1/off_seed* --baseline out/models/policy \\
         --group verifiable=arithmetic,counting --out on_off.json
 
@@ -142,6 +146,28 @@ def t_quantile(df):
     return math.sqrt(df) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
+def seed_of(run):
+    """seed0 of a run's name, None without one."""
+    seeds = re.findall(r"seed\d+", run)
+    return seeds[-1] if seeds else None
+
+
+def half_width(over_prompts, freedom, parts):
+    """Half the 95 % interval of a difference and its error over seeds, both (3, g).
+
+    over_prompts (3, g) with `freedom` (g,) degrees of freedom, and over_seeds' parts, are variances that add;
+    those of their sum are Welch's and Satterthwaite's.
+    """
+    seeds = sum((part for part, _ in parts or []), np.zeros_like(over_prompts))
+    total = over_prompts + seeds
+    squares = over_prompts**2 / freedom + sum(part**2 / df for part, df in parts or [])
+    half = np.zeros_like(total)
+    for place in np.argwhere(total > 0):
+        place = tuple(place)
+        half[place] = t_quantile(total[place] ** 2 / squares[place]) * math.sqrt(total[place])
+    return half, np.sqrt(seeds)
+
+
 def main(args):
     runs = args.first + args.second
     prompts_of, categories, judges = read_runs(runs, args.baseline, args.ending)
@@ -164,29 +190,35 @@ def main(args):
         values, other_values = mean_rates(first, everything), mean_rates(second, everything)
         variance = over_prompts(first, second)
     parts = over_seeds(args.first, values)
-    if args.second and parts:
+    paired = None
+    if args.second:
         other_parts = over_seeds(args.second, other_values)
-        parts = parts + other_parts if other_parts else None
-    seeds = sum((part for part, _ in parts or []), np.zeros_like(variance))
-    squares = variance**2 / np.maximum(members.sum(0) - 1, 1) + sum(part**2 / df for part, df in parts or [])
+        if parts and list(map(seed_of, args.first)) == list(map(seed_of, args.second)):
+            names = [f"{one} {other}" for one, other in zip(args.first, args.second, strict=True)]
+            paired = over_seeds(names, values - other_values)
+        parts = parts and other_parts and parts + other_parts
+    freedom = np.maximum(members.sum(0) - 1, 1)  # of the variance over prompts
+    differences = values.mean(0) - other_values.mean(0)
+    half, seed_error = half_width(variance, freedom, parts)
+    paired_half, _ = half_width(variance, freedom, paired)
 
     results = {}
     for g, (name, size) in enumerate(zip(groups, members.sum(0), strict=True)):
         results[name] = {"n_total": int(size)}
         for m, measure in enumerate(MEASURES):
-            mean, other_mean = values[:, m, g].mean(), other_values[:, m, g].mean()
-            difference = mean - other_mean
-            total = variance[m, g] + seeds[m, g]
-            half = t_quantile(total**2 / squares[m, g]) * math.sqrt(total) if total > 0 else 0.0
-            low, high = difference - half, difference + half
+            difference = differences[m, g]
+            low, high = difference - half[m, g], difference + half[m, g]
             results[name][measure] = {
-                "first": mean,
-                "second": other_mean,
+                "first": values[:, m, g].mean(),
+                "second": other_values[:, m, g].mean(),
                 "difference": difference,
                 "ci": [low, high],
                 "error_over_prompts": math.sqrt(variance[m, g]),
-                "error_over_seeds": math.sqrt(seeds[m, g]) if parts else None,
+                "error_over_seeds": seed_error[m, g] if parts else None,
             }
+            if paired:
+                ends = [difference - paired_half[m, g], difference + paired_half[m, g]]
+                results[name][measure]["ci_paired"] = ends
             print(f"{name} (n = {size}), {measure}: {difference:+.2f} ({low:.2f} to {high:.2f})")
     result = {"groups": results, "runs": {"first": args.first, "second": args.second or [args.baseline]}}
     result |= {"baseline": args.baseline, "judge": sorted(judges)}

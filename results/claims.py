@@ -5,9 +5,10 @@ Reads   CLAIMS   JSON: [{"claim", "paper", "result", "group", "measure", "sign"}
                  number as text, and where ours is: a JSON of report/compare.py beside CLAIMS, a group and a
                  measure in it, and the sign that the claim gives the difference, 1 or -1. With "boundary",
                  a pattern of boundary.py's files beside CLAIMS, the sign is that of their mean score - 0.5
-Writes  --figure FILE   PNG: the differences with their 95 % intervals, positive as the claim has them
-Prints  a line of Markdown per claim: agrees or disagrees if the whole 95 % interval lies on one side of 0,
-        else undecided; "of these models" if a setting was trained with one seed; "not run" without a result
+Writes  --figure FILE   PNG: the differences times the sign, with their 95 % intervals
+Prints  a line of Markdown per claim, the difference times the sign: agrees if the whole 95 % interval is
+        above 0, disagrees if it is below, else undecided; "of these models" if a setting was trained with one
+        seed; "not run" without a result
 
     python results/claims.py results/claims.json --figure results/claims.png
 """
@@ -29,11 +30,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def verdict(low, high, sign):
-    """Whether a difference with this interval has the claimed sign."""
-    if not (low > 0 or high < 0):
-        return "undecided"
-    return "agrees" if (low > 0) == (sign > 0) else "disagrees"
+def verdict(low, high):
+    """Whether a difference with this interval, times the sign of the claim, is as claimed."""
+    if low > 0:
+        return "agrees"
+    return "disagrees" if high < 0 else "undecided"
 
 
 def with_result(claim, folder):
@@ -45,19 +46,20 @@ def with_result(claim, folder):
     cell, name, scale = group[claim["measure"]], MEASURES[claim["measure"]], 1
     if path.name.endswith(".verified.json"):  # a reward of 1 is a right answer
         name, scale = "right answers", 100
-    low, high = scale * cell["ci"][0], scale * cell["ci"][1]
+    sign = claim["sign"]
     if "boundary" in claim:
         paths = sorted(folder.glob(claim["boundary"]))
         scores = [json.loads(path.read_text(encoding="utf-8"))["score"] for path in paths]
         sign = 1 if sum(scores) / len(scores) > 0.5 else -1
         listed = " ".join(f"{score:.2f}" for score in scores)
-        claim = claim | {"sign": sign, "claim": f"{claim['claim']}: {listed}"}
+        claim = claim | {"claim": f"{claim['claim']}; scores of our seeds {listed}"}
+    low, high = sorted(sign * scale * end for end in cell["ci"])
     return claim | {
-        "difference": scale * cell["difference"],
+        "difference": sign * scale * cell["difference"],
         "ci": (low, high),
         "by": f"{name}, {claim['group']}, n = {group['n_total']}",
         "seeds": cell["error_over_seeds"] is not None,
-        "verdict": verdict(low, high, claim["sign"]),
+        "verdict": verdict(low, high),
     }
 
 
@@ -86,10 +88,9 @@ def draw(claims, path):
     claims = [claim for claim in claims if claim["verdict"] != "not run"]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.42 * len(claims)), layout="constrained")
     for k, claim in enumerate(claims):
-        ends = [claim["sign"] * end for end in claim["ci"]]
         colour = COLOURS[claim["verdict"]]
-        axes.plot(ends, [k, k], color=colour, linewidth=2)
-        axes.plot(claim["sign"] * claim["difference"], k, "o" if claim["seeds"] else "s", color=colour)
+        axes.plot(claim["ci"], [k, k], color=colour, linewidth=2)
+        axes.plot(claim["difference"], k, "o" if claim["seeds"] else "s", color=colour)
     for name, colour in COLOURS.items():
         axes.plot([], [], color=colour, linewidth=2, label=name)
     axes.axvline(0, color="black", linewidth=0.8)

@@ -4,7 +4,8 @@ Comparisons of one experiment -> their table.
 Reads   FOLDER   NAME.json and NAME.verified.json of report/compare.py, as results/settings.sh writes them
 Prints  a line of Markdown per NAME, the first setting minus the second in points with 95 % intervals: win
         rates by the reward, plain and length-controlled (LC), on all prompts and on groups of them, and the
-        share of right answers. A star: one seed, so the interval is of these models alone
+        share of right answers. A star: one seed, so the interval is of these models alone. "Seeds paired" is
+        LC with the interval of the differences of runs of the same seed, empty without such runs
 
     python results/differences.py results/shares
 """
@@ -37,14 +38,17 @@ def cell_text(cell, scale=1):
 
 
 def main(args):
-    print(f"| comparison | {' | '.join(title for *_, title in COLUMNS)} | right answers |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| comparison | {' | '.join(title for *_, title in COLUMNS)} | right answers | LC, seeds paired |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for verified in sorted(Path(args.folder).glob("*.verified.json")):
         name = verified.name.removesuffix(".verified.json")
         groups = json.loads((verified.parent / f"{name}.json").read_text(encoding="utf-8"))["groups"]
         cells = [cell_text(groups[group][measure]) for group, measure, _ in COLUMNS]
         right = json.loads(verified.read_text(encoding="utf-8"))["groups"]["all"]["reward"]
-        print(f"| {name} | {' | '.join(cells)} | {cell_text(right, 100)} |")
+        cells.append(cell_text(right, 100))
+        low, high = groups["all"]["length_controlled_winrate"].get("ci_paired", (None, None))
+        cells.append("" if low is None else f"{low:+.1f} to {high:+.1f}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,24 @@ def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
     assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half], rel=1e-2)
 
 
+def test_runs_of_the_same_seed_are_paired(tmp_path):
+    shared = (0.8, 0.5, 0.6)  # what a seed does to both settings
+    runs = [signs(seed, share) for seed, share in zip((1, 2, 3), shared, strict=True)]
+    others = [signs(seed, share - 0.1) for seed, share in zip((4, 5, 6), shared, strict=True)]
+    first = [judged(tmp_path, f"a_seed{k}", run) for k, run in enumerate(runs)]
+    second = [judged(tmp_path, f"b_seed{k}", run) for k, run in enumerate(others)]
+    rate = result_of(tmp_path, "--first", *first, "--second", *second)["groups"]["all"]["win_rate"]
+    differences = 50 * (np.mean(runs, axis=1) - np.mean(others, axis=1))
+    over_prompts, over_seeds = rate["error_over_prompts"] ** 2, differences.var(ddof=1) / 3
+    total = over_prompts + over_seeds
+    df = total**2 / (over_prompts**2 / (N - 1) + over_seeds**2 / 2)
+    half = compare.t_quantile(df) * math.sqrt(total)
+    assert rate["ci_paired"] == pytest.approx([differences.mean() - half, differences.mean() + half])
+    assert rate["ci"][1] - rate["difference"] > 1.2 * half  # what both share is in this one
+    turned = result_of(tmp_path, "--first", *first, "--second", *second[::-1])["groups"]["all"]["win_rate"]
+    assert "ci_paired" not in turned and turned["ci"] == pytest.approx(rate["ci"])
+
+
 def test_two_settings_in_one_average_are_not_seeds_of_each_other(tmp_path):
     large = [judged(tmp_path, f"large_seed{k}", signs(k, 0.9)) for k in (1, 2)]
     small = [judged(tmp_path, f"small_seed{k}", signs(k, 0.3)) for k in (3, 4)]
@@ -148,9 +166,8 @@ def test_refusals(tmp_path, capsys):
 
 
 def test_verdicts_on_claims():
-    assert claims.verdict(0.1, 5.0, 1) == "agrees" and claims.verdict(0.1, 5.0, -1) == "disagrees"
-    assert claims.verdict(-5.0, -0.1, -1) == "agrees" and claims.verdict(-5.0, -0.1, 1) == "disagrees"
-    assert claims.verdict(-1.0, 5.0, 1) == claims.verdict(-1.0, 0.0, -1) == "undecided"
+    assert claims.verdict(0.1, 5.0) == "agrees" and claims.verdict(-5.0, -0.1) == "disagrees"
+    assert claims.verdict(-1.0, 5.0) == claims.verdict(-1.0, 0.0) == "undecided"
 
 
 def test_table_of_claims(tmp_path, capsys):
@@ -175,11 +192,11 @@ def test_table_of_claims(tmp_path, capsys):
     path.write_text(json.dumps([row | {"claim": "c", "paper": "p"} for row in rows]))
     claims.main(claims.parse_args([str(path), "--figure", str(tmp_path / "claims.png")]))
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| c | p | -3.0 (-4.0 to -2.0) | LC, open, n = 9 | [a/x](a/x.json) | agrees, of these models |",
+        "| c | p | +3.0 (+2.0 to +4.0) | LC, open, n = 9 | [a/x](a/x.json) | agrees, of these models |",
         "| c | p | +2.0 (-1.0 to +5.0) | right answers, all, n = 8 | [a/r.verified](a/r.verified.json) "
         "| undecided |",
         "| c | p |  |  | b/x.json | not run |",
-        "| c: 0.30 0.60 | p | -3.0 (-4.0 to -2.0) | LC, open, n = 9 | [a/x](a/x.json) "
+        "| c; scores of our seeds 0.30 0.60 | p | +3.0 (+2.0 to +4.0) | LC, open, n = 9 | [a/x](a/x.json) "
         "| agrees, of these models |",
     ]
     assert (tmp_path / "claims.png").read_bytes()[:4] == b"\x89PNG"
