@@ -52,7 +52,7 @@ def with_result(claim, folder):
         scores = [json.loads(path.read_text(encoding="utf-8"))["score"] for path in paths]
         sign = 1 if sum(scores) / len(scores) > 0.5 else -1
         listed = " ".join(f"{score:.2f}" for score in scores)
-        claim = claim | {"claim": f"{claim['claim']}; scores of our seeds {listed}"}
+        claim = claim | {"claim": f"{claim['claim']}; ours {listed}"}
     low, high = sorted(sign * scale * end for end in cell["ci"])
     return claim | {
         "difference": sign * scale * cell["difference"],
@@ -97,7 +97,7 @@ def draw(claims, path):
     axes.set_yticks(range(len(claims)), [textwrap.fill(claim["claim"], 56) for claim in claims], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("points in the direction of the claim, 95 % interval; squares: one seed")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -196,7 +196,7 @@ def test_table_of_claims(tmp_path, capsys):
         "| c | p | +2.0 (-1.0 to +5.0) | right answers, all, n = 8 | [a/r.verified](a/r.verified.json) "
         "| undecided |",
         "| c | p |  |  | b/x.json | not run |",
-        "| c; scores of our seeds 0.30 0.60 | p | +3.0 (+2.0 to +4.0) | LC, open, n = 9 | [a/x](a/x.json) "
+        "| c; ours 0.30 0.60 | p | +3.0 (+2.0 to +4.0) | LC, open, n = 9 | [a/x](a/x.json) "
         "| agrees, of these models |",
     ]
     assert (tmp_path / "claims.png").read_bytes()[:4] == b"\x89PNG"
