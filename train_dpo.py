@@ -114,7 +114,7 @@ MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # of a token's log-probability; of T tokens sqrt(T) times
-NEIGHBOUR = 0.01  # the same with other tokens before it; measured: 0 to 4e-6, with a convolution 0.05 to 0.08
+NEIGHBOUR = 0.01  # the same, with other tokens before it: measured 0 to 4e-6, with a convolution 0.05 to 0.08
 # arguments that may change between a run that was stopped and the one that resumes it
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "micro_tokens", "activation_checkpointing"}
 Message = TypedDict("Message", {"role": str, "content": str})
@@ -625,12 +625,15 @@ def check_neighbours(policy, before, sequences):
     """
     turned = before._replace(ids=before.ids[::-1])
     for sequence in sequences:
-        first, second = (sequence_logps(policy, [other, sequence])[0][1].item() for other in (before, turned))
-        if not abs(first - second) <= NEIGHBOUR * math.sqrt(sum(sequence.trained)):
-            sentence = (
-                f"the log-probability of a response is {first:.4f} or {second:.4f} with another one before it"
+        logps, _ = sequence_logps(policy, [before, sequence])
+        others, _ = sequence_logps(policy, [turned, sequence])
+        logp, other = logps[1].item(), others[1].item()
+        if not abs(logp - other) <= NEIGHBOUR * math.sqrt(sum(sequence.trained)):
+            name, place = (
+                policy.model.name_or_path,
+                "with another one before it in a row: they cannot be packed",
             )
-            fail(f"{policy.model.name_or_path}: {sentence} in a row: they cannot be packed")
+            fail(f"{name}: the log-probability of a response is {logp:.4f} or {other:.4f} {place}")
     release(policy)
 
 

@@ -162,9 +162,8 @@ def half_width(over_prompts, freedom, parts):
     total = over_prompts + seeds
     squares = over_prompts**2 / freedom + sum(part**2 / df for part, df in parts or [])
     half = np.zeros_like(total)
-    for place in np.argwhere(total > 0):
-        place = tuple(place)
-        half[place] = t_quantile(total[place] ** 2 / squares[place]) * math.sqrt(total[place])
+    for m, g in np.argwhere(total > 0):
+        half[m, g] = t_quantile(total[m, g] ** 2 / squares[m, g]) * math.sqrt(total[m, g])
     return half, np.sqrt(seeds)
 
 
@@ -196,11 +195,11 @@ def main(args):
         if parts and list(map(seed_of, args.first)) == list(map(seed_of, args.second)):
             names = [f"{one} {other}" for one, other in zip(args.first, args.second, strict=True)]
             paired = over_seeds(names, values - other_values)
-        parts = parts and other_parts and parts + other_parts
+        parts = parts + other_parts if parts and other_parts else None
     freedom = np.maximum(members.sum(0) - 1, 1)  # of the variance over prompts
     differences = values.mean(0) - other_values.mean(0)
     half, seed_error = half_width(variance, freedom, parts)
-    paired_half, _ = half_width(variance, freedom, paired)
+    paired_half, _ = half_width(variance, freedom, paired)  # not used where nothing is paired
 
     results = {}
     for g, (name, size) in enumerate(zip(groups, members.sum(0), strict=True)):

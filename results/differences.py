@@ -46,8 +46,12 @@ def main(args):
         cells = [cell_text(groups[group][measure]) for group, measure, _ in COLUMNS]
         right = json.loads(verified.read_text(encoding="utf-8"))["groups"]["all"]["reward"]
         cells.append(cell_text(right, 100))
-        low, high = groups["all"]["length_controlled_winrate"].get("ci_paired", (None, None))
-        cells.append("" if low is None else f"{low:+.1f} to {high:+.1f}")
+        rate = groups["all"]["length_controlled_winrate"]
+        paired = ""
+        if "ci_paired" in rate:
+            low, high = rate["ci_paired"]
+            paired = f"{low:+.1f} to {high:+.1f}"
+        cells.append(paired)
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -542,7 +542,7 @@ def test_the_type_of_the_files_counts_not_that_of_the_config(policy, pairs_file,
 
 
 def test_the_rounding_of_bfloat16_hides_nothing_that_cannot_be_packed(pairs_file, tmp_path, capsys):
-    """A convolution of three tokens moves a response by 1 at most, which bfloat16's rounding may."""
+    """What a convolution of three tokens sees changes a response by less than ROUNDING allows in bfloat16."""
     make_tokenizer(tmp_path / "model")
     random_model("Lfm2", tmp_path / "model", **LFM2)
     flags = ("--pairs", pairs_file, "--out", tmp_path / "out", "--dtype", "bfloat16")
