@@ -629,10 +629,8 @@ def check_neighbours(policy, before, sequences):
         others, _ = sequence_logps(policy, [turned, sequence])
         logp, other = logps[1].item(), others[1].item()
         if not abs(logp - other) <= NEIGHBOUR * math.sqrt(sum(sequence.trained)):
-            name, place = (
-                policy.model.name_or_path,
-                "with another one before it in a row: they cannot be packed",
-            )
+            name = policy.model.name_or_path
+            place = "with another one before it in a row: they cannot be packed"
             fail(f"{name}: the log-probability of a response is {logp:.4f} or {other:.4f} {place}")
     release(policy)
 
