@@ -86,10 +86,10 @@ def read_runs(runs, baseline, ending):
 
 def baseline_of(prompts):
     """The prompts as the baseline itself answers them: it ties, by definition."""
-    own = {}
+    ties = {}
     for key, prompt in prompts.items():
-        own[key] = prompt | {"p": 0.5, "len": prompt["len_baseline"], "reward": prompt["reward_baseline"]}
-    return own
+        ties[key] = prompt | {"p": 0.5, "len": prompt["len_baseline"], "reward": prompt["reward_baseline"]}
+    return ties
 
 
 def as_arrays(prompts, members):
@@ -167,16 +167,48 @@ def half_width(over_prompts, freedom, parts):
     return half, np.sqrt(seeds)
 
 
+def difference_of(first, second, names, other_names):
+    """The difference of two averages of runs, {name: (3, g)}; other_names are empty for the baseline.
+
+    "first", "second", "difference", its interval "low" to "high", "error_over_prompts"; "error_over_seeds" if
+    each setting has several runs; "low_paired", "high_paired" if the runs of both have the same seeds.
+    """
+    everything = np.arange(len(first[0]["p"]))
+    with np.errstate(invalid="ignore"):  # nan: a draw left a group empty
+        values, other_values = mean_rates(first, everything), mean_rates(second, everything)
+        variance = over_prompts(first, second)
+    freedom = np.maximum(first[0]["members"].sum(0) - 1, 1)  # of the variance over prompts
+
+    parts = over_seeds(names, values)
+    if other_names:
+        other_parts = over_seeds(other_names, other_values)
+        parts = parts + other_parts if parts and other_parts else None
+    difference = values.mean(0) - other_values.mean(0)
+    half, seed_error = half_width(variance, freedom, parts)
+    result = {"first": values.mean(0), "second": other_values.mean(0), "difference": difference}
+    result |= {"low": difference - half, "high": difference + half, "error_over_prompts": np.sqrt(variance)}
+    if not parts:
+        return result
+    result["error_over_seeds"] = seed_error
+    if list(map(seed_of, names)) == list(map(seed_of, other_names)):
+        pairs = [f"{name} {other}" for name, other in zip(names, other_names, strict=True)]
+        paired_parts = over_seeds(pairs, values - other_values)
+        if paired_parts:
+            half, _ = half_width(variance, freedom, paired_parts)
+            result |= {"low_paired": difference - half, "high_paired": difference + half}
+    return result
+
+
 def main(args):
-    runs = args.first + args.second
-    prompts_of, categories, judges = read_runs(runs, args.baseline, args.ending)
+    prompts_of, categories, judges = read_runs(args.first + args.second, args.baseline, args.ending)
     keys = sorted(prompts_of[0])
     groups = {"all": set(categories.values())}
     for group in args.group:
         name, _, names = group.partition("=")
         groups[name] = set(names.split(","))
     members = np.array([[categories[key] in group for group in groups.values()] for key in keys])
-    for name, size in zip(groups, members.sum(0), strict=True):
+    sizes = members.sum(0)
+    for name, size in zip(groups, sizes, strict=True):
         if not size:
             fail(f"--group {name}: no prompt is of {', '.join(sorted(groups[name]))}")
 
@@ -184,41 +216,25 @@ def main(args):
     second = [as_arrays(prompts, members) for prompts in prompts_of[len(args.first) :]]
     if not second:
         second = [as_arrays(baseline_of(prompts_of[0]), members)]
-    everything = np.arange(len(keys))
-    with np.errstate(invalid="ignore"):  # nan: a draw left a group empty
-        values, other_values = mean_rates(first, everything), mean_rates(second, everything)
-        variance = over_prompts(first, second)
-    parts = over_seeds(args.first, values)
-    paired = None
-    if args.second:
-        other_parts = over_seeds(args.second, other_values)
-        if parts and list(map(seed_of, args.first)) == list(map(seed_of, args.second)):
-            names = [f"{one} {other}" for one, other in zip(args.first, args.second, strict=True)]
-            paired = over_seeds(names, values - other_values)
-        parts = parts + other_parts if parts and other_parts else None
-    freedom = np.maximum(members.sum(0) - 1, 1)  # of the variance over prompts
-    differences = values.mean(0) - other_values.mean(0)
-    half, seed_error = half_width(variance, freedom, parts)
-    paired_half, _ = half_width(variance, freedom, paired)  # not used where nothing is paired
+    difference = difference_of(first, second, args.first, args.second)
 
     results = {}
-    for g, (name, size) in enumerate(zip(groups, members.sum(0), strict=True)):
-        results[name] = {"n_total": int(size)}
+    for g, name in enumerate(groups):
+        results[name] = {"n_total": int(sizes[g])}
         for m, measure in enumerate(MEASURES):
-            difference = differences[m, g]
-            low, high = difference - half[m, g], difference + half[m, g]
+            value = {key: array[m, g] for key, array in difference.items()}
+            low, high = value["low"], value["high"]
             results[name][measure] = {
-                "first": values[:, m, g].mean(),
-                "second": other_values[:, m, g].mean(),
-                "difference": difference,
+                "first": value["first"],
+                "second": value["second"],
+                "difference": value["difference"],
                 "ci": [low, high],
-                "error_over_prompts": math.sqrt(variance[m, g]),
-                "error_over_seeds": seed_error[m, g] if parts else None,
+                "error_over_prompts": value["error_over_prompts"],
+                "error_over_seeds": value.get("error_over_seeds"),
             }
-            if paired:
-                ends = [difference - paired_half[m, g], difference + paired_half[m, g]]
-                results[name][measure]["ci_paired"] = ends
-            print(f"{name} (n = {size}), {measure}: {difference:+.2f} ({low:.2f} to {high:.2f})")
+            if "low_paired" in value:
+                results[name][measure]["ci_paired"] = [value["low_paired"], value["high_paired"]]
+            print(f"{name} (n = {sizes[g]}), {measure}: {value['difference']:+.2f} ({low:.2f} to {high:.2f})")
     result = {"groups": results, "runs": {"first": args.first, "second": args.second or [args.baseline]}}
     result |= {"baseline": args.baseline, "judge": sorted(judges)}
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
