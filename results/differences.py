@@ -5,13 +5,15 @@ Reads   FOLDER   NAME.json and NAME.verified.json of report/compare.py, as resul
 Prints  a line of Markdown per NAME, the first setting minus the second in points with 95 % intervals: win
         rates by the reward, plain and length-controlled (LC), on all prompts and on groups of them, and the
         share of right answers. A star: one seed, so the interval is of these models alone. "Seeds paired" is
-        LC with the interval of the differences of runs of the same seed, empty without such runs
+        LC with the interval of the differences of runs of the same seed, empty without such runs. The
+        standard error is that of LC on all prompts, over prompts and, with several seeds, over seeds
 
     python results/differences.py results/shares
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 COLUMNS = (
@@ -38,8 +40,9 @@ def cell_text(cell, scale=1):
 
 
 def main(args):
-    print(f"| comparison | {' | '.join(title for *_, title in COLUMNS)} | right answers | LC, seeds paired |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    titles = [title for *_, title in COLUMNS] + ["right answers", "LC, seeds paired", "LC, standard error"]
+    print(f"| comparison | {' | '.join(titles)} |")
+    print(f"|{'---|' * (len(titles) + 1)}")
     for verified in sorted(Path(args.folder).glob("*.verified.json")):
         name = verified.name.removesuffix(".verified.json")
         groups = json.loads((verified.parent / f"{name}.json").read_text(encoding="utf-8"))["groups"]
@@ -51,7 +54,8 @@ def main(args):
         if "ci_paired" in rate:
             low, high = rate["ci_paired"]
             paired = f"{low:+.1f} to {high:+.1f}"
-        cells.append(paired)
+        error = math.hypot(rate["error_over_prompts"], rate["error_over_seeds"] or 0)
+        cells += [paired, f"{error:.1f}"]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

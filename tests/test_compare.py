@@ -202,6 +202,19 @@ def test_table_of_claims(tmp_path, capsys):
     assert (tmp_path / "claims.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_line_of_differences(tmp_path, capsys):
+    rate = {"difference": 5, "ci": [-1, 11], "error_over_prompts": 3.0, "error_over_seeds": 4.0}
+    group = {"win_rate": rate, "length_controlled_winrate": rate | {"ci_paired": [1, 9]}}
+    right = {"reward": {"difference": 0.02, "ci": [-0.01, 0.05], "error_over_seeds": None}}
+    results = {name: group for name in ("all", "open", "taste", "verifiable")}
+    (tmp_path / "a_against_b.json").write_text(json.dumps({"groups": results}))
+    (tmp_path / "a_against_b.verified.json").write_text(json.dumps({"groups": {"all": right}}))
+    differences.main(differences.parse_args([str(tmp_path)]))
+    rates = 6 * "+5.0 (-1.0 to +11.0) | "
+    line = f"| a_against_b | {rates}+2.0 (-1.0 to +5.0)* | +1.0 to +9.0 | 5.0 |"
+    assert capsys.readouterr().out.splitlines()[2:] == [line]
+
+
 def test_tables_of_results_are_those_of_their_json(capsys):
     claims.main(claims.parse_args([str(REPO / "results" / "claims.json")]))
     assert capsys.readouterr().out in (REPO / "results" / "README.md").read_text()
