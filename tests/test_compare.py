@@ -47,6 +47,12 @@ def result_of(folder, *flags):
     return json.loads((folder / "out" / "c.json").read_text())
 
 
+@pytest.fixture
+def few_draws(monkeypatch):
+    """For tests that do not ask how near the bootstrap is."""
+    monkeypatch.setattr(compare, "DRAWS", 100)
+
+
 def signs(seed, share):
     """Rewards of N answers, the share of them above the baseline's."""
     return np.where(np.random.default_rng(seed).random(N) < share, 1.0, -1.0).tolist()
@@ -89,7 +95,7 @@ def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
     assert rate["ci"] == pytest.approx([rate["difference"] - half, rate["difference"] + half], rel=1e-2)
 
 
-def test_runs_of_the_same_seed_are_paired(tmp_path):
+def test_runs_of_the_same_seed_are_paired(tmp_path, few_draws):
     shared = (0.8, 0.5, 0.6)  # what a seed does to both settings
     runs = [signs(seed, share) for seed, share in zip((1, 2, 3), shared, strict=True)]
     others = [signs(seed, share - 0.1) for seed, share in zip((4, 5, 6), shared, strict=True)]
@@ -107,7 +113,7 @@ def test_runs_of_the_same_seed_are_paired(tmp_path):
     assert "ci_paired" not in turned and turned["ci"] == pytest.approx(rate["ci"])
 
 
-def test_two_settings_in_one_average_are_not_seeds_of_each_other(tmp_path):
+def test_two_settings_in_one_average_are_not_seeds_of_each_other(tmp_path, few_draws):
     large = [judged(tmp_path, f"large_seed{k}", signs(k, 0.9)) for k in (1, 2)]
     small = [judged(tmp_path, f"small_seed{k}", signs(k, 0.3)) for k in (3, 4)]
     rate = result_of(tmp_path, "--first", *large, *small)["groups"]["all"]["win_rate"]
@@ -117,7 +123,7 @@ def test_two_settings_in_one_average_are_not_seeds_of_each_other(tmp_path):
     assert rate["error_over_seeds"] == pytest.approx(math.sqrt(within))
 
 
-def test_a_setting_with_one_run_says_nothing_of_seeds(tmp_path):
+def test_a_setting_with_one_run_says_nothing_of_seeds(tmp_path, few_draws):
     first = [judged(tmp_path, f"a_seed{k}", signs(k, 0.9)) for k in (1, 2)]
     second = judged(tmp_path, "b", signs(3, 0.5))
     rate = result_of(tmp_path, "--first", *first, "--second", second)["groups"]["all"]["win_rate"]
