@@ -114,7 +114,7 @@ MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # of a token's log-probability; of T tokens sqrt(T) times
-NEIGHBOUR = 0.01  # the same, with other tokens before it: measured 0 to 6e-4, with a convolution 0.05 to 0.08
+NEIGHBOUR = 0.01  # the same for other tokens before it; measured 0 to 6e-4, with a convolution 0.05 to 0.08
 # arguments that may change between a run that was stopped and the one that resumes it
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "micro_tokens", "activation_checkpointing"}
 Message = TypedDict("Message", {"role": str, "content": str})

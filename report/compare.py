@@ -121,7 +121,7 @@ def over_prompts(first, second):
 def over_seeds(names, values):
     """[(variance (3, g) of the average of all runs that a setting's seeds cause, degrees of freedom)].
 
-    names of the runs, values (runs, 3, g). None if a setting has a single run.
+    names of the runs, values (runs, 3, g). Empty if each setting has a single run.
     """
     settings = {}
     for name, value in zip(names, values, strict=True):
@@ -130,7 +130,7 @@ def over_seeds(names, values):
     if len(counts) > 1:
         fail(f"expected as many runs of each setting, found {' and '.join(map(str, sorted(counts)))}")
     if counts == {1}:
-        return None
+        return []
     parts = []
     for runs in settings.values():
         variance = np.var(runs, axis=0, ddof=1) / len(runs) / len(settings) ** 2
@@ -152,18 +152,22 @@ def seed_of(run):
     return seeds[-1] if seeds else None
 
 
-def half_width(over_prompts, freedom, parts):
+def half_width(variance, freedom, parts):
     """Half the 95 % interval of a difference and its error over seeds, both (3, g).
 
-    over_prompts (3, g) with `freedom` (g,) degrees of freedom, and over_seeds' parts, are variances that add;
-    those of their sum are Welch's and Satterthwaite's.
+    variance (3, g) over prompts with `freedom` (g,) degrees of freedom, and over_seeds' parts, add up; the
+    degrees of freedom of the sum are Welch's and Satterthwaite's.
     """
-    seeds = sum((part for part, _ in parts or []), np.zeros_like(over_prompts))
-    total = over_prompts + seeds
-    squares = over_prompts**2 / freedom + sum(part**2 / df for part, df in parts or [])
+    seeds, squares = np.zeros_like(variance), np.zeros_like(variance)
+    for part, df in parts:
+        seeds = seeds + part
+        squares = squares + part**2 / df
+    total = variance + seeds
+    squares = variance**2 / freedom + squares
     half = np.zeros_like(total)
     for m, g in np.argwhere(total > 0):
-        half[m, g] = t_quantile(total[m, g] ** 2 / squares[m, g]) * math.sqrt(total[m, g])
+        df = total[m, g] ** 2 / squares[m, g]
+        half[m, g] = t_quantile(df) * math.sqrt(total[m, g])
     return half, np.sqrt(seeds)
 
 
@@ -173,16 +177,19 @@ def difference_of(first, second, names, other_names):
     "first", "second", "difference", its interval "low" to "high", "error_over_prompts"; "error_over_seeds" if
     each setting has several runs; "low_paired", "high_paired" if the runs of both have the same seeds.
     """
-    everything = np.arange(len(first[0]["p"]))
+    all_prompts = np.arange(len(first[0]["p"]))
     with np.errstate(invalid="ignore"):  # nan: a draw left a group empty
-        values, other_values = mean_rates(first, everything), mean_rates(second, everything)
+        values, other_values = mean_rates(first, all_prompts), mean_rates(second, all_prompts)
         variance = over_prompts(first, second)
     freedom = np.maximum(first[0]["members"].sum(0) - 1, 1)  # of the variance over prompts
 
     parts = over_seeds(names, values)
     if other_names:
         other_parts = over_seeds(other_names, other_values)
-        parts = parts + other_parts if parts and other_parts else None
+        if parts and other_parts:
+            parts = parts + other_parts
+        else:
+            parts = []
     difference = values.mean(0) - other_values.mean(0)
     half, seed_error = half_width(variance, freedom, parts)
     result = {"first": values.mean(0), "second": other_values.mean(0), "difference": difference}
@@ -190,7 +197,10 @@ def difference_of(first, second, names, other_names):
     if not parts:
         return result
     result["error_over_seeds"] = seed_error
-    if list(map(seed_of, names)) == list(map(seed_of, other_names)):
+
+    seeds = [seed_of(name) for name in names]
+    other_seeds = [seed_of(name) for name in other_names]
+    if seeds == other_seeds:
         pairs = [f"{name} {other}" for name, other in zip(names, other_names, strict=True)]
         paired_parts = over_seeds(pairs, values - other_values)
         if paired_parts:

@@ -39,6 +39,19 @@ def cell_text(cell, scale=1):
     return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}){star}"
 
 
+def line_of(groups, right):
+    """The cells of a comparison's line, from its groups by the reward and its right answers."""
+    cells = [cell_text(groups[group][measure]) for group, measure, _ in COLUMNS]
+    cells.append(cell_text(right, 100))
+    rate = groups["all"]["length_controlled_winrate"]
+    paired = ""
+    if "ci_paired" in rate:
+        low, high = rate["ci_paired"]
+        paired = f"{low:+.1f} to {high:+.1f}"
+    error = math.hypot(rate["error_over_prompts"], rate["error_over_seeds"] or 0)
+    return [*cells, paired, f"{error:.1f}"]
+
+
 def main(args):
     titles = [title for *_, title in COLUMNS] + ["right answers", "LC, seeds paired", "LC, standard error"]
     print(f"| comparison | {' | '.join(titles)} |")
@@ -46,17 +59,8 @@ def main(args):
     for verified in sorted(Path(args.folder).glob("*.verified.json")):
         name = verified.name.removesuffix(".verified.json")
         groups = json.loads((verified.parent / f"{name}.json").read_text(encoding="utf-8"))["groups"]
-        cells = [cell_text(groups[group][measure]) for group, measure, _ in COLUMNS]
         right = json.loads(verified.read_text(encoding="utf-8"))["groups"]["all"]["reward"]
-        cells.append(cell_text(right, 100))
-        rate = groups["all"]["length_controlled_winrate"]
-        paired = ""
-        if "ci_paired" in rate:
-            low, high = rate["ci_paired"]
-            paired = f"{low:+.1f} to {high:+.1f}"
-        error = math.hypot(rate["error_over_prompts"], rate["error_over_seeds"] or 0)
-        cells += [paired, f"{error:.1f}"]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(line_of(groups, right))} |")
 
 
 if __name__ == "__main__":
