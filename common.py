@@ -269,7 +269,7 @@ def append_rows(file, rows):
 
 # ----- models
 def load_model(auto_class, name, revision, dtype, unused=None, **options):
-    """A model in eval mode, on the GPUs if there are any. No weight may be missing but those named `unused`."""
+    """A model in eval mode, on the GPUs if there are any. Only weights named like `unused` may be missing."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig
