@@ -1,4 +1,4 @@
-"""What the tests share: a two-layer random model with a byte-level tokenizer and ChatML, and rows."""
+"""What the tests share: a policy (models.py has all tiny models), rows, and scripts run as a user runs them."""
 
 import json
 import os
@@ -11,65 +11,8 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
+from models import CHATML, make_policy, make_tokenizer  # noqa: E402, F401
 from processes import Script  # noqa: E402
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def make_tokenizer(folder, template=CHATML):
-    """256 bytes and three special tokens; pad is the end-of-turn token, as in SmolLM2."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        model_max_length=512,
-    )
-    if template:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def make_policy(folder, seed=0, tie=True, hidden=64, spread=0.3, template=CHATML):
-    """A random LlamaForCausalLM whose distributions are far from uniform; vocabulary 259."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = make_tokenizer(folder, template)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=tie,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=spread,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    model.generation_config.temperature = 0.1  # must reach no sample
-    model.generation_config.do_sample = True
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
