@@ -1,4 +1,4 @@
-"""What the tests share: a policy (models.py has all tiny models), rows, and scripts run as a user runs them."""
+"""What the tests share: a policy (all tiny models: models.py), rows, and scripts run as a user does."""
 
 import json
 import os
