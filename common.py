@@ -71,14 +71,14 @@ def as_messages(prompt, line):
 
 def read_responses(paths, shape):
     """{id: row} of files of responses; rows of one id are merged. All rewards must be of one labeler."""
-    rows, labelers, seen = {}, set(), set()
+    rows, labelers, ids = {}, set(), set()
     for path in paths:
         file = os.path.realpath(path)
         for line, row in read_jsonl(path, shape):
             row["prompt"] = as_messages(row["prompt"], line)
-            if (file, row["id"]) in seen:
+            if (file, row["id"]) in ids:
                 fail(f"{line}: duplicate id {row['id']} in this file")
-            seen.add((file, row["id"]))
+            ids.add((file, row["id"]))
             n = len(row["responses"])
             for name in ("wins", "cosine"):
                 if row.get(name) is not None and [len(values) for values in row[name]] != [n] * n:
@@ -171,9 +171,9 @@ def write_record(out, record):
 
 def check_output(out, inputs):
     """Refuse an --out that is an input or the record of one, or that is not a file."""
-    taken = {os.path.realpath(path) for name in inputs for path in (name, meta_path(name))}
+    protected = {os.path.realpath(path) for name in inputs for path in (name, meta_path(name))}
     for path in (out, meta_path(out)):
-        if {os.path.realpath(path), os.path.realpath(f"{path}.tmp")} & taken:
+        if {os.path.realpath(path), os.path.realpath(f"{path}.tmp")} & protected:
             fail(f"--out {out}: this would overwrite an input file or its record")
         if os.path.exists(path) and not os.path.isfile(path):
             fail(f"--out {out}: {path} exists and is not a file")
