@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The share set by category, ours, after S1 Fig. 2: on-policy pairs where answers are right or wrong, off-policy pairs where
-# taste decides, against one share for all prompts (S1 Fig. 4). All pairs are of the same rewards, and equally many.
+# taste decides, against one share for all prompts (S1 Fig. 4). All pairs are of the same rewards and prompts, and equally
+# many: with one seed and total build_pairs.py takes the same prompts at every share.
 #
 #     SCALE=demo bash recipes/category_shares.sh     (recipes/settings.sh tells what SCALE and the functions do)
 #
@@ -16,17 +17,27 @@ MODEL=$MODEL OUT=$FIG4 bash recipes/s1_fig4.sh
 if [ "$SCALE" = demo ]; then
   mkdir -p "$OUT"
   cat "$FIG4"/scored/*.jsonl >"$OUT/scored.jsonl" # its prompts have categories
-  taste=(writing=0 recommendation=0)
+  taste=(writing recommendation)
 else
   python scorers/category.py --model "$LABELER" --responses "$FIG4"/scored/*.jsonl --out "$OUT/scored.jsonl"
-  taste=("assisting or creative writing=0" roleplay=0 recommendation=0)
+  taste=("assisting or creative writing" roleplay recommendation)
 fi
 for seed in $SEEDS; do
   run=$OUT/by_category_seed$seed
-  python build_pairs.py --scored "$OUT/scored.jsonl" --on-ratio 1 --on-ratio-of "${taste[@]}" --seed "$seed" "${PAIRS[@]}" \
-    --out "$run.pairs.jsonl"
+  pairs=(build_pairs.py --scored "$OUT/scored.jsonl" --seed "$seed" "${PAIRS[@]}")
+  python "${pairs[@]}" --on-ratio 1 --out "$run.parts/on.pairs.jsonl"
+  python "${pairs[@]}" --on-ratio 0 --out "$run.parts/off.pairs.jsonl"
+  python - "$run.parts" "${taste[@]}" >"$run.pairs.jsonl" <<'END'
+import json, sys
+
+folder, *taste = sys.argv[1:]
+for source in ("on", "off"):
+    for line in open(f"{folder}/{source}.pairs.jsonl", encoding="utf-8"):
+        if (json.loads(line).get("category") in taste) == (source == "off"):
+            print(line, end="")
+END
   train train_dpo.py --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
   win_rate "$run" "$run"
 done
 python report/table.py "$FIG4"/*.winrate.json "$FIG4"/*.pairs.meta.json "$FIG4"/*/metrics.* \
-  "$OUT"/*.winrate.json "$OUT"/*.pairs.meta.json "$OUT"/*/metrics.* --out "$OUT"
+  "$OUT"/*.winrate.json "$OUT"/*/metrics.* --out "$OUT"

@@ -38,7 +38,7 @@ for round in $(seq "$ROUNDS"); do
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline "$model" \
       --responses "${answers[@]}" --out "$run.compared.jsonl"
   fi
-  python evaluate.py winrate --scored "$run.compared.jsonl" --model "$run" --baseline "$model" \
+  python evaluate.py --scored "$run.compared.jsonl" --model "$run" --baseline "$model" \
     --out "$OUT/before/round_$round.winrate.json"
   model=$run before=$run
 done
@@ -47,7 +47,6 @@ python report/table.py "$OUT"/*.winrate.json "$OUT"/*.boundary.json "$OUT"/*.pai
 python - "$OUT" "$ROUNDS" <<'END' | tee "$OUT/rounds.md"
 import json, sys
 from pathlib import Path
-
 out, rounds = Path(sys.argv[1]), int(sys.argv[2])
 print("| round | boundary score | on-policy share | win rate | win rate against the round before |\n|---|---|---|---|---|")
 for k in range(1, rounds + 1):

@@ -17,7 +17,7 @@ needs "$MODEL" "$REWARD"
 
 python data/import_responses.py "${OFF_POLICY[@]}" --out "$OUT/off.jsonl"
 on_gpus "$OUT/rewards" score.py --model "$REWARD" --responses "$OUT/off.jsonl"
-on_gpus "$OUT/logps" score.py --scorer logp --model "$MODEL" --responses "$OUT"/rewards/*.jsonl
+on_gpus "$OUT/logps" scorers/logp.py --model "$MODEL" --responses "$OUT"/rewards/*.jsonl
 on_gpus "$OUT/scored" scorers/embed.py --model "$MODEL" --responses "$OUT"/logps/*.jsonl
 
 for filter in $FILTERS; do

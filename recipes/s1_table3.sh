@@ -14,10 +14,10 @@ OUT=${OUT:-out/s1_table3/${MODEL##*/}}
 needs "$MODEL" "$REWARD"
 
 python data/import_responses.py "${OFF_POLICY[@]}" --out "$OUT/samples/off/0.jsonl"
-sample=(generate.py --model "$MODEL" --prompts "$OUT/samples/off/0.jsonl")
-on_gpus "$OUT/samples/prompting" "${sample[@]}" --diverse
-for t in 0.7 1 2; do on_gpus "$OUT/samples/tau_$t" "${sample[@]}" --temperature "$t"; done
-on_gpus "$OUT/samples/tau_3" "${sample[@]}" --temperature 3 --backend hf
+prompts=(--model "$MODEL" --prompts "$OUT/samples/off/0.jsonl")
+on_gpus "$OUT/samples/prompting" recipes/sample_diverse.py "${prompts[@]}"
+for t in 0.7 1 2; do on_gpus "$OUT/samples/tau_$t" generate.py "${prompts[@]}" --temperature "$t"; done
+on_gpus "$OUT/samples/tau_3" generate.py "${prompts[@]}" --temperature 3 --backend hf
 
 for name in off prompting tau_0.7 tau_1 tau_2 tau_3; do
   on_gpus "$OUT/rewards/$name" score.py --model "$REWARD" --responses "$OUT/samples/$name"/*.jsonl

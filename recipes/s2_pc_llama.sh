@@ -34,7 +34,7 @@ for row in (json.loads(line) for path in samples for line in open(path)):
         print(json.dumps(row))
 END
   python "${judge[@]}" --responses "$OUT/quality/$1.jsonl" --out "$OUT/quality/$1.judged.jsonl"
-  python evaluate.py winrate --scored "$OUT/quality/$1.judged.jsonl" --model "$1" --baseline pc_off \
+  python evaluate.py --scored "$OUT/quality/$1.judged.jsonl" --model "$1" --baseline pc_off \
     --out "$OUT/quality/$1.winrate.json"
 }
 

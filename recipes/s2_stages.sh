@@ -43,7 +43,7 @@ for model in $STARTS; do
   name=$OUT/${model##*/}
   on_gpus "$name.held_out" generate.py "${S2[@]}" --model "$model" --prompts "$OUT/held_out.jsonl"
   on_gpus "$name.held_out_scored" "${PREFERENCE[@]}" --responses "$name".held_out/*.jsonl "$OUT/held_out.jsonl"
-  on_gpus "$name.held_out_logp" score.py --scorer logp --model "$model" --responses "$name".held_out_scored/*.jsonl
+  on_gpus "$name.held_out_logp" scorers/logp.py --model "$model" --responses "$name".held_out_scored/*.jsonl
   python boundary.py --scored "$name".held_out_logp/*.jsonl --out "$name.boundary.json"
 
   on_gpus "$name.own" generate.py "${S2[@]}" --model "$model" --prompts "$OUT/off_policy.jsonl"

@@ -47,13 +47,5 @@ pairs=(recipes/s3_pairs.py --scored "${both[@]}" --ranks 1 2 "${PAIRS[@]}")
 python "${pairs[@]}" --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl"
 python "${pairs[@]}" --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
 
-for seed in $SEEDS; do
-  if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
-  for name in reward judge; do
-    run=$OUT/${name}_seed$seed
-    train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
-    win_rate "$run" "$run"
-    benchmarks "$run" "$run" what-matters
-  done
-done
+train_s3 reward judge
 python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* --out "$OUT"

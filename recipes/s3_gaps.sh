@@ -43,13 +43,5 @@ python "${pairs[@]}" --ranks 1 3 --gap "$GAP" --swap-rejected "$OUT/swap/1_2.pai
   --out "$OUT/lg_hq_inv.pairs.jsonl"
 python "${pairs[@]}" --ranks 1 2 --swap-rejected "$OUT/swap/3_4.pairs.jsonl" --out "$OUT/sg_hq_inv.pairs.jsonl"
 
-for seed in $SEEDS; do
-  if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
-  for name in $SETS; do
-    run=$OUT/${name}_seed$seed
-    train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
-    win_rate "$run" "$run"
-    benchmarks "$run" "$run" what-matters
-  done
-done
+train_s3 $SETS
 python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* --paper recipes/paper/s3_gaps.csv --out "$OUT"

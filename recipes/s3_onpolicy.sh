@@ -27,13 +27,7 @@ for base in best_low medium_worst; do
       name=${base}_${share}_$rule
       python recipes/s3_pairs.py --scored "$TIERS"/scored/*.jsonl "$OUT"/on/*.jsonl --tiers "${base/_//}" "${PAIRS[@]}" \
         --replace "$share" --replace-rule "$rule" --inverted keep --out "$OUT/$name.pairs.jsonl"
-      for seed in $SEEDS; do
-        if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
-        run=$OUT/${name}_seed$seed
-        train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
-        win_rate "$run" "$run"
-        benchmarks "$run" "$run" what-matters
-      done
+      train_s3 "$name"
     done
   done
 done

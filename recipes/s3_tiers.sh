@@ -14,10 +14,11 @@ DATA=${DATA:-ultrafeedback} # and oasst2
 mixture='import datasets, sys; datasets.load_dataset("allenai/tulu-3-sft-mixture")["train"].to_json(sys.stdout.buffer)'
 SEEN=(python -c "$mixture") # what MODEL was trained on, whose prompts are left out; pip install datasets
 OTHERS=(mistralai/Mistral-7B-Instruct-v0.2 princeton-nlp/Mistral-7B-Instruct-SimPO) OTHER=(--n 1)
-S3=(--preset s3) ONLINE=(recipes/train_online.py --method online-dpo --max-new 1024) PAPER=recipes/paper/s3_tiers_$DATA.csv
+S3=(--preset s3) SFT=(--loss sft --lr 1e-6 --adam-beta2 0.95) # S3 B.3
+ONLINE=(recipes/train_online.py --method online-dpo --max-new 1024) PAPER=recipes/paper/s3_tiers_$DATA.csv
 if [ "$SCALE" = demo ]; then
   DATA=demo SEEN=(cat data/eval.jsonl) OTHERS=("$MODEL") OTHER=(--n 5 --temperature 1)
-  S3+=(--epochs 1) ONLINE+=(--max-new 48) SETS=${SETS:-best_worst best_high low_worst sft online}
+  S3+=(--epochs 1) SFT=(--loss sft --adam-beta2 0.95) ONLINE+=(--max-new 48) SETS=${SETS:-best_worst best_high low_worst sft online}
 fi
 ALL_SETS="best_worst best_low best_medium best_high low_worst medium_worst high_worst"
 OUT=${OUT:-out/s3_tiers/$DATA}
@@ -33,10 +34,9 @@ esac
 python data/import_responses.py "${data[@]}" --out "$OUT/prompts.jsonl"
 "${SEEN[@]}" >"$OUT/seen.jsonl"
 python data/decontaminate.py --prompts "$OUT/prompts.jsonl" --seen "$OUT/seen.jsonl" --out "$OUT/answers/prompts.jsonl"
-seed=0
-for model in "${OTHERS[@]}"; do
-  seed=$((seed + 1)) # with one seed for all, their answers would begin alike
-  on_gpus "$OUT/answers/${model##*/}" generate.py --preset s3 "${OTHER[@]}" --source off --seed "$seed" --model "$model" \
+for i in "${!OTHERS[@]}"; do # with one seed for all, their answers would begin alike
+  model=${OTHERS[$i]}
+  on_gpus "$OUT/answers/${model##*/}" generate.py --preset s3 "${OTHER[@]}" --source off --seed $((i + 1)) --model "$model" \
     --prompts "$OUT/answers/prompts.jsonl"
 done
 on_gpus "$OUT/scored" score.py --model "$REWARD" --responses "$OUT"/answers/*.jsonl "$OUT"/answers/*/*.jsonl
@@ -49,7 +49,7 @@ for seed in $SEEDS; do
   for name in ${SETS:-$ALL_SETS sft online}; do
     run=$OUT/${name}_seed$seed
     method=(train_dpo.py --pairs "$OUT/$name.pairs.jsonl")
-    if [ "$name" = sft ]; then method=(train_dpo.py --loss sft --pairs "$OUT/best_worst.pairs.jsonl"); fi
+    if [ "$name" = sft ]; then method=(train_dpo.py "${SFT[@]}" --pairs "$OUT/best_worst.pairs.jsonl"); fi
     if [ "$name" = online ]; then method=("${ONLINE[@]}" --pairs "$OUT/best_worst.pairs.jsonl"); fi
     train "${method[@]}" "${S3[@]}" --seed "$seed" --model "$MODEL" --out "$run"
     win_rate "$run" "$run"

@@ -3,7 +3,7 @@
 #     JUDGE=gpt-4o bash recipes/s1_fig4.sh        paper: models and data of the hub, a judge, a node of 8 x 80 GB
 #     SCALE=demo bash recipes/s1_fig4.sh          demo: on what demo.sh made, no hub, minutes on 2 cores
 #
-# Every name in capitals can be set from outside, and the same command goes on after a kill.
+# Every name in capitals can be set from outside, and the same command resumes a killed run.
 #
 # paper  the papers' judge, gpt-4-1106-preview, is reported shut down, so JUDGE must be given: win rates under another
 #        judge can be compared with each other, not with the papers' numbers
@@ -13,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
+export THP_MEM_ALLOC_ENABLE=1 # huge pages: a tenth faster on a CPU
 SCALE=${SCALE:-paper}
 
 stop() { # SENTENCE
@@ -96,9 +97,9 @@ train() { # SCRIPT FLAGS: train_dpo.py or recipes/train_online.py, on all GPUs t
   local script=$1
   shift
   if [ "$SCALE" = demo ]; then
-    python "$script" --resume --batch-size 4 --lr 2e-5 --dtype float32 "$@"
+    python "$script" --batch-size 4 --lr 2e-5 --dtype float32 "$@"
   else
-    torchrun --nproc-per-node "$GPUS" "$script" --resume --activation-checkpointing "$@"
+    torchrun --nproc-per-node "$GPUS" "$script" --activation-checkpointing "$@"
   fi
 }
 
@@ -109,7 +110,7 @@ win_rate() { # MODEL NAME: NAME.winrate.json; against GPT-4's answers by the jud
     on_gpus "$OUT/start.answers" "${ANSWER[@]}" --model "$MODEL" --prompts data/eval.jsonl --limit "$N_EVAL"
     on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts data/eval.jsonl --limit "$N_EVAL"
     on_gpus "$name.judged" score.py --model "$REWARD" --responses "$OUT"/start.answers/*.jsonl "$name".answers/*.jsonl
-    python evaluate.py winrate --scored "$name".judged/*.jsonl --model "$model" --baseline "$MODEL" \
+    python evaluate.py --scored "$name".judged/*.jsonl --model "$model" --baseline "$MODEL" \
       --out "$name.winrate.json"
   else
     python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" \
@@ -120,16 +121,29 @@ win_rate() { # MODEL NAME: NAME.winrate.json; against GPT-4's answers by the jud
     fi
     on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts "$prompts"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
-      --responses "$prompts" "$name".answers/*.jsonl --out "$name.judged.jsonl"
-    python evaluate.py winrate --scored "$name.judged.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
+      --responses "$prompts" "$name".answers/*.jsonl --out "$name.judged/0.jsonl"
+    python evaluate.py --scored "$name.judged/0.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
       --out "$name.winrate.json"
   fi
+}
+
+train_s3() { # NAME ...: a training with the flags S3 per seed on OUT/NAME.pairs.jsonl, OUT/NAME_seed0, ...; answers by beams
+  local name run seed
+  for seed in $SEEDS; do
+    if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
+    for name in "$@"; do
+      run=$OUT/${name}_seed$seed
+      train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
+      win_rate "$run" "$run"
+      benchmarks "$run" "$run" what-matters
+    done
+  done
 }
 
 benchmarks() { # MODEL NAME SUITE: NAME.benchmarks.json
   if [ "$SCALE" = demo ]; then
     echo "SCALE=demo: no benchmarks for $1" >&2
   elif [ ! -e "$2.benchmarks.json" ]; then
-    python evaluate.py benchmarks --model "$1" --suite "$3" --out "$2.benchmarks.json"
+    python recipes/benchmarks.py --model "$1" --suite "$3" --out "$2.benchmarks.json"
   fi
 }

@@ -20,7 +20,7 @@ verify() { # RUN ...: the share of right answers among the prompts that have one
   for run in "$@"; do
     grep '"answer"' "${run%/*}/start.answers/0.jsonl" >"$run.verifiable_start.jsonl"
     grep '"answer"' "$run.answers/0.jsonl" >"$run.verifiable.jsonl"
-    python score.py --scorer verify --responses "$run".verifiable*.jsonl --out "$run.verified/0.jsonl"
+    python scorers/verify.py --responses "$run".verifiable*.jsonl --out "$run.verified/0.jsonl"
   done
 }
 

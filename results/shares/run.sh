@@ -4,7 +4,7 @@ source "$(dirname "$0")/../settings.sh"
 FIG4=$RUNS/fig4 OUT=$RUNS/by_category bash recipes/category_shares.sh
 python report/figure.py categories "$RUNS"/fig4/dpo_{0,0.5,1}_seed*.winrate.json --out "$RUNS/fig4/categories.png"
 keep "$RUNS/fig4"
-cp "$RUNS"/by_category/{*.winrate.json,*.pairs.meta.json,report.md,settings.csv} "$KEPT"
+cp "$RUNS"/by_category/{*.winrate.json,report.md,settings.csv} "$KEPT"
 
 on=("$RUNS"/fig4/dpo_1_seed{0,1,2}) off=("$RUNS"/fig4/dpo_0_seed{0,1,2}) half=("$RUNS"/fig4/dpo_0.5_seed{0,1,2})
 quarter=("$RUNS"/fig4/dpo_0.25_seed{0,1,2}) most=("$RUNS"/fig4/dpo_0.75_seed{0,1,2})
