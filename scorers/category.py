@@ -18,7 +18,9 @@ from collections import Counter
 
 import judge
 
-score = judge.score  # the stage whose plumbing both use
+from common import fail, read_jsonl
+
+score = judge.score  # the stage that both vary
 
 PROMPT = """Here are the kinds of requests that people make of an assistant:
 {categories}
@@ -54,7 +56,7 @@ def parse_args(argv=None):
     parser = judge.make_parser(__doc__)
     args = parser.parse_args(argv)
     judge.check_args(parser, args)
-    args.scorer, args.name = "category", None
+    args.name = None  # its key is "category"
     return args
 
 
@@ -67,6 +69,7 @@ def read(choice):
 
 
 class Category(score.Scorer):
+    kind = "category"
     sets_reward = False
     window = 32
 
@@ -92,15 +95,15 @@ class Category(score.Scorer):
             answers[k] = answer
         labels = [name for name, _ in answers]
         if len(rows) >= 8 and not any(labels):
-            score.fail(f"{self.args.model}: none of {len(rows)} answers could be read: {answers[0][1]}")
+            fail(f"{self.args.model}: none of {len(rows)} answers could be read: {answers[0][1]}")
         for row, name in zip(rows, labels, strict=True):
             row["category"] = name or "other"
             self.counts["unreadable"] += name is None
             update(len(row["responses"]))
         self.counts["requests"] = self.server.asked
 
-    def summary(self, before):
-        categories = Counter(row["category"] for _, row in score.read_jsonl(self.args.out, score.Row))
+    def summary(self):
+        categories = Counter(row["category"] for _, row in read_jsonl(self.args.out, score.Row))
         return {"rows": categories.total(), "categories": dict(categories.most_common()), **self.counts}
 
     def check(self, counts):
@@ -111,4 +114,4 @@ if __name__ == "__main__":
     try:
         score.main(parse_args(), Category)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command again to resume")

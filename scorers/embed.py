@@ -13,16 +13,18 @@ alone, pooled as its 1_Pooling/config.json says (mean if there is none).
 Resumes and prints as score.py does; "mean" is the mean cosine with the other responses. S1 is SimpleMix.
 """
 
-# ruff: noqa: E402, I001
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import score  # sets the environment before torch is imported
+import logp
 import torch
 import torch.nn.functional as F
 
+from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids
+from common import fail, load_model
+
+score = logp.score  # the stage that both vary
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 POOLING["pooling_mode_lasttoken"] = "last"
 
@@ -30,30 +32,27 @@ POOLING["pooling_mode_lasttoken"] = "last"
 def parse_args(argv=None):
     parser = score.make_parser(__doc__)
     score.add_model_flags(parser)
-    parser.add_argument("--max-length", type=int, help="longest input in tokens (default: all it reads)")
+    score.add_length_flag(parser)
+    score.add_batch_flag(parser)
     args = parser.parse_args(argv)
-    score.check_args(parser, args)
-    if not args.model:
-        parser.error("--model is needed")
-    args.scorer, args.name = "embed", None
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    args.name = None  # its key is "cosine"
     return args
 
 
 class Embed(score.Scorer):
+    kind = "embed"
     sets_reward = False
 
     def __init__(self, args, rows):
         super().__init__(args, rows)
-        self.tokenizer, config = score.load_tokenizer(args.model, args.revision)
+        self.tokenizer, config = load_tokenizer(args.model, args.revision)
         self.max_length = score.longest_input(args, config, self.tokenizer)
         self.causal = (config.architectures or [""])[0].endswith("ForCausalLM")
         self.pooling = "mean"
         if self.causal:
-            self.mark = score.fingerprint(self.tokenizer)
-            self.end_id = score.end_of_turn(self.tokenizer)
-            score.check_token_ids(rows, self.mark, config, args.model)
+            self.vocabulary = fingerprint(self.tokenizer)
+            self.end_id = end_of_turn(self.tokenizer)
+            logp.check_token_ids(rows, self.vocabulary, config, args.model)
         else:
             self.read_pooling()
 
@@ -66,14 +65,14 @@ class Embed(score.Scorer):
             modes = json.loads(Path(path).read_text())
             modes = [name for name, on in modes.items() if on is True and name.startswith("pooling_mode")]
             if len(modes) != 1 or modes[0] not in POOLING:
-                score.fail(f"{path}: expected mean, cls or last-token pooling, found {' and '.join(modes)!r}")
+                fail(f"{path}: expected mean, cls or last-token pooling, found {' and '.join(modes)!r}")
             self.pooling = POOLING[modes[0]]
 
     def load(self):
         from transformers import AutoModel
 
         name, revision, dtype = self.args.model, self.args.revision, self.args.dtype
-        self.model = score.load_model(AutoModel, name, revision, dtype, unused="pooler")
+        self.model = load_model(AutoModel, name, revision, dtype, unused="pooler")
 
     def encode(self, row, response):
         """(ids of the prompt, ids of the response); the prompt has none for an encoder."""
@@ -82,8 +81,8 @@ class Embed(score.Scorer):
         if not self.causal:
             return [], self.tokenizer(response["text"])["input_ids"]
         cut = {**response, "finish": "length"}  # without the end-of-turn token
-        completion = score.completion_ids(self.tokenizer, self.mark, self.end_id, cut)
-        return score.prompt_ids(self.tokenizer, row["prompt"]), completion
+        completion = completion_ids(self.tokenizer, self.vocabulary, self.end_id, cut)
+        return prompt_ids(self.tokenizer, row["prompt"]), completion
 
     @torch.inference_mode()
     def score(self, rows, update):
@@ -108,8 +107,12 @@ class Embed(score.Scorer):
                 if pooled.isfinite().all():
                     vectors[k][i] = F.normalize(pooled, dim=0).cpu()
             update(len(batch))
-        for row, of_row in zip(rows, vectors, strict=True):
-            row["cosine"] = [[cosine(a, b) for b in of_row] for a in of_row]
+        for row, its_vectors in zip(rows, vectors, strict=True):
+            row["cosine"] = [[cosine(a, b) for b in its_vectors] for a in its_vectors]
+
+    def check_first(self, rows):
+        if all(value is None for row in rows for line in row["cosine"] for value in line):
+            super().check_first(rows)
 
     def values(self, row):
         """The mean cosine with the other responses; with itself if there is no other."""
@@ -128,4 +131,4 @@ if __name__ == "__main__":
     try:
         score.main(parse_args(), Embed)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command again to resume")

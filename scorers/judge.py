@@ -28,14 +28,19 @@ import random
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import score  # noqa: E402
+from common import fail, read_jsonl  # noqa: E402
 
 THREADS = 32  # requests under way at once
+RETRIES = 5  # of a request, within 16 seconds, by the client
+ROUNDS = 3  # of these for a server that says it is busy (429, 5xx)
 OPENAI = "https://api.openai.com/v1"
+RESUME = "run the same command again to resume after the last complete window"
 PROMPT = """<|im_start|>system
 You compare two answers to an instruction and say which of them a careful human reader would prefer.
 <|im_end|>
@@ -66,15 +71,14 @@ def make_parser(description):
     flag = parser.add_argument
     flag("--model", required=True, help="the model's name at the server")
     flag("--base-url", metavar="URL", help="the server; its key from the environment's OPENAI_API_KEY")
-    flag("--max-requests", type=int, help="stop before a window that needs more than this in one run")
+    flag("--max-requests", type=score.positive, help="stop before a window that needs more in one run")
     return parser
 
 
 def check_args(parser, args):
-    score.check_args(parser, args)
     args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     if "@" in args.base_url:
-        parser.error("--base-url must hold no password: a key comes from OPENAI_API_KEY")
+        parser.error("--base-url must contain no password: a key comes from OPENAI_API_KEY")
     args.revision = None
 
 
@@ -85,39 +89,52 @@ def parse_args(argv=None):
     parser.add_argument("--judge-prompt", metavar="FILE", help="with {instruction}, {output_1}, {output_2}")
     args = parser.parse_args(argv)
     check_args(parser, args)
-    args.scorer = "judge"
     return args
 
 
 class Server:
-    """Chat completions, many at once; every question is asked until it is answered or refused.
+    """Chat completions, many at once.
 
-    Errors that pass (429, 5xx, a lost connection) are tried again, 8 times; others end the run.
+    A lost connection is tried again RETRIES times, a busy server ROUNDS times as often; other errors, and
+    these at last, end the run.
     """
 
     def __init__(self, args):
         if not importlib.util.find_spec("openai"):
-            score.fail("this scorer needs the package openai: pip install openai")
+            fail("this scorer needs the package openai: pip install openai")
         key = os.environ.get("OPENAI_API_KEY")
         if args.base_url.startswith(OPENAI) and not key:
-            score.fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY")
+            fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY")
         import openai
 
         self.args, self.key, self.openai, self.asked = args, key, openai, 0
-        options = {"base_url": args.base_url, "api_key": key or "none", "max_retries": 8, "timeout": 120}
-        self.client = openai.OpenAI(**options)
+        self.busy = (openai.RateLimitError, openai.InternalServerError)
+        self.error = None  # the one that ends the run
+        options = {"max_retries": RETRIES, "timeout": openai.Timeout(120, connect=5)}
+        self.client = openai.OpenAI(base_url=args.base_url, api_key=key or "none", **options)
 
     def said(self, error):
         """What the server says, without the key."""
         return (error.message.replace(self.key, "...") if self.key else error.message)[:300]
 
+    def complete(self, messages, options):
+        create = self.client.chat.completions.create
+        for _ in range(ROUNDS - 1):
+            with suppress(*self.busy):
+                return create(model=self.args.model, messages=messages, **options)
+        return create(model=self.args.model, messages=messages, **options)
+
     def answer(self, messages, read, options):
         """What `read` makes of the first choice: (a value, None), or (None, why there is none)."""
+        if self.error:
+            raise self.error  # of another thread
         try:
-            answer = self.client.chat.completions.create(model=self.args.model, messages=messages, **options)
-            return read(answer.choices[0])
+            return read(self.complete(messages, options).choices[0])
         except self.openai.BadRequestError as error:  # too long, or refused for what it says
             return None, f"refused by the server: {self.said(error)}"
+        except self.openai.APIError as error:
+            self.error = error
+            raise
         except (AttributeError, IndexError, TypeError, ValueError):
             return None, "an answer of another shape than a chat completion's"
 
@@ -126,7 +143,7 @@ class Server:
         limit = self.args.max_requests
         if limit and self.asked + needed > limit:
             sent = f"{self.asked} were sent, and the next window needs {needed}"
-            sys.exit(f"--max-requests {limit}: {sent}; what is written stays, and the same command goes on")
+            sys.exit(f"--max-requests {limit}: {sent}; run the same command again to resume")
 
     def ask(self, questions, read, update, **options):
         """Yield what `answer` gives, in the order of the questions; update() after each."""
@@ -136,10 +153,12 @@ class Server:
                 for answer in pool.map(lambda chat: self.answer(chat, read, options), questions):
                     update()
                     yield answer
-        except self.openai.APIError as error:
-            # the key, the model's name, no server, or an error that did not pass
+        except self.openai.APIConnectionError as error:
+            reason = f"no answer in {RETRIES + 1} tries ({error.__cause__ or error})"
+            fail(f"{self.args.base_url}: {reason}; check the server, then {RESUME}")
+        except self.openai.APIError as error:  # the key, the model's name, or a server that stays busy
             reason = f"{type(error).__name__}: {self.said(error)}"
-            score.fail(f"{self.args.base_url}: {reason} (the same command goes on after the last window)")
+            fail(f"{self.args.base_url}: {reason}; {RESUME}")
 
 
 def messages(template, texts):
@@ -170,6 +189,7 @@ def preference(choice):
 
 
 class Judge(score.Scorer):
+    kind = "judge"
     window = 32
 
     def __init__(self, args, rows):
@@ -184,13 +204,13 @@ class Judge(score.Scorer):
         self.server = Server(args)
 
     def read_template(self, path):
-        if not os.path.isfile(path):
-            score.fail(f"--judge-prompt {path}: no such file")
-        self.template = Path(path).read_text()
+        try:
+            self.template = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            fail(f"--judge-prompt {path} cannot be read: {error}")
         for name in ("{instruction}", "{output_1}", "{output_2}"):
             if name not in self.template:
-                expected = "{instruction}, {output_1} and {output_2}"
-                score.fail(f"{path}: expected {expected}, found no {name}")
+                fail(f"{path}: expected {{instruction}}, {{output_1}} and {{output_2}}, found no {name}")
         self.files = [path]
         digest = hashlib.sha256(self.template.encode()).hexdigest()[:8]
         self.labeler += f":{Path(path).name}@{digest}"
@@ -200,14 +220,14 @@ class Judge(score.Scorer):
         models = {str(one.get("model")) for row in rows.values() for one in row["responses"]}
         if name not in models:
             names = ", ".join(sorted(models))
-            score.fail(f"{files}: no response is of the model {name!r}; there are {names}")
+            fail(f"{files}: no response is of the model {name!r}; there are {names}")
         without = 0
         for row in rows.values():
             sides = {response.get("model") == name for response in row["responses"]}
             without += len(sides) < 2
         if without > 0.01 * len(rows):
             reason = f"{without} of {len(rows)} prompts have no response of {name} or none to compare with it"
-            score.fail(f"{files}: {reason}, over 1 %")
+            fail(f"{files}: {reason}, over 1 %")
 
     def pairs(self, row):
         """(i, j), i < j, of the responses that are compared."""
@@ -255,9 +275,9 @@ class Judge(score.Scorer):
                 continue
             wins[k][i][j], wins[k][j][i] = (1 - p, p) if swapped else (p, 1 - p)
         if len(failures) == len(questions) >= 8:
-            score.fail(f"{self.args.model}: none of {len(failures)} answers could be read: {failures[0]}")
-        for row, of_row, why in zip(rows, wins, reasons, strict=True):
-            self.set_wins(row, of_row, of_row, why)
+            fail(f"{self.args.model}: none of {len(failures)} answers could be read: {failures[0]}")
+        for row, matrix, errors in zip(rows, wins, reasons, strict=True):
+            self.set_wins(row, matrix, matrix, errors)
         self.counts["requests"] = self.server.asked
 
     def check(self, counts):
@@ -265,18 +285,18 @@ class Judge(score.Scorer):
         if not self.args.baseline:
             return
         judged = without = 0
-        for _, row in score.read_jsonl(self.args.out, score.Row):
+        for _, row in read_jsonl(self.args.out, score.Row):
             for response in row["responses"]:
                 if response.get("model") != self.args.baseline:
                     judged += 1
                     without += response["reward"] is None
         if without > 0.01 * judged:
             reason = f"{without} of {judged} responses have no verdict, over 1 %: {dict(counts['without'])}"
-            score.fail(f"{self.args.out}: {reason}")
+            fail(f"{self.args.out}: {reason}")
 
 
 if __name__ == "__main__":
     try:
         score.main(parse_args(), Judge)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command again to resume")

@@ -15,7 +15,6 @@ Resumes and prints as score.py does, and besides pairs, pairs of which something
 orders disagree. S2 is the paper "Is On-Policy Data always the Best Choice [...]?".
 """
 
-# ruff: noqa: E402, I001
 import math
 import re
 import sys
@@ -24,9 +23,13 @@ from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import score  # sets the environment before torch is imported
-import torch
-from safetensors.torch import load_file
+import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import score  # noqa: E402
+from chat import load_tokenizer  # noqa: E402
+from common import fail  # noqa: E402
 
 SOURCE_TOKENS, ALL_TOKENS = 1224, 2048  # PairRM's limits
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
@@ -36,12 +39,9 @@ RESERVED = re.compile("|".join(map(re.escape, (*MARKERS, "[CLS]", "[SEP]"))))
 def parse_args(argv=None):
     parser = score.make_parser(__doc__)
     score.add_model_flags(parser)
+    score.add_batch_flag(parser)
     parser.add_argument("--name", help='key in "scores" (default pairrm)')
     args = parser.parse_args(argv)
-    score.check_args(parser, args)
-    if not args.model:
-        parser.error("--model is needed: llm-blender/PairRM-hf, or a folder of it")
-    args.scorer = "pairrm"
     if args.dtype == "auto":
         args.dtype = "float32"  # PairRM's margins are small
     return args
@@ -71,13 +71,15 @@ def conversation(prompt, text):
 
 
 class PairRM(score.Scorer):
+    kind = "pairrm"
+
     def __init__(self, args, rows):
         super().__init__(args, rows)
-        self.tokenizer, config = score.load_tokenizer(args.model, args.revision)
+        self.tokenizer, config = load_tokenizer(args.model, args.revision)
         ids = self.tokenizer.convert_tokens_to_ids(list(MARKERS))
         if config.model_type != "deberta-v2" or None in ids or self.tokenizer.unk_token_id in ids:
             markers = f"a deberta-v2 whose tokenizer has {', '.join(MARKERS)}"
-            score.fail(f"{args.model}: expected PairRM, {markers}, found a {config.model_type}")
+            fail(f"{args.model}: expected PairRM, {markers}, found a {config.model_type}")
         self.config, self.marker_ids = config, ids[:3]
         self.tokens = lru_cache(maxsize=1024)(lambda text: self.tokenizer(text)["input_ids"])
 
@@ -94,7 +96,10 @@ class PairRM(score.Scorer):
             )
         weights = {}
         for path in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(path)
+            try:
+                weights |= load_file(path)
+            except SafetensorError as error:
+                fail(f"{path}: {error}")
         encoder, head = {}, {}
         for name, tensor in weights.items():
             part, _, rest = name.partition(".")
@@ -104,7 +109,7 @@ class PairRM(score.Scorer):
                 head[rest] = tensor
         if "embeddings.word_embeddings.weight" not in encoder or "4.weight" not in head:
             names = ", ".join(sorted(weights)[:3])
-            score.fail(f"{folder}: expected the weights pretrained_model.* and head_layer.*, found {names}")
+            fail(f"{folder}: expected the weights pretrained_model.* and head_layer.*, found {names}")
         size, tasks = self.config.hidden_size, head["4.bias"].numel()
         self.model = AutoModel.from_config(self.config)
         # with the markers, of which the config may not know
@@ -120,7 +125,7 @@ class PairRM(score.Scorer):
             self.model.load_state_dict(encoder)
             self.head.load_state_dict(head)
         except RuntimeError as error:  # names what is missing, or has another shape
-            score.fail(f"{folder}: {' '.join(str(error).split())[:300]}")
+            fail(f"{folder}: these weights are not PairRM's: {' '.join(str(error).split())[:300]}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for part in (self.model, self.head):
             part.to(device, getattr(torch, self.args.dtype)).eval()
@@ -188,4 +193,4 @@ if __name__ == "__main__":
     try:
         score.main(parse_args(), PairRM)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command again to resume")
