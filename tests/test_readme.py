@@ -1,11 +1,15 @@
 """
 README's "Copy and change": what it says to change is changed in copies of the scripts, and the copies run.
 
-Covers  a pair rule, a filter, a loss with its three places, a scorer without a model.
+Covers  a pair rule, a filter, a loss with a flag, a scorer without a model; what a copied stage takes along.
 Run     python -m pytest tests/test_readme.py
 """
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -29,7 +33,10 @@ def changed_copy(folder, script, *changes):
     for old, new in changes:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    path = folder / f"my_{script}"
+    for name in ("common.py", "chat.py"):  # which it takes along
+        shutil.copy(REPO / name, folder)
+    path = folder / script.replace("/", "/my_") if "/" in script else folder / f"my_{script}"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     return path
 
@@ -50,56 +57,57 @@ def scored(tmp_path):
 def test_a_pair_rule(tmp_path, scored):
     rule = ("DATA_SET_PAIR = (", snippet("a pair rule") + "\n\nDATA_SET_PAIR = (")
     script = changed_copy(tmp_path, "build_pairs.py", rule)
-    flags = [
-        "--scored",
-        scored,
-        "--on-ratio",
-        1,
-        "--select",
-        "best-second",
-        "--out",
-        tmp_path / "pairs.jsonl",
-    ]
+    out = tmp_path / "pairs.jsonl"
+    flags = ("--scored", scored, "--on-ratio", 1, "--select", "best-second", "--out", out)
     assert run_script(script, *flags)[0]["pairs"] == 6
-    for pair in read_rows(tmp_path / "pairs.jsonl"):
+    for pair in read_rows(out):
         assert (pair["chosen_reward"], pair["rejected_reward"]) == (3.0, 2.0)
 
 
 def test_a_filter(tmp_path, scored):
-    script = changed_copy(
-        tmp_path, "build_pairs.py", ("FILTERS = {\n", f"FILTERS = {{\n{snippet('a filter')}")
-    )
-    flags = ["--scored", scored, "--on-ratio", 1, "--filter", "short:0.5", "--out", tmp_path / "pairs.jsonl"]
+    filters = ("FILTERS = {\n", f"FILTERS = {{\n{snippet('a filter')}")
+    script = changed_copy(tmp_path, "build_pairs.py", filters)
+    out = tmp_path / "pairs.jsonl"
+    flags = ("--scored", scored, "--on-ratio", 1, "--filter", "short:0.5", "--out", out)
     assert run_script(script, *flags)[0]["pairs"] == 3
-    assert [pair["id"] for pair in read_rows(tmp_path / "pairs.jsonl")] == ["p0", "p1", "p2"]
+    assert [pair["id"] for pair in read_rows(out)] == ["p0", "p1", "p2"]
 
 
 def test_a_loss(tmp_path):
-    call = "exponential_loss(chosen, rejected, args.beta)"
-    branch = f'    elif args.loss == "exponential":\n        losses = {call}\n'
-    changes = [
-        ("def hinge_loss(", snippet("a loss") + "\n\ndef hinge_loss("),
-        ('    elif args.loss == "hinge":\n', branch + '    elif args.loss == "hinge":\n'),
-        ('LOSSES = ["dpo",', 'LOSSES = ["exponential", "dpo",'),
-        ('"beta": ("dpo",', '"beta": ("exponential", "dpo",'),
-    ]
-    script = changed_copy(tmp_path, "train_dpo.py", *changes)
+    script = changed_copy(
+        tmp_path, "train_dpo.py", ("def pair_losses(", snippet("a loss") + "\n\ndef pair_losses(")
+    )
     pairs = make_pairs(tmp_path / "pairs.jsonl", n=8)
-    flags = ["--model", make_policy(tmp_path / "policy"), "--pairs", pairs, "--loss", "exponential"]
-    run_script(script, *flags, "--batch-size", 4, "--lr", 1e-3, "--out", tmp_path / "out")
+    flags = ["--model", make_policy(tmp_path / "policy"), "--pairs", pairs, "--out", tmp_path / "out"]
+    flags += ["--batch-size", 4, "--lr", 1e-3, "--loss", "exponential"]
+    run_script(script, *flags, "--scale", 0.5)
     first, second = read_rows(tmp_path / "out" / "metrics.jsonl")
     assert first["loss"] == pytest.approx(1, abs=1e-5)  # exp(0), at the reference
-    assert math.exp(-second["margin"]) < second["loss"] < 1  # the mean of exp(-margin) over four pairs
+    # a loss without beta has rewards that are the log-ratios: the mean of exp(-h / 2) over four pairs
+    assert math.exp(-second["margin"] / 2) < second["loss"] < 1
+    said = run_script(script, *flags, "--beta", 0.5, expect=2)[1]
+    assert "--beta has no effect with --loss exponential" in said
 
 
 def test_a_scorer(tmp_path, scored):
-    changes = ("\nSCORERS = {", "\n" + snippet("a scorer") + '\n\nSCORERS = {"length": Length, ')
-    script = changed_copy(tmp_path, "score.py", changes)
+    line = "score.main(parse_args(), Verify)"
+    changes = [("class Verify(score.Scorer):", snippet("a scorer") + "\n\nclass Verify(score.Scorer):")]
+    script = changed_copy(tmp_path, "scorers/verify.py", *changes, (line, line.replace("Verify", "Length")))
+    shutil.copy(REPO / "score.py", tmp_path)
     out = tmp_path / "lengths.jsonl"
-    said, _ = run_script(script, "--scorer", "length", "--responses", scored, "--out", out)
-    assert said["responses"] == 24
+    assert run_script(script, "--responses", scored, "--out", out)[0]["responses"] == 24
     for row in read_rows(out):
         assert row["labeler"] == "length"
-        assert [response["reward"] for response in row["responses"]] == [
-            -len(response["text"]) for response in row["responses"]
-        ]
+        texts = [response["text"] for response in row["responses"]]
+        assert [response["reward"] for response in row["responses"]] == [-len(text) for text in texts]
+
+
+def test_a_stage_needs_nothing_but_what_is_said(tmp_path, scored):
+    """A copy in an empty folder, in a process whose path has no other file of ours."""
+    script = changed_copy(tmp_path, "build_pairs.py")
+    out = tmp_path / "pairs.jsonl"
+    command = [sys.executable, script, "--scored", scored, "--on-ratio", "1", "--out", out]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read_rows(out)) == 6

@@ -7,6 +7,8 @@ Covers  every command is understood by the script that it names; every file that
 Run     python -m pytest tests/test_recipes.py
 """
 
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -17,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, write_rows
 from test_commands import SCRIPTS, module_of
 
 RECIPES = sorted(path.name for path in (REPO / "recipes").glob("*.sh") if path.name != "settings.sh")
@@ -37,7 +39,7 @@ for word in "$@"; do
   [ "$last" = --out ] && out=$word
   case $last in
     --out) ;;
-    --model | --baseline | --minus | --reference)
+    --model | --baseline | --reference)
       case $word in
         out/*) [ -d "$word" ] || echo "$script $last $word" >>missing.log ;;
       esac ;;
@@ -66,7 +68,7 @@ def checkout(tmp_path):
     """A copy of the shell scripts and the data whose .venv has the stand-in; a machine with two GPUs."""
     for name in ("recipes", "data"):
         shutil.copytree(REPO / name, tmp_path / name)
-    for name in ("demo.sh", "requirements.txt", "requirements-cpu.txt"):
+    for name in ("demo.sh", "requirements.txt", "requirements-cpu.txt", "constraints.txt"):
         shutil.copy(REPO / name, tmp_path)
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
@@ -94,6 +96,12 @@ def run_recipe(checkout, name, **variables):
     return run(checkout, f"recipes/{name}", **variables)
 
 
+def noted(checkout, script):
+    """The arguments, parsed, of every noted command of a script."""
+    lines = map(shlex.split, (checkout / "commands.log").read_text().splitlines())
+    return [module_of(script).parse_args(words) for name, *words in lines if name == script]
+
+
 def check_commands(checkout):
     """Parse what was noted; returns the names of the scripts, in order."""
     missing = checkout / "missing.log"
@@ -117,8 +125,8 @@ def make_demo_models(checkout):
 
 def test_the_demo(checkout):
     for requirements in ("requirements.txt", "requirements-cpu.txt"):
-        found = subprocess.run(["sha256sum", requirements], cwd=checkout, capture_output=True, text=True)
-        (checkout / ".venv" / f"installed-{found.stdout[:16]}").touch()
+        text = (checkout / requirements).read_bytes() + (checkout / "constraints.txt").read_bytes()
+        (checkout / ".venv" / f"installed-{hashlib.sha256(text).hexdigest()[:16]}").touch()
     done = run(checkout, "demo.sh")
     assert done.returncode == 0, done.stderr
     scripts = check_commands(checkout)
@@ -150,6 +158,41 @@ def test_a_recipe_at_the_papers_scale(checkout, name):
             line for line in lines if shard in line and ("generate.py" in line or "recipes/sample_" in line)
         ]
         assert sampled or name in SAMPLES_NOTHING
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_one_screen(name):
+    assert len((REPO / "recipes" / name).read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("scale, rate", [("demo", 2e-5), ("paper", 1e-6)])
+def test_the_rates_of_supervised_training(checkout, scale, rate):
+    # S3 B.3; its DPO has 5e-7 and the preset's 0.99
+    make_demo_models(checkout)
+    variables = {"SCALE": scale, "SETS": "best_worst sft", "SEEDS": "0", "JUDGE": "j", "OPENAI_API_KEY": "k"}
+    assert run(checkout, "recipes/s3_tiers.sh", **variables).returncode == 0
+    found = {args.loss: (args.lr, args.adam_beta2) for args in noted(checkout, "train_dpo.py")}
+    assert found == {"dpo": (5e-7 if scale == "paper" else rate, 0.99), "sft": (rate, 0.95)}
+
+
+def test_shares_by_category_take_every_prompt_once(checkout):
+    """The Python of category_shares.sh on the pairs of two calls: off-policy for the two categories."""
+    (checkout / "parts").mkdir()
+    categories = {"a": "writing", "b": "facts", "c": None, "d": "roleplay"}
+    for source in ("on", "off"):
+        rows = [{"id": key, "category": category, "source": source} for key, category in categories.items()]
+        write_rows(checkout / "parts" / f"{source}.pairs.jsonl", rows)
+    script = (REPO / "recipes" / "category_shares.sh").read_text()
+    code = script.split("<<'END'\n")[1].split("\nEND\n")[0]
+    command = [sys.executable, "-c", code, "parts", "writing", "roleplay"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["id"], row["source"]) for row in rows] == [
+        ("b", "on"),
+        ("c", "on"),
+        ("a", "off"),
+        ("d", "off"),
+    ]
 
 
 @pytest.mark.parametrize(
