@@ -8,13 +8,14 @@ which is seeded for every batch of 16: equal commands give equal rows, another -
     python recipes/sample_beams.py --beams 3 --model out/dpo --prompts alpaca.jsonl --out answers.jsonl
 """
 
-# ruff: noqa: E402, I001
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import generate  # sets the environment before torch is imported
 import torch
+
+import generate
+from common import load_model, stable_hash
 
 PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
 
@@ -28,15 +29,15 @@ def parse_args(argv=None):
     if args.beams < 2 or args.n > 1:
         parser.error(f"--beams must be at least 2 and --n is 1, found {args.beams} and {args.n}")
     if args.greedy or args.backend != "hf":
-        parser.error("--greedy and --backend vllm do not go with beams that sample")
+        parser.error("--greedy and --backend vllm cannot be combined with beams that sample")
     args.beam_batch = args.batch_size or 16  # draws together, so a resumed run must have the same
     return args
 
 
-def beam_sampler(args, tokens):
+def beam_sampler(args, tokens, longest):
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = generate.load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
+    model = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
     model.generation_config = GenerationConfig(
         max_new_tokens=args.max_tokens,
         do_sample=True,
@@ -49,22 +50,23 @@ def beam_sampler(args, tokens):
     )
 
     @torch.inference_mode()
-    def sample(queue):
-        queue.sort(key=lambda request: len(request.ids))
-        while queue:
-            batch = queue[: args.beam_batch]
-            del queue[: len(batch)]
+    def sample(requests):
+        requests = sorted(requests, key=lambda request: len(request.ids))
+        for start in range(0, len(requests), args.beam_batch):
+            batch = requests[start : start + args.beam_batch]
             ids, mask = generate.pad_left([request.ids for request in batch], tokens.pad_id, model.device)
-            names = [request.row["id"] for request in batch]
-            torch.manual_seed(generate.stable_hash(args.seed, "beams", *names) % 2**63)
-            output = model.generate(input_ids=ids, attention_mask=mask)
+            check = generate.check_logits(args.model, ids.shape[1])
+            names = [request.prompt_id for request in batch]
+            torch.manual_seed(stable_hash(args.seed, "beams", *names) % 2**63)
+            output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=[check])
             yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
 
     return sample
 
 
 if __name__ == "__main__":
+    args = parse_args()
     try:
-        generate.main(parse_args(), beam_sampler)
+        generate.main(args, beam_sampler)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command again to resume")

@@ -13,15 +13,17 @@ random draw: otherwise the two runs would share their random numbers and begin a
         --prompts prompts.jsonl --out worse.jsonl
 """
 
-# ruff: noqa: E402, I001
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import generate  # sets the environment before torch is imported
 import torch
 import torch.nn.functional as F
+
+import generate
+from chat import fingerprint, load_tokenizer
+from common import fail, load_model, stable_hash
 
 PRESET = {"n": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
 
@@ -35,9 +37,9 @@ def parse_args(argv=None):
     args = generate.parse_args(argv, parser)
     if not all(map(math.isfinite, args.weights)):
         parser.error(f"--weights must be finite, found {args.weights}")
-    if args.greedy or args.diverse or args.backend != "hf":
-        parser.error("--greedy, --diverse and --backend vllm do not go with a mixture")
-    args.seed = generate.stable_hash(args.seed, "mixture", *args.weights)
+    if args.greedy or args.backend != "hf":
+        parser.error("--greedy and --backend vllm cannot be combined with a mixture")
+    args.seed = stable_hash(args.seed, "mixture", *args.weights)
     return args
 
 
@@ -78,23 +80,28 @@ def mixer(reference, mask, weights, vocabulary):
     return mix_in
 
 
-def mixture_sampler(args, tokens):
+def mixture_sampler(args, tokens, longest):
     from transformers import AutoModelForCausalLM
 
-    tokenizer, config = generate.load_tokenizer(args.reference, None)
-    if generate.fingerprint(tokenizer) != tokens.fingerprint:
-        generate.fail(f"{args.reference}: its tokenizer has another vocabulary than that of {args.model}")
+    tokenizer, config = load_tokenizer(args.reference, None)
+    if fingerprint(tokenizer) != tokens.fingerprint:
+        fail(f"{args.reference}: its tokenizer has another vocabulary than that of {args.model}")
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if context < tokens.context:
-        generate.fail(f"{args.reference}: its context of {context} is shorter than that of {args.model}")
-    reference = generate.load_model(AutoModelForCausalLM, args.reference, None, args.dtype)
+        fail(f"{args.reference}: its context of {context} is shorter than that of {args.model}")
+    reference = load_model(AutoModelForCausalLM, args.reference, None, args.dtype)
     vocabulary = max(tokens.tokenizer.get_vocab().values()) + 1
-    return generate.hf_sampler(args, tokens, lambda mask: [mixer(reference, mask, args.weights, vocabulary)])
+
+    def processors(mask):
+        check = generate.check_logits(args.reference, mask.shape[1])  # the policy's own logits were checked
+        return [mixer(reference, mask, args.weights, vocabulary), check]
+
+    return generate.hf_sampler(args, tokens, longest, processors)
 
 
 if __name__ == "__main__":
     args = parse_args()
     try:
-        generate.main(args, mixture_sampler, [(args.reference, None)])
+        generate.main(args, mixture_sampler, other_models=[(args.reference, None)])
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\ninterrupted; run the same command again to resume")
