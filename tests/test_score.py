@@ -1,10 +1,11 @@
 """
-score.py: rewards, log-probabilities and verified answers, each against a slow way of computing the same.
+score.py, scorers/logp.py and verify.py: each against a slow way of computing the same.
 
-Covers  rm on a Llama with a chat template (pad is the end of turn) and on a Bert that reads pairs of texts,
-        both against one response at a time through the model's own forward. logp against float64 log_softmax
-        of the full logits. verify by a table. Batches, merging by id, what has no score, agreement with the
-        rewards before, resume, shards, records, locks, broken weights, token ids beyond the vocabulary.
+Covers  rewards of a Llama with a chat template (pad is the end of turn) and of a Bert that reads pairs of
+        texts, both against one response at a time through the model's own forward. logp against float64
+        log_softmax of the full logits. verify by a table. Batches, merging by id, what has no score, resume,
+        shards, records, locks, a finished run, rows of another run, a full disk, broken weights, token ids
+        beyond the vocabulary.
 Run     python -m pytest tests/test_score.py
 """
 
@@ -19,14 +20,30 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from conftest import REPO, make_policy, make_tokenizer, read_rows, write_rows
+from conftest import REPO, make_policy, read_rows, write_rows
+from models import make_bert, make_bert_tokenizer, tiny
 
 import score
+from chat import fingerprint
 
-KINDS = {"pairrm": "PairRM", "judge": "Judge", "category": "Category", "embed": "Embed"}
+sys.path.insert(0, str(REPO / "scorers"))
+import logp  # noqa: E402
+import verify  # noqa: E402
+
+KINDS = {
+    "score": "RewardModel",
+    "verify": "Verify",
+    "logp": "LogProbability",
+    "rm_vllm": "RewardModel",
+    "pairrm": "PairRM",
+    "judge": "Judge",
+    "category": "Category",
+    "embed": "Embed",
+}
 
 
 def response(text, source="on", **more):
@@ -55,7 +72,7 @@ def run(tmp_path, capsys, rows, *flags, script=score, out="scored.jsonl", name="
     """(rows of the output, the last line as JSON); `rows` are written to one file, or are paths already."""
     paths = rows if isinstance(rows[0], str) else [write_rows(tmp_path / name, rows)]
     args = script.parse_args(["--responses", *paths, "--out", str(tmp_path / out), *flags])
-    score.main(args, getattr(script, KINDS.get(script.__name__, "SCORER"), None))
+    score.main(args, getattr(script, KINDS[script.__name__]))
     return read_rows(tmp_path / out), json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -67,6 +84,10 @@ def refused(tmp_path, capsys, rows, *flags, **more):
     return err
 
 
+run_logp, refused_logp = partial(run, script=logp), partial(refused, script=logp)
+run_verify, refused_verify = partial(run, script=verify), partial(refused, script=verify)
+
+
 def rewards(rows):
     return [one["reward"] for row in rows for one in row["responses"]]
 
@@ -74,84 +95,13 @@ def rewards(rows):
 @pytest.fixture(scope="module")
 def llama_rm(tmp_path_factory):
     """A decoder reward model; its rewards are far apart and leave [0, 1]."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
     folder = tmp_path_factory.mktemp("llama_rm")
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        num_labels=1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
-    LlamaForSequenceClassification(config).float().save_pretrained(folder)
-    return str(folder)
-
-
-def make_bert_tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = [
-        "[PAD]",
-        "[CLS]",
-        "[SEP]",
-        "[UNK]",
-    ] + "question good bad answer long a b c d 0 1 2 3 4 5 6 7 8 9 user assistant :".split()
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def bert_config(tokenizer, labels=1):
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        num_labels=labels,
-        initializer_range=0.5,
-        pad_token_id=0,
-    )
+    return tiny(folder, "LlamaForSequenceClassification", seed=1, max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
 def bert_rm(tmp_path_factory):
-    from transformers import BertForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("bert_rm")
-    tokenizer = make_bert_tokenizer(folder)
-    torch.manual_seed(2)
-    BertForSequenceClassification(bert_config(tokenizer)).float().save_pretrained(folder)
-    return str(folder)
+    return make_bert(tmp_path_factory.mktemp("bert_rm"))
 
 
 # texts of very different lengths; one has the end-of-turn token itself, which is the padding token too
@@ -160,8 +110,7 @@ ROWS = [
     prompt_row(1, "", "ends early<|im_end|>", "yes"),
     prompt_row(2, "é 日本 😀", "short", "short"),
 ]
-RM = ["--scorer", "rm", "--backend", "hf", "--dtype", "float32"]
-LOGP = ["--scorer", "logp", "--dtype", "float32"]
+RM = LOGP = ["--dtype", "float32"]
 
 
 # ----- rm
@@ -245,16 +194,14 @@ def relabelled(folder, *architecture):
 
 
 def test_a_missing_head_is_fatal(tmp_path, capsys):
-    from transformers import BertModel
-
     make_policy(tmp_path / "policy")
-    BertModel(bert_config(make_bert_tokenizer(tmp_path / "bert"))).save_pretrained(tmp_path / "bert")
+    make_bert(tmp_path / "bert", "BertModel")
     no_classifier = "expected a ...ForSequenceClassification with one label, found "
     for folder, architecture, sentence in (
         ("policy", [], no_classifier + "LlamaForCausalLM"),
         ("bert", [], no_classifier + "BertModel"),
-        ("policy", ["LlamaForSequenceClassification"], "the weights lack score.weight"),
-        ("bert", ["BertForSequenceClassification"], "the weights lack classifier.bias, classifier.weight"),
+        ("policy", ["LlamaForSequenceClassification"], "missing weights: score.weight"),
+        ("bert", ["BertForSequenceClassification"], "missing weights: classifier.bias, classifier.weight"),
     ):
         err = refused(tmp_path, capsys, ROWS, *RM, "--model", relabelled(tmp_path / folder, *architecture))
         assert f"{tmp_path / folder}: {sentence}" in err
@@ -271,11 +218,8 @@ def test_a_missing_head_loses_no_earlier_file(tmp_path, capsys, llama_rm):
 
 
 def test_two_labels_are_refused(tmp_path, capsys):
-    from transformers import BertForSequenceClassification
-
-    folder = tmp_path / "two"
-    BertForSequenceClassification(bert_config(make_bert_tokenizer(folder), labels=2)).save_pretrained(folder)
-    err = refused(tmp_path, capsys, ROWS, *RM, "--model", str(folder))
+    folder = make_bert(tmp_path / "two", num_labels=2)
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", folder)
     assert "one label" in err and "2" in err and not (tmp_path / "scored.jsonl").exists()
 
 
@@ -332,7 +276,8 @@ def test_a_reward_that_is_not_finite(tmp_path, capsys, bert_rm):
     assert printed["without"] == {"not finite": 1} and printed["mean"] == {"on": fine["reward"]}
     row["responses"] = row["responses"][1:]
     err = refused(tmp_path, capsys, [row], *RM, "--model", str(folder), out="other.jsonl")
-    assert 'no response has a score: {"not finite": 1}' in err
+    assert f"{folder}: no score in the first 1 rows is a finite number; check its weights" in err
+    assert not (tmp_path / "other.jsonl").exists() and not (tmp_path / "other.meta.json").exists()
 
 
 def test_special_tokens_in_texts_are_counted(tmp_path, capsys, llama_rm):
@@ -376,7 +321,7 @@ def reader(policy):
 
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_logp_is_the_float64_sum_over_full_logits(tmp_path, capsys, policy, reader, monkeypatch, chunk):
-    monkeypatch.setattr(score, "CHUNK", chunk)  # 7: chunks begin and end inside a response
+    monkeypatch.setattr(logp, "CHUNK", chunk)  # 7: chunks begin and end inside a response
     tokenizer, slow = reader
     eot = tokenizer.eos_token_id
     data = [
@@ -392,7 +337,7 @@ def test_logp_is_the_float64_sum_over_full_logits(tmp_path, capsys, policy, read
             "responses": [response("gone")],
         },
     ]
-    rows, printed = run(tmp_path, capsys, data, *LOGP, "--model", policy)
+    rows, printed = run_logp(tmp_path, capsys, data, *LOGP, "--model", policy)
     for row in rows:
         for one in row["responses"]:
             ids = tokenizer(one["text"], add_special_tokens=False)["input_ids"] + [eot] * (
@@ -406,15 +351,15 @@ def test_logp_is_the_float64_sum_over_full_logits(tmp_path, capsys, policy, read
 
 def test_logp_keeps_sampled_ids_of_the_same_tokenizer(tmp_path, capsys, policy, reader):
     tokenizer, slow = reader
-    mark, eot = score.fingerprint(tokenizer), tokenizer.eos_token_id
+    vocabulary, eot = fingerprint(tokenizer), tokenizer.eos_token_id
     sampled = [5, 258, 9, 200]  # whatever was sampled: the text does not give these ids back
     row = prompt_row(
         0,
-        response("ab", token_ids=sampled, tokenizer=mark),
+        response("ab", token_ids=sampled, tokenizer=vocabulary),
         response("ab", token_ids=sampled, tokenizer="another"),
-        response("ab", token_ids=sampled, tokenizer=mark, finish="length"),
+        response("ab", token_ids=sampled, tokenizer=vocabulary, finish="length"),
     )
-    (scored,), _ = run(tmp_path, capsys, [row], *LOGP, "--model", policy)
+    (scored,), _ = run_logp(tmp_path, capsys, [row], *LOGP, "--model", policy)
     own = tokenizer("ab", add_special_tokens=False)["input_ids"]
     assert own != sampled
     expected = [slow(row, sampled + [eot]), slow(row, own + [eot]), slow(row, sampled)]
@@ -425,7 +370,7 @@ def test_logp_keeps_sampled_ids_of_the_same_tokenizer(tmp_path, capsys, policy, 
 
 def test_logp_of_nothing_and_of_too_much(tmp_path, capsys, policy):
     row = prompt_row(0, "fine", response("", finish="length"), "a" * 600)
-    (scored,), printed = run(tmp_path, capsys, [row], *LOGP, "--model", policy)
+    (scored,), printed = run_logp(tmp_path, capsys, [row], *LOGP, "--model", policy)
     assert [one["logp"] is None for one in scored["responses"]] == [False, True, True]
     assert printed["responses"] == 3 and sum(printed["without"].values()) == 2
 
@@ -436,7 +381,7 @@ def test_logp_leaves_rewards_alone(tmp_path, capsys, policy):
         response("a", reward=1.5, reward_error=None, scores={"rm": 1.5}),
         response("b", reward=None, reward_error="why"),
     )
-    (scored,), _ = run(tmp_path, capsys, [row], *LOGP, "--model", policy)
+    (scored,), _ = run_logp(tmp_path, capsys, [row], *LOGP, "--model", policy)
     assert [(one["reward"], one["reward_error"]) for one in scored["responses"]] == [
         (1.5, None),
         (None, "why"),
@@ -485,22 +430,20 @@ ANSWERS = [  # reference, response, equal
 
 def test_verify_table(tmp_path, capsys):
     data = [prompt_row(k, text, answer=answer) for k, (answer, text, _) in enumerate(ANSWERS)]
-    rows, _ = run(tmp_path, capsys, data, "--scorer", "verify")
+    rows, _ = run_verify(tmp_path, capsys, data)
     for (answer, text, equal), value in zip(ANSWERS, rewards(rows)):
         assert value == float(equal), f"{text!r} against {answer!r}"
     assert all(type(value) is float for value in rewards(rows))
 
 
 def test_a_prompt_without_answer_has_no_reward(tmp_path, capsys):
-    rows, printed = run(
-        tmp_path, capsys, [prompt_row(0, "4", answer="4"), prompt_row(1, "4")], "--scorer", "verify"
-    )
+    rows, printed = run_verify(tmp_path, capsys, [prompt_row(0, "4", answer="4"), prompt_row(1, "4")])
     assert (
         rewards(rows) == [1.0, None] and rows[1]["responses"][0]["reward_error"] == "the prompt has no answer"
     )
     assert printed["without"] == {"the prompt has no answer": 1}
-    assert "no response has a score" in refused(
-        tmp_path, capsys, [prompt_row(0, "4")], "--scorer", "verify", out="none.jsonl"
+    assert "no response has a score" in refused_verify(
+        tmp_path, capsys, [prompt_row(0, "4")], out="none.jsonl"
     )
 
 
@@ -541,7 +484,7 @@ def test_files_are_merged_by_id(tmp_path, capsys):
         prompt_row(k, response(f"b {k}", "off"), answer="ignored", more=k, cosine=[[1]]) for k in (2, 1)
     ]
     paths = [write_rows(tmp_path / "1.jsonl", first), write_rows(tmp_path / "2.jsonl", second)]
-    rows, printed = run(tmp_path, capsys, paths, "--scorer", "verify")
+    rows, printed = run_verify(tmp_path, capsys, paths)
     assert (
         [row["id"] for row in rows] == ["p0", "p1", "p2"]
         and printed["rows"] == 3
@@ -562,18 +505,16 @@ def test_one_id_for_two_prompts_and_two_rows(tmp_path, capsys):
         write_rows(tmp_path / "1.jsonl", [prompt_row(0, "a", answer="1")]),
         write_rows(tmp_path / "2.jsonl", [other]),
     ]
-    err = refused(tmp_path, capsys, paths, "--scorer", "verify")
+    err = refused_verify(tmp_path, capsys, paths)
     assert f"{paths[1]}:1: the id p0 has another prompt in an earlier file" in err
     twice = [prompt_row(0, "a", answer="1"), prompt_row(1, "a", answer="1"), prompt_row(0, "b", answer="1")]
-    assert "in.jsonl:3: the id p0 is twice in this file" in refused(
-        tmp_path, capsys, twice, "--scorer", "verify"
-    )
+    assert "in.jsonl:3: duplicate id p0 in this file" in refused_verify(tmp_path, capsys, twice)
     assert not (tmp_path / "scored.jsonl").exists()
 
 
 def test_unknown_keys_and_order_pass_through(tmp_path, capsys):
     data = [prompt_row(k, response(f"{k}", extra={"deep": [k]}), answer=str(k), note="né") for k in (3, 1, 2)]
-    rows, _ = run(tmp_path, capsys, data, "--scorer", "verify")
+    rows, _ = run_verify(tmp_path, capsys, data)
     assert [row["id"] for row in rows] == ["p3", "p1", "p2"] and rows[0]["note"] == "né"
     assert rows[0]["responses"][0]["extra"] == {"deep": [3]} and rows[0]["prompt"] == data[0]["prompt"]
 
@@ -585,11 +526,13 @@ def many(count):
     return [prompt_row(k, "a" * (k % 5 + 1), f"text {k}", "é" * (k % 3)) for k in range(count)]
 
 
-@pytest.mark.parametrize("scorer", ["rm", "logp"])
-def test_a_torn_file_is_completed_byte_for_byte(tmp_path, capsys, llama_rm, policy, monkeypatch, scorer):
-    monkeypatch.setattr(score.SCORERS[scorer], "window", 4)
-    flags = [*RM, "--model", llama_rm] if scorer == "rm" else [*LOGP, "--model", policy]
-    run(tmp_path, capsys, many(11), *flags)
+@pytest.mark.parametrize("script, scorer", [(score, "RewardModel"), (logp, "LogProbability")])
+def test_a_torn_file_is_completed_byte_for_byte(
+    tmp_path, capsys, llama_rm, policy, monkeypatch, script, scorer
+):
+    monkeypatch.setattr(getattr(script, scorer), "window", 4)
+    flags = [*RM, "--model", llama_rm if script is score else policy]
+    run(tmp_path, capsys, many(11), *flags, script=script)
     whole = (tmp_path / "scored.jsonl").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for length, kept in (
@@ -598,10 +541,9 @@ def test_a_torn_file_is_completed_byte_for_byte(tmp_path, capsys, llama_rm, poli
         (ends[0] - 1, 0),
         (0, 0),
         (len(whole) - 1, 8),
-        (len(whole), 11),
     ):
         (tmp_path / "scored.jsonl").write_bytes(whole[:length])
-        _, printed = run(tmp_path, capsys, many(11), *flags)
+        _, printed = run(tmp_path, capsys, many(11), *flags, script=script)
         assert (tmp_path / "scored.jsonl").read_bytes() == whole and printed["resumed_rows"] == kept
 
 
@@ -627,15 +569,15 @@ def test_shards_limits_and_batches_change_nothing(tmp_path, capsys, llama_rm, mo
 
 def test_another_run_is_refused(tmp_path, capsys, llama_rm):
     data = [prompt_row(0, "4", "5", answer="4")]
-    run(tmp_path, capsys, data, "--scorer", "verify")
+    run_verify(tmp_path, capsys, data)
     (tmp_path / "in.jsonl").touch()
     before = (tmp_path / "scored.jsonl").read_bytes()
-    err = refused(tmp_path, capsys, data, "--scorer", "verify", "--name", "other")
-    assert "was made with other args: name was None and is 'other'; --overwrite starts anew" in err
-    err = refused(tmp_path, capsys, [prompt_row(0, "4", "6", answer="4")], "--scorer", "verify")
-    assert "was made with other inputs" in err and "in.jsonl" in err
+    err = refused_verify(tmp_path, capsys, data, "--name", "other")
+    assert "was written with name = None, not 'other'; use another --out, or --overwrite to start over" in err
+    err = refused_verify(tmp_path, capsys, [prompt_row(0, "4", "6", answer="4")])
+    assert f"was written with {tmp_path / 'in.jsonl'} = '" in err
     assert (tmp_path / "scored.jsonl").read_bytes() == before
-    rows, _ = run(tmp_path, capsys, data, "--scorer", "verify", "--name", "other", "--overwrite")
+    rows, _ = run_verify(tmp_path, capsys, data, "--name", "other", "--overwrite")
     assert rows[0]["responses"][0]["scores"] == {"other": 1.0}
 
 
@@ -647,7 +589,7 @@ def test_the_record(tmp_path, capsys, llama_rm):
     assert record["args"]["scorer"] == "rm" and record["counts"]["responses"] == 2
     # two responses of one letter; every letter is a token, and so are the four marks
     assert record["counts"]["tokens_scored"] == 2 * len("(user.question 0).(assistant.4).")
-    assert record["args"]["backend"] == "hf" and record["args"]["dtype"] == "float32"
+    assert record["args"]["dtype"] == "float32"
     assert record["versions"]["torch"] == torch.__version__
     stat = os.stat(f"{llama_rm}/model.safetensors")
     assert record["models"][llama_rm]["model.safetensors"] == [stat.st_size, stat.st_mtime_ns]
@@ -655,28 +597,30 @@ def test_the_record(tmp_path, capsys, llama_rm):
 
 def test_a_flag_that_would_do_nothing_is_refused(capsys):
     common = ["--responses", "x", "--out", "y"]
-    for flags in (
-        ["--scorer", "verify", "--model", "m"],
-        ["--scorer", "verify", "--backend", "hf"],
-        ["--scorer", "logp"],
-        ["--scorer", "logp", "--model", "m", "--tensor-parallel", "2"],
-        ["--scorer", "verify", "--dtype", "float32"],
-        ["--scorer", "verify", "--max-length", "9"],
-        ["--scorer", "logp", "--model", "m", "--backend", "vllm"],
-        ["--scorer", "rm"],
-        ["--scorer", "rm", "--model", "m", "--limit", "0"],
+    for script, flags, sentence in (
+        (verify, ["--model", "m"], "unrecognized arguments: --model m"),
+        (verify, ["--dtype", "float32"], "unrecognized arguments: --dtype float32"),
+        (logp, [], "required: --model"),
+        (logp, ["--model", "m", "--tensor-parallel", "2"], "unrecognized arguments: --tensor-parallel 2"),
+        (score, [], "required: --model"),
+        (score, ["--model", "m", "--scorer", "rm"], "unrecognized arguments: --scorer rm"),
+        (
+            score,
+            ["--model", "m", "--limit", "0"],
+            "--limit: expected a whole number of at least 1, found '0'",
+        ),
+        (score, ["--model", "m", "--batch-tokens", "-1"], "--batch-tokens: expected a whole number"),
     ):
         with pytest.raises(SystemExit) as exit_status:
-            score.parse_args([*common, *flags])
-        assert exit_status.value.code == 2, flags
-    capsys.readouterr()
-    assert isinstance(score.parse_args([*common, "--scorer", "rm", "--model", "m"]), Namespace)
+            script.parse_args([*common, *flags])
+        assert exit_status.value.code == 2 and sentence in capsys.readouterr().err, flags
+    assert score.parse_args([*common, "--model", "m"]).batch_tokens == 8192
 
 
 # ----- several scorers
 def test_the_last_scorer_sets_the_reward(tmp_path, capsys, llama_rm):
-    first, printed = run(tmp_path, capsys, [prompt_row(0, "4", "5", answer="4")], "--scorer", "verify")
-    assert rewards(first) == [1.0, 0.0] and "agreement" not in printed
+    first, printed = run_verify(tmp_path, capsys, [prompt_row(0, "4", "5", answer="4")])
+    assert rewards(first) == [1.0, 0.0] and printed["mean"] == {"on": 0.5}
     paths = [str(tmp_path / "scored.jsonl")]
     second, printed = run(tmp_path, capsys, paths, *RM, "--model", llama_rm, "--name", "tiny", out="2.jsonl")
     values = rewards(second)
@@ -684,60 +628,32 @@ def test_the_last_scorer_sets_the_reward(tmp_path, capsys, llama_rm):
     for one, value, right in zip(second[0]["responses"], values, (1.0, 0.0)):
         assert one["scores"] == {"verify": right, "tiny": value}
     assert second[0]["labeler"] == f"tiny:{llama_rm}"
-    alike = int(values[0] > values[1])
-    assert printed["agreement"] == {
-        "share": float(alike),
-        "pairs": 1,
-        "alike": alike,
-        "prompts_that_differ": 1 - alike,
-    }
-    third, _ = run(tmp_path, capsys, [str(tmp_path / "2.jsonl")], "--scorer", "verify", out="3.jsonl")
+    third, _ = run_verify(tmp_path, capsys, [str(tmp_path / "2.jsonl")], out="3.jsonl")
     assert rewards(third) == [1.0, 0.0] and third[0]["labeler"] == "verify"
     assert [sorted(one["scores"]) for one in third[0]["responses"]] == [["tiny", "verify"]] * 2
-
-
-def test_agreement_of_hand_made_rewards(tmp_path, capsys):
-    # verify gives 1 for the right answer. The rewards before order the pairs of p0 alike, alike and, with the
-    # tie of the new ones, not at all; of p1 one pair alike and one the other way round. p2 lacks a reward of
-    # two, p3's new rewards are equal, p4's old ones. The texts of p5 had no reward at all
-    def old(text, reward):
-        return response(text, reward=reward, reward_error=None)
-
-    data = [
-        prompt_row(0, old("1", 2.0), old("2", 1.0), old("3", -1.0), answer="1"),
-        prompt_row(1, old("1", 0.0), old("2", -1.0), old("3", 5.0), answer="1"),
-        prompt_row(2, old("1", None), old("2", 1.0), answer="1"),
-        prompt_row(3, old("1", 1.0), old("1.0", 2.0), answer="1"),
-        prompt_row(4, old("1", 1.0), old("2", 1.0), answer="1"),
-        prompt_row(5, "1", "2", answer="1"),
-    ]
-    rows, printed = run(tmp_path, capsys, data, "--scorer", "verify")
-    assert printed["agreement"] == {"share": 0.75, "pairs": 4, "alike": 3, "prompts_that_differ": 1}
-    assert rewards(rows[:2]) == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 
 
 def test_wins_and_cosine_of_others(tmp_path, capsys, policy):
     wins, cosine = [[None, 0.75], [0.25, None]], [[1, 0.5], [0.5, 1]]
     data = [prompt_row(0, "1", response("2", token_ids=[1, 2]), answer="1", wins=wins, cosine=cosine)]
-    rows, _ = run(tmp_path, capsys, data, *LOGP, "--model", policy)
+    rows, _ = run_logp(tmp_path, capsys, data, *LOGP, "--model", policy)
     assert rows[0]["wins"] == wins and rows[0]["cosine"] == cosine  # logp makes no reward
     assert rows[0]["responses"][1]["token_ids"] == [1, 2]
-    rows, _ = run(tmp_path, capsys, data, "--scorer", "verify", out="verify.jsonl")
+    rows, _ = run_verify(tmp_path, capsys, data, out="verify.jsonl")
     assert "wins" not in rows[0] and rows[0]["cosine"] == cosine
-    assert all("wins" not in one and "cosine" not in one for one in rows[0]["responses"])
     second = [prompt_row(0, response("3", "off"), wins=[[None]])]
     paths = [write_rows(tmp_path / "1.jsonl", data), write_rows(tmp_path / "2.jsonl", second)]
-    rows, _ = run(tmp_path, capsys, paths, *LOGP, "--model", policy, out="merged.jsonl")
+    rows, _ = run_logp(tmp_path, capsys, paths, *LOGP, "--model", policy, out="merged.jsonl")
     assert rows[0]["wins"] == [[None, 0.75, None], [0.25, None, None], [None, None, None]]
     assert rows[0]["cosine"] == [[1, 0.5, None], [0.5, 1, None], [None, None, None]]
 
 
 def test_logp_by_name_stands_beside_another(tmp_path, capsys, policy):
     other = make_policy(tmp_path / "other", seed=5)
-    first, _ = run(tmp_path, capsys, ROWS, *LOGP, "--model", policy, out="1.jsonl")
+    first, _ = run_logp(tmp_path, capsys, ROWS, *LOGP, "--model", policy, out="1.jsonl")
     paths = [str(tmp_path / "1.jsonl")]
-    second, _ = run(tmp_path, capsys, paths, *LOGP, "--model", other, "--name", "B", out="2.jsonl")
-    alone, _ = run(tmp_path, capsys, ROWS, *LOGP, "--model", other, out="3.jsonl")
+    second, _ = run_logp(tmp_path, capsys, paths, *LOGP, "--model", other, "--name", "B", out="2.jsonl")
+    alone, _ = run_logp(tmp_path, capsys, ROWS, *LOGP, "--model", other, out="3.jsonl")
     for row, of_first, of_alone in zip(second, first, alone):
         for both, a, b in zip(row["responses"], of_first["responses"], of_alone["responses"]):
             assert both == a | {"logp_B": b["logp"], "logp_B_tokens": b["logp_tokens"]}
@@ -752,11 +668,11 @@ def test_rewards_of_two_labelers(tmp_path, capsys, policy):
         write_rows(tmp_path / "1.jsonl", of("a", "on")),
         write_rows(tmp_path / "2.jsonl", of("b", "off")),
     ]
-    for flags in ([*LOGP, "--model", policy], ["--scorer", "verify"]):
-        err = refused(tmp_path, capsys, paths, *flags)
-        assert "the rewards are of different labelers, a and b" in err
+    for script, flags in ((logp, ["--model", policy]), (verify, [])):
+        err = refused(tmp_path, capsys, paths, *flags, script=script)
+        assert "rewards of different labelers: a and b" in err
         assert not (tmp_path / "scored.jsonl").exists()
-    rows, _ = run(tmp_path, capsys, paths[:1], "--scorer", "verify")
+    rows, _ = run_verify(tmp_path, capsys, paths[:1])
     assert rows[0]["labeler"] == "verify" and rewards(rows) == [1.0]
 
 
@@ -772,28 +688,38 @@ def without_tensor(folder, target, name):
     return str(target)
 
 
-@pytest.mark.parametrize("scorer", ["rm", "logp"])
-def test_weights_that_lack_a_tensor(tmp_path, capsys, llama_rm, policy, scorer):
-    model, flags = (llama_rm, RM) if scorer == "rm" else (policy, LOGP)
+@pytest.mark.parametrize("script", [score, logp])
+def test_weights_that_lack_a_tensor(tmp_path, capsys, llama_rm, policy, script):
     name = "model.layers.1.mlp.up_proj.weight"
-    broken = without_tensor(model, tmp_path / "broken", name)
-    err = refused(tmp_path, capsys, ROWS, *flags, "--model", broken)
-    assert f"{broken}: the weights lack {name}" in err
+    broken = without_tensor(llama_rm if script is score else policy, tmp_path / "broken", name)
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", broken, script=script)
+    assert f"{broken}: missing weights: {name}" in err
     assert not (tmp_path / "scored.jsonl").exists() and not (tmp_path / "scored.meta.json").exists()
+
+
+def with_number(folder, target, number):
+    """A copy of a model's folder with NaN or infinity in the weights of its last norm."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    weights = load_file(f"{target}/model.safetensors")
+    weights["model.norm.weight"][3] = number
+    save_file(weights, f"{target}/model.safetensors", metadata={"format": "pt"})
+    return str(target)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_numbers(tmp_path, capsys, policy, number):
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(policy, tmp_path / "broken")
-    path = tmp_path / "broken" / "model.safetensors"
-    weights = load_file(path)
-    weights["model.norm.weight"][3] = number
-    save_file(weights, path, metadata={"format": "pt"})
-    err = refused(tmp_path, capsys, ROWS, *LOGP, "--model", str(tmp_path / "broken"))
-    assert f"{path}: the weights model.norm.weight are not all finite numbers" in err
+@pytest.mark.parametrize("script", [score, logp])
+def test_weights_that_are_not_numbers(tmp_path, capsys, llama_rm, policy, script, number):
+    model = llama_rm if script is score else policy
+    broken = with_number(model, tmp_path / "broken", number)
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", broken, script=script)
+    assert f"{broken}: no score in the first 3 rows is a finite number; check its weights" in err
     assert not (tmp_path / "scored.jsonl").exists() and not (tmp_path / "scored.meta.json").exists()
+    run(tmp_path, capsys, ROWS, *RM, "--model", model, script=script)
+    before = (tmp_path / "scored.jsonl").read_bytes(), (tmp_path / "scored.meta.json").read_bytes()
+    refused(tmp_path, capsys, ROWS, *RM, "--model", broken, "--overwrite", script=script)
+    assert ((tmp_path / "scored.jsonl").read_bytes(), (tmp_path / "scored.meta.json").read_bytes()) == before
 
 
 def test_torn_weights(tmp_path, capsys, llama_rm):
@@ -801,7 +727,8 @@ def test_torn_weights(tmp_path, capsys, llama_rm):
     path = tmp_path / "torn" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     err = refused(tmp_path, capsys, ROWS, *RM, "--model", str(tmp_path / "torn"))
-    assert f"{path}: " in err and not (tmp_path / "scored.jsonl").exists()
+    assert f": {tmp_path / 'torn'}: " in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "scored.jsonl").exists() and not (tmp_path / "scored.meta.json").exists()
 
 
 def test_broken_weights_lose_no_earlier_file(tmp_path, capsys, llama_rm):
@@ -813,24 +740,17 @@ def test_broken_weights_lose_no_earlier_file(tmp_path, capsys, llama_rm):
 
 
 def test_token_ids_beyond_the_vocabulary(tmp_path, capsys, policy, reader):
-    mark = score.fingerprint(reader[0])
-    rows = [prompt_row(0, "a"), prompt_row(1, response("b", token_ids=[5, 259], tokenizer=mark))]
-    err = refused(tmp_path, capsys, rows, *LOGP, "--model", policy)
-    assert f"the row p1 has the token id 259, and the vocabulary of {policy} has 259" in err
+    vocabulary = fingerprint(reader[0])
+    rows = [prompt_row(0, "a"), prompt_row(1, response("b", token_ids=[5, 259], tokenizer=vocabulary))]
+    err = refused_logp(tmp_path, capsys, rows, *LOGP, "--model", policy)
+    assert f"the row p1 has the token id 259, but the vocabulary of {policy} has 259" in err
     assert not (tmp_path / "scored.jsonl").exists()
     rows[1]["responses"][0]["token_ids"] = [5, 258]
-    (_, last), _ = run(tmp_path, capsys, rows, *LOGP, "--model", policy)
+    (_, last), _ = run_logp(tmp_path, capsys, rows, *LOGP, "--model", policy)
     assert last["responses"][0]["logp_tokens"] == 3
     rows[1]["responses"][0] |= {"token_ids": [5, 259], "tokenizer": "another"}  # not used
-    (_, last), _ = run(tmp_path, capsys, rows, *LOGP, "--model", policy, out="other.jsonl")
+    (_, last), _ = run_logp(tmp_path, capsys, rows, *LOGP, "--model", policy, out="other.jsonl")
     assert last["responses"][0]["logp_tokens"] == 2
-
-
-def test_tensor_parallel_is_for_vllm(tmp_path, capsys, bert_rm):
-    err = refused(tmp_path, capsys, ROWS, *RM, "--model", bert_rm, "--tensor-parallel", "2")
-    assert "--tensor-parallel is for vllm" in err
-    err = refused(tmp_path, capsys, ROWS, "--model", bert_rm, "--backend", "vllm")
-    assert "vllm reads chats, not pairs of texts" in err
 
 
 # ----- --out
@@ -840,10 +760,10 @@ def test_out_is_an_input(tmp_path, capsys):
     os.symlink(path, tmp_path / "link.jsonl")
     os.symlink(tmp_path, tmp_path / "folder")
     for out in ("in.jsonl", "link.jsonl", "folder/in.jsonl", "in.json"):  # in.json has the record of in.jsonl
-        err = refused(tmp_path, capsys, [path], "--scorer", "verify", "--overwrite", out=out)
-        assert "would replace an input or the record of one" in err
+        err = refused_verify(tmp_path, capsys, [path], "--overwrite", out=out)
+        assert "this would overwrite an input file or its record" in err
     os.symlink(tmp_path / "other.jsonl", tmp_path / "elsewhere.jsonl")  # a link to no input
-    assert run(tmp_path, capsys, [path], "--scorer", "verify", out="elsewhere.jsonl")[1]["rows"] == 1
+    assert run_verify(tmp_path, capsys, [path], out="elsewhere.jsonl")[1]["rows"] == 1
     assert (tmp_path / "in.jsonl").read_bytes() == before and (tmp_path / "other.jsonl").is_file()
 
 
@@ -851,33 +771,111 @@ def test_an_out_that_another_process_writes(tmp_path, capsys):
     data = [prompt_row(0, "4", answer="4")]
     with open(tmp_path / "scored.jsonl", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        err = refused(tmp_path, capsys, data, "--scorer", "verify")
-        assert f"--out {tmp_path / 'scored.jsonl'}: another process writes it" in err
-        err = refused(tmp_path, capsys, data, "--scorer", "verify", "--overwrite")
-        assert "another process writes it" in err
-    rows, _ = run(tmp_path, capsys, data, "--scorer", "verify")
+        err = refused_verify(tmp_path, capsys, data)
+        assert f"--out {tmp_path / 'scored.jsonl'}: another process is writing this file" in err
+        err = refused_verify(tmp_path, capsys, data, "--overwrite")
+        assert "another process is writing this file" in err
+    rows, _ = run_verify(tmp_path, capsys, data)
     assert rewards(rows) == [1.0]
 
 
 def test_a_running_process_holds_the_lock(tmp_path, capsys, monkeypatch):
-    """Looked at while a window is scored: the record is there before the first row, and --out is locked."""
+    """Looked at while a window is scored: --out is locked, and its record is there before the first row."""
     data = [prompt_row(k, "4", answer="4") for k in range(3)]
-    looks, honest = [], score.Verify.score
+    looks, honest = [], verify.Verify.score
 
     def look(scorer, rows, update):
         with open(tmp_path / "scored.jsonl", "rb") as file:
             with pytest.raises(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             looks.append(len(file.read().splitlines()))
-        record = json.loads((tmp_path / "scored.meta.json").read_text())
-        assert record["args"]["scorer"] == "verify" and "counts" not in record
+        if looks[-1]:
+            record = json.loads((tmp_path / "scored.meta.json").read_text())
+            assert record["args"]["scorer"] == "verify" and "counts" not in record
         honest(scorer, rows, update)
 
-    monkeypatch.setattr(score.Verify, "window", 1)
-    monkeypatch.setattr(score.Verify, "score", look)
-    run(tmp_path, capsys, data, "--scorer", "verify")
+    monkeypatch.setattr(verify.Verify, "window", 1)
+    monkeypatch.setattr(verify.Verify, "score", look)
+    run_verify(tmp_path, capsys, data)
     assert looks == [0, 1, 2]
     assert json.loads((tmp_path / "scored.meta.json").read_text())["counts"]["rows"] == 3
+
+
+def test_a_finished_run_does_nothing(tmp_path, capsys, monkeypatch):
+    data = [prompt_row(k, "4", answer="4") for k in range(3)]
+    _, first = run_verify(tmp_path, capsys, data)
+    before = (tmp_path / "scored.jsonl").read_bytes(), (tmp_path / "scored.meta.json").read_bytes()
+    monkeypatch.delattr(verify.Verify, "score")
+    args = verify.parse_args(
+        ["--responses", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "scored.jsonl")]
+    )
+    score.main(args, verify.Verify)
+    out, err = capsys.readouterr()
+    assert f"--out {tmp_path / 'scored.jsonl'} is complete; nothing was done" in err
+    assert json.loads(out) | {"seconds": 0} == first | {"seconds": 0} and first["rows"] == 3
+    assert ((tmp_path / "scored.jsonl").read_bytes(), (tmp_path / "scored.meta.json").read_bytes()) == before
+
+
+def test_a_finished_run_without_a_score_is_refused_again(tmp_path, capsys):
+    for _ in range(2):
+        err = refused_verify(tmp_path, capsys, [prompt_row(0, "4")])
+        assert 'no response has a score: {"the prompt has no answer": 1}' in err
+
+
+def test_rows_of_another_run_in_out(tmp_path, capsys):
+    data = [prompt_row(k, "4", answer="4") for k in range(3)]
+    run_verify(tmp_path, capsys, data)
+    path = tmp_path / "scored.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for number, foreign, sentence in (
+        (1, '{"id": "x"}\n', "this is not the row 'p1' of this run"),
+        (2, lines[0], "this is not the row 'p2' of this run"),
+        (1, '{"a": 1}\n', "missing required field `id`"),
+        (3, lines[0], "already has more rows than the 3 requested"),
+    ):
+        path.write_text("".join([*lines[:number], foreign, *lines[number + 1 :]]))
+        before = path.read_bytes()
+        err = refused_verify(tmp_path, capsys, data)
+        assert sentence in err and str(path) in err and path.read_bytes() == before
+
+
+def test_another_scorer_with_the_same_flags(tmp_path, capsys, policy):
+    """Rows of score.py and those of logp.py have other keys: neither resumes the other."""
+    relabelled = tmp_path / "rm"
+    tiny(relabelled, "LlamaForSequenceClassification")
+    run(tmp_path, capsys, ROWS, *RM, "--model", str(relabelled))
+    err = refused_logp(tmp_path, capsys, ROWS, *RM, "--model", str(relabelled))
+    assert "was written with scorer = 'rm', not 'logp'" in err
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import score, verify
+verify.Verify.window = 8
+args = verify.parse_args(sys.argv[3:])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+score.main(args, verify.Verify)
+"""
+
+
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
+    """A file cannot grow beyond a limit: a sentence, and the same command goes on when it can."""
+    data = write_rows(tmp_path / "in.jsonl", [prompt_row(k, "4" * 300, answer="4") for k in range(40)])
+    run_verify(tmp_path, capsys, [data], out="whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for limit in (len(whole) // 3, len(whole) - 100):
+        flags = ["--responses", data, "--out", str(tmp_path / "scored.jsonl")]
+        command = [sys.executable, "-c", FULL, str(REPO / "scorers"), str(limit), *flags]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "scored.jsonl cannot be written: " in done.stderr and "Traceback" not in done.stderr
+        assert "run the same command again to resume" in done.stderr
+        assert (tmp_path / "scored.jsonl").read_bytes() == whole[:limit]
+    monkeypatch.setattr(verify.Verify, "window", 8)
+    rows, printed = run_verify(tmp_path, capsys, [data])
+    assert (tmp_path / "scored.jsonl").read_bytes() == whole
+    assert printed["resumed_rows"] == 32 and len(rows) == 40
 
 
 def test_a_model_that_was_trained_again_into_the_same_folder(tmp_path, capsys, llama_rm, monkeypatch):
@@ -892,7 +890,7 @@ def test_a_model_that_was_trained_again_into_the_same_folder(tmp_path, capsys, l
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     err = refused(tmp_path, capsys, ROWS, *flags)
-    assert f"was made with other models: {tmp_path / 'rm'} was " in err and "--overwrite starts anew" in err
+    assert f"was written with {tmp_path / 'rm'} = " in err and "--overwrite to start over" in err
     assert (tmp_path / "scored.jsonl").read_bytes() == part
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     run(tmp_path, capsys, ROWS, *flags)
@@ -905,18 +903,16 @@ import score
 from transformers import AutoModelForSequenceClassification
 
 score.RewardModel.window = 2
-score.importlib.metadata.distributions = list  # slow, and the same each time
 args = score.parse_args(sys.argv[1:])
 model = score.load_model(AutoModelForSequenceClassification, args.model, None, "float32")
 score.load_model = lambda *rest: model
 make_record = score.make_record
-NAMES = ("main", "open_output", "rows_done", "append_rows", "write_record")
+NAMES = ("main", "score_rows", "open_output", "begin_output", "keep_rows", "append_rows", "write_record")
 
 def append_rows(file, rows):  # in three pieces, so that a kill leaves a part of a line
     text = "".join(json.dumps(row, ensure_ascii=False, default=list) + "\\n" for row in rows).encode()
     for start in range(0, len(text), len(text) // 3 + 1):
         file.write(text[start : start + len(text) // 3 + 1])
-        file.flush()
 
 score.append_rows = append_rows
 
@@ -983,27 +979,14 @@ def test_killed_at_random_moments(tmp_path, llama_rm):
     assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-# ----- the environment
-METHOD = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # what a user has set stays
-
-
-def test_the_environment_is_set_before_torch_is_imported():
-    code = """
-import builtins, os, sys
-honest = builtins.__import__
-def look(name, *rest):
-    if name == "torch" and "torch" not in sys.modules:
-        names = ("PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_STREAM")
-        print([os.environ.get(name) for name in names])
-    return honest(name, *rest)
-builtins.__import__ = look
-import score
-print("torch" in sys.modules)
-"""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM", "PYTORCH"))}
-    for folder, name, given, method in ((".", "score", {}, "spawn"), ("scorers", "embed", METHOD, "fork")):
-        program = code.replace("import score", f"import {name}")
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, cwd=REPO / folder, env=env | given, capture_output=True, text=True)
-        expected = f"['1', '{method}', 'ext://sys.stderr']"
-        assert done.stdout.splitlines() == [expected, "True"], done.stderr[-500:]
+# ----- the command line
+def test_flags_are_read_before_torch_is_imported():
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('score.py', run_name='__main__')"
+    for flags, status, sentence in (
+        (["--help"], 0, "--responses FILE"),
+        (["--limit", "0"], 2, "--limit: expected a whole number of at least 1, found '0'"),
+    ):
+        command = [sys.executable, "-c", code, *flags]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == status and sentence in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr

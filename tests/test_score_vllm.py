@@ -1,9 +1,9 @@
 """
-score.py's rm by vLLM on a CPU, against transformers: with a stand-in for vLLM, and with vLLM if it is there.
+scorers/rm_vllm.py on a CPU, against score.py: with a stand-in for vLLM, and with vLLM if it is there.
 
 Covers  what the engine is asked for: tensor parallel, the longest input, no activation. Its rewards held to
-        those of transformers, to the tolerance. Which backend "auto" is. Rewards equal to those of
-        transformers; vLLM's default activation ends the run; a reward model without a head.
+        those of transformers, to the tolerance; NaN. What it refuses. Rewards equal to those of score.py;
+        vLLM's default activation ends the run; a reward model without a head.
 Run     python -m pytest tests/test_score_vllm.py     (half a minute: two engines start)
 """
 
@@ -13,23 +13,33 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import test_score
 import torch
-from conftest import REPO, make_policy, make_tokenizer, read_rows, run_script, write_rows
-from test_score import bert_rm, prompt_row, refused, rewards, run  # noqa: F401
+from conftest import REPO, make_policy, read_rows, run_script, write_rows
+from models import make_bert, tiny
+from test_score import prompt_row, rewards, without_tensor
 
 import score
 
+sys.path.insert(0, str(REPO / "scorers"))
+import rm_vllm  # noqa: E402
+
+run = partial(test_score.run, script=rm_vllm)
+refused = partial(test_score.refused, script=rm_vllm)
+
 TEXTS = ["short", "a much longer answer that goes on and on", "", "é 日本", "x", "yes, and no"]
 ROWS = [prompt_row(k, *(f"{text} {k}" for text in TEXTS)) for k in range(3)]
-RM = ["--scorer", "rm", "--dtype", "float32"]
+RM = ["--dtype", "float32"]
 DRIVER = """
 import json, sys, traceback
-import score, vllm
+sys.path.insert(0, "scorers")
+import rm_vllm, score, vllm
 honest = vllm.PoolingParams
 
 def with_a_sigmoid(**options):  # vLLM's own default for one label
@@ -38,7 +48,7 @@ def with_a_sigmoid(**options):  # vLLM's own default for one label
 for flags, changed in json.loads(sys.argv[1]):
     vllm.PoolingParams = with_a_sigmoid if changed else honest
     try:
-        score.main(score.parse_args(flags))
+        score.main(rm_vllm.parse_args(flags), rm_vllm.RewardModel)
     except BaseException:
         traceback.print_exc()
 """
@@ -47,27 +57,9 @@ for flags, changed in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """A decoder with heads of 64, which vLLM's CPU attention wants."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("rm")
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForSequenceClassification(config).float().save_pretrained(folder)
-    return str(folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.2}
+    sizes["max_position_embeddings"] = 256
+    return tiny(tmp_path_factory.mktemp("rm"), "LlamaForSequenceClassification", seed=1, **sizes)
 
 
 # ----- a stand-in for vllm
@@ -101,7 +93,7 @@ def stand_in(monkeypatch, reward_model):
 
 
 def test_what_the_engine_is_asked_for(tmp_path, capsys, stand_in, reward_model, monkeypatch):
-    monkeypatch.setattr(score.RewardModel, "window", 2)
+    monkeypatch.setattr(rm_vllm.RewardModel, "window", 2)
     flags = [*RM, "--model", reward_model, "--tensor-parallel", "4", "--max-length", "100"]
     rows, printed = run(tmp_path, capsys, ROWS, *flags)
     (engine,) = stand_in.engines
@@ -109,17 +101,16 @@ def test_what_the_engine_is_asked_for(tmp_path, capsys, stand_in, reward_model, 
     assert (engine["runner"], engine["convert"], engine["dtype"]) == ("pooling", "classify", "float32")
     assert engine["max_model_len"] == 100 and engine["enforce_eager"] is True
     assert stand_in.requests == [3, 12, 6]  # the first response of 3 rows, then windows of 2 rows and 1
-    expected, hf = run(
-        tmp_path, capsys, ROWS, *RM, "--model", reward_model, "--backend", "hf", out="hf.jsonl"
-    )
+    expected, hf = test_score.run(tmp_path, capsys, ROWS, *RM, "--model", reward_model, out="hf.jsonl")
     assert rewards(rows) == pytest.approx(rewards(expected), abs=1e-4)
     assert printed["tokens_scored"] == hf["tokens_scored"] and "padding" not in printed
-    record = json.loads((tmp_path / "scored.meta.json").read_text())
-    assert record["args"]["backend"] == "vllm"
+    # score.py does not resume these rows
+    err = test_score.refused(tmp_path, capsys, ROWS, *RM, "--model", reward_model, "--max-length", "100")
+    assert "was written with backend = 'vllm', not None" in err
 
 
 def test_the_longest_input_unless_it_is_said(tmp_path, capsys, stand_in, reward_model, monkeypatch):
-    monkeypatch.setattr(score, "LONGEST_VLLM", 60)
+    monkeypatch.setattr(rm_vllm, "LONGEST", 60)
     rows, printed = run(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
     assert stand_in.engines[0]["max_model_len"] == 60 and printed["without"] == {"longer than 60 tokens": 3}
     flags = [*RM, "--model", reward_model, "--max-length", "90"]
@@ -132,7 +123,8 @@ def test_the_tolerance(tmp_path, capsys, stand_in, reward_model, share, refuses)
     stand_in.change = lambda x: x + share * (0.1 + 0.03 * x.abs())
     if refuses:
         err = refused(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
-        assert re.search(rf"{reward_model}: vllm gives \S+ where transformers gives \S+: --backend hf", err)
+        sentence = rf"{reward_model}: vLLM's reward \S+ differs from transformers' \S+; use score.py"
+        assert re.search(sentence, err)
         assert not (tmp_path / "scored.jsonl").exists()
     else:
         rows, _ = run(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
@@ -141,47 +133,44 @@ def test_the_tolerance(tmp_path, capsys, stand_in, reward_model, share, refuses)
 
 def test_rewards_of_vllm_that_are_not_numbers(tmp_path, capsys, stand_in, reward_model):
     stand_in.change = lambda x: x * math.nan
-    assert "vllm gives nan" in refused(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
+    assert "vLLM's reward nan differs" in refused(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
 
 
 def test_a_large_model_is_not_loaded_twice(tmp_path, capsys, stand_in, reward_model, monkeypatch):
-    monkeypatch.setattr(score, "CHECKED_BYTES", 1000)
-    devices, load_model = [], score.load_model
+    monkeypatch.setattr(rm_vllm, "CHECKED_BYTES", 1000)
+    devices, load_model = [], rm_vllm.load_model
 
     def load(*rest, **options):
         model = load_model(*rest, **options)
         devices.extend({parameter.device.type for parameter in model.parameters()})
         return model
 
-    monkeypatch.setattr(score, "load_model", load)
+    monkeypatch.setattr(rm_vllm, "load_model", load)
     stand_in.change = lambda x: x + 1
     rows, _ = run(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
-    assert stand_in.requests == [0, 18] and None not in rewards(rows)
+    assert stand_in.requests == [18] and None not in rewards(rows)
     assert devices == ["meta"]  # only the names of its weights were looked at
+    broken = without_tensor(reward_model, tmp_path / "broken", "score.weight")
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", broken, out="broken.jsonl")
+    assert f"{broken}: missing weights: score.weight" in err and len(stand_in.engines) == 1
 
 
-def test_which_backend_auto_is(tmp_path, capsys, stand_in, reward_model, bert_rm):  # noqa: F811
-    pairs = [prompt_row(0, "good", "bad")]
-    for model, more, backend in (
-        (reward_model, [], "vllm"),
-        (reward_model, ["--batch-tokens", "100"], "hf"),
-        (bert_rm, [], "hf"),
-    ):
-        run(tmp_path, capsys, pairs, *RM, "--model", model, *more, "--overwrite")
-        record = json.loads((tmp_path / "scored.meta.json").read_text())
-        assert record["args"]["backend"] == backend
-    # the run that goes on does not change it
-    run(tmp_path, capsys, pairs, *RM, "--model", reward_model, "--overwrite")
-    err = refused(tmp_path, capsys, pairs, *RM, "--model", reward_model, "--batch-tokens", "100")
-    assert "was made with other args: backend was 'vllm' and is 'hf'" in err
+def test_weights_that_are_not_numbers(tmp_path, capsys, stand_in, reward_model, monkeypatch):
+    broken = test_score.with_number(reward_model, tmp_path / "broken", math.nan)
+    stand_in.change = lambda x: x * math.nan
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", broken)
+    assert f"{broken}: no score in the first 3 rows is a finite number; check its weights" in err
+    assert not (tmp_path / "scored.jsonl").exists() and not (tmp_path / "scored.meta.json").exists()
 
 
-def test_vllm_that_is_not_installed(tmp_path, capsys, reward_model, monkeypatch):
-    monkeypatch.setattr(score.importlib.util, "find_spec", lambda name: None)
-    err = refused(tmp_path, capsys, ROWS, *RM, "--model", reward_model, "--backend", "vllm")
-    assert "--backend vllm needs the package vllm" in err
-    run(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
-    assert json.loads((tmp_path / "scored.meta.json").read_text())["args"]["backend"] == "hf"
+def test_what_it_cannot_score(tmp_path, capsys, stand_in, reward_model, monkeypatch):
+    bert = make_bert(tmp_path / "bert")
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", bert)
+    assert f"{bert}: no chat template, which this scorer needs; use score.py for pairs of texts" in err
+    monkeypatch.setattr(rm_vllm.importlib.util, "find_spec", lambda name: None)
+    err = refused(tmp_path, capsys, ROWS, *RM, "--model", reward_model)
+    assert "needs the package vllm; install it, or use score.py" in err
+    assert not stand_in.engines and not (tmp_path / "scored.jsonl").exists()
 
 
 # ----- vllm
@@ -205,7 +194,7 @@ def runs(tmp_path_factory, reward_model):
             stderr=err,
             env={**os.environ, "OMP_NUM_THREADS": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         )
-    score.main(score.parse_args([*flags, "--backend", "hf", "--out", f"{folder}/hf.jsonl"]))
+    score.main(score.parse_args([*flags, "--out", f"{folder}/hf.jsonl"]))
     return folder
 
 
@@ -215,14 +204,14 @@ def test_rewards_are_those_of_hf(runs):
     assert vllm == pytest.approx(hf, abs=1e-3) and len(vllm) == 18
     assert min(hf) < -0.5 and max(hf) > 0.1  # a sigmoid would lie between 0 and 1
     record = json.loads((runs / "rm.meta.json").read_text())
-    assert record["args"]["backend"] == "vllm"
+    assert record["args"]["backend"] == "vllm" and record["args"]["scorer"] == "rm"
     last = (runs / "out").read_text().splitlines()[-1]
     assert json.loads(last)["responses"] == 18  # vllm logs on standard error
 
 
 def test_an_activation_ends_the_run(runs):
     err = (runs / "err").read_text()
-    numbers = re.search(r"vllm gives (\S+) where transformers gives (\S+): --backend hf", err)
+    numbers = re.search(r"vLLM's reward (\S+) differs from transformers' (\S+); use score.py", err)
     assert numbers, err[-3000:]
     raw = float(numbers[2])
     assert float(numbers[1]) == pytest.approx(1 / (1 + math.exp(-raw)), abs=1e-3)
@@ -237,6 +226,6 @@ def test_a_missing_head_is_fatal_here_too(tmp_path):
     (tmp_path / "headless" / "config.json").write_text(json.dumps(config))
     data = write_rows(tmp_path / "in.jsonl", ROWS)
     flags = [*RM, "--model", folder, "--responses", data, "--out", tmp_path / "out.jsonl"]
-    _, err = run_script("score.py", *flags, expect=2)
+    _, err = run_script("scorers/rm_vllm.py", *flags, expect=2)
     expected = "expected a ...ForSequenceClassification with one label, found LlamaForCausalLM"
-    assert f"score.py: {folder}: {expected}" in err and not (tmp_path / "out.jsonl").exists()
+    assert f"rm_vllm.py: {folder}: {expected}" in err and not (tmp_path / "out.jsonl").exists()
