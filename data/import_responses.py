@@ -34,7 +34,7 @@ import msgspec
 from pyarrow.parquet import ParquetFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from build_pairs import Message, fail, read_jsonl, write_output  # noqa: E402
+from common import Message, as_messages, fail, read_jsonl, write_output  # noqa: E402
 
 # HelpSteer2's attributes, and their weights in the reward that S1's code makes of them
 WEIGHTS = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}
@@ -81,15 +81,15 @@ def parse_args(argv=None):
 
 
 # ----- a row of each format -> {"prompt", "responses"}, and "id" where it has one
-def from_rows(row, where):
+def from_rows(row, line):
     if "response" in row:
         row["responses"] = [{"text": row.pop("response"), "model": row.pop("model", None)}]
     if not row.get("responses"):
-        fail(f'{where}: expected "response" or a list "responses", found {", ".join(sorted(row))}')
+        fail(f'{line}: expected "response" or a list "responses", found {", ".join(sorted(row))}')
     return row
 
 
-def from_ultra(row, where):
+def from_ultra(row, line):
     """An overall_score of 10 means 1 in places (argilla-io/notus, issue 7); the other scores are safer."""
     responses = []
     for entry in row["completions"]:
@@ -100,17 +100,17 @@ def from_ultra(row, where):
     return {"prompt": row["instruction"], "dataset": row["source"], "responses": responses}
 
 
-def from_pair(row, where):
+def from_pair(row, line):
     (*prompt, chosen), (*same_prompt, rejected) = row["chosen"], row["rejected"]
     if prompt != same_prompt or not chosen["role"] == rejected["role"] == "assistant":
-        fail(f"{where}: expected chosen and rejected to be one prompt and two answers of the assistant to it")
+        fail(f"{line}: expected chosen and rejected to be one prompt and two answers of the assistant to it")
     responses = []
     for turn, score in (chosen, "score_chosen"), (rejected, "score_rejected"):
         responses.append({"text": turn["content"], "scores": {"ultrafeedback": row.get(score)}})
     return {"id": row.get("prompt_id"), "prompt": prompt, "responses": responses}
 
 
-def from_helpsteer2(row, where):
+def from_helpsteer2(row, line):
     prompt = row["prompt"]
     if isinstance(prompt, str):  # each later turn follows a line that names its role
         parts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", f"<extra_id_1>User\n{prompt}")[1:]
@@ -123,7 +123,7 @@ def from_helpsteer2(row, where):
     return {"prompt": prompt, "responses": [{"text": row["response"], "scores": scores}]}
 
 
-def from_alpaca_eval(row, where):
+def from_alpaca_eval(row, line):
     responses = [{"text": row["output"], "model": row["generator"]}]
     return {"prompt": row["instruction"], "dataset": row.get("dataset"), "responses": responses}
 
@@ -131,20 +131,20 @@ def from_alpaca_eval(row, where):
 def oasst2_prompts(table, left_out):
     """Rows of our own form from messages, of which each may come before the one that it answers."""
     prompts, answers = [], {}
-    for where, row in table:
+    for line, row in table:
         if row.get("deleted"):
             left_out["deleted_messages"] += 1
         elif row["role"] == "prompter" and row["parent_id"] is None:
-            prompts.append((where, {"id": row["message_id"], "prompt": row["text"], "lang": row.get("lang")}))
+            prompts.append((line, {"id": row["message_id"], "prompt": row["text"], "lang": row.get("lang")}))
         elif row["role"] == "assistant":
             entry = {"text": row["text"], "scores": {"oasst2_rank": row.get("rank")}}
             answers.setdefault(row["parent_id"], []).append(entry)
         else:
             left_out["other_messages"] += 1
-    for where, row in prompts:
+    for line, row in prompts:
         row["responses"] = answers.pop(row["id"], [])
         if len(row["responses"]) >= 3:
-            yield where, row
+            yield line, row
         else:
             left_out["prompts_with_under_3_answers"] += 1
     left_out["other_messages"] += sum(map(len, answers.values()))  # answers to later turns
@@ -167,12 +167,10 @@ def rating(value):
         return None
 
 
-def finish_row(row, where, source):
+def finish_row(row, line, source):
     """(text of the prompt, the row with messages as its prompt, a text id and responses with all keys)."""
-    prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    if not prompt or prompt[-1]["role"] != "user":
-        fail(f"{where}: expected a prompt that ends with a user turn")
-    row["prompt"] = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]
+    turns = as_messages(row["prompt"], line)
+    row["prompt"] = [{"role": turn["role"], "content": turn["content"], **turn} for turn in turns]
     text = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
     row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
     responses = []
@@ -196,14 +194,14 @@ def main(args):
     table = read_table(args, shape, hub_files)
     table = oasst2_prompts(table, left_out) if args.format == "oasst2" else table
     rows, prompts = {}, {}  # {text of the prompt: row}, {id: text of the prompt}
-    for where, row in table:
-        row = translate(row, where)
+    for line, row in table:
+        row = translate(row, line)
         if not row["responses"]:
             left_out["without_responses"] += 1
             continue
-        text, row = finish_row(row, where, args.source)
+        text, row = finish_row(row, line, args.source)
         if prompts.setdefault(row["id"], text) != text:
-            fail(f"{where}: the id {row['id']} has another prompt in an earlier row")
+            fail(f"{line}: the id {row['id']} has another prompt in an earlier row")
         first = rows.setdefault(text, row)
         if first is not row:
             first["responses"] += row["responses"]
@@ -217,12 +215,13 @@ def main(args):
     counts["empty"] = sum(not response["text"].strip() for response in responses)
     lines = (json.dumps(row, ensure_ascii=False) for row in rows)
     files = [name for name in args.data if name not in hub_files]
-    write_output(args, files, lines, started, counts=counts, hub_files=hub_files)
+    seconds = round(time.time() - started, 2)
+    write_output(args, files, lines, counts=counts, hub_files=hub_files, seconds=seconds)
     print(json.dumps({"out": args.out, **counts}))
 
 
 def is_hub_id(name):
-    is_file = os.path.exists(name) or name.endswith((".json", ".jsonl", ".parquet"))
+    is_file = os.path.exists(name) or name.endswith((".json", ".jsonl", ".parquet", ".gz"))
     return not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 

@@ -35,7 +35,6 @@ import math
 import sys
 import time
 from collections import Counter
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Literal, Required, TypedDict
 
@@ -43,7 +42,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import build_pairs  # noqa: E402
-from build_pairs import fail, stable_hash  # noqa: E402
+from common import Message, TokenIds, fail, read_jsonl, read_responses, stable_hash, write_output  # noqa: E402
 
 TIERS = ("best", "high", "medium", "low", "worst")
 
@@ -52,13 +51,13 @@ class SwapPair(TypedDict, total=False):
     """What --swap-rejected reads of a pair: one of build_pairs.py or of this script, not of two sources."""
 
     id: Required[str]
-    prompt: Required[list[build_pairs.Message]]
+    prompt: Required[list[Message]]
     source: Required[Literal["on", "off"]]
-    rejected: Required[Annotated[list[build_pairs.Message], msgspec.Meta(min_length=1)]]
+    rejected: Required[Annotated[list[Message], msgspec.Meta(min_length=1)]]
     rejected_reward: Required[float]
     rejected_model: str | None
     rejected_finish: Literal["stop", "length"] | None
-    rejected_token_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]] | None
+    rejected_token_ids: TokenIds | None
     rejected_tokenizer: str | None
     rejected_logp: float | None
     labeler: str | None
@@ -78,7 +77,7 @@ def parse_args(argv=None):
     flag("--disagree", metavar="NAME", help='only pairs that "scores"[NAME] orders the other way')
     flag("--replace", type=float, metavar="RHO", help="share of pairs that take in an on-policy response")
     flag("--replace-rule", choices=["algorithm1", "rejected"], help="where it goes (default algorithm1)")
-    flag("--swap-rejected", metavar="FILE", help="pairs whose rejected responses are taken")
+    flag("--swap-rejected", metavar="FILE", help="pairs that give the rejected responses")
     flag("--inverted", choices=["drop", "keep"], help="after --replace or --swap-rejected (default drop)")
     flag("--truncated", choices=["drop", "keep"], default="drop", help="responses that were cut off")
     flag("--total", type=int, metavar="N", help="number of pairs (default: as many as there are)")
@@ -107,9 +106,9 @@ def parse_args(argv=None):
     return args
 
 
-def by_rule(responses, tiers, ranks):
-    """((chosen, rejected), None) among usable responses, or (None, why there is no pair)."""
-    order = sorted(responses, key=lambda response: -response["reward"])  # the first of equals first
+def by_rule(responses, usable, tiers, ranks):
+    """((chosen, rejected), None) as indices among usable ones, or (None, why there is no pair)."""
+    order = sorted(usable, key=lambda i: -responses[i]["reward"])  # the first of equals first
     if ranks:
         if len(order) < ranks[1]:
             return None, f"fewer than {ranks[1]} usable responses"
@@ -118,14 +117,14 @@ def by_rule(responses, tiers, ranks):
         return None, "fewer than 5 usable responses"
     # Half up: k = 6 gives the ranks 0, 1, 3, 4, 5; Python's round would give 0, 1, 2, 4, 5.
     five = [order[math.floor(i * (len(order) - 1) / 4 + 0.5)] for i in range(5)]
-    texts = {response["text"].strip() for response in five}
-    if len({response["reward"] for response in five}) < 5 or len(texts) < 5:
+    texts = {responses[i]["text"].strip() for i in five}
+    if len({responses[i]["reward"] for i in five}) < 5 or len(texts) < 5:
         return None, "equal tiers"
     return (five[TIERS.index(tiers[0])], five[TIERS.index(tiers[1])]), None
 
 
 def why_dropped(chosen, rejected, args):
-    """Why a pair of the rule is left out; None where it stays."""
+    """Why a pair of the rule is left out; None if it stays."""
     if chosen["text"].strip() == rejected["text"].strip():
         return "identical"
     gap = chosen["reward"] - rejected["reward"]
@@ -142,23 +141,38 @@ def why_dropped(chosen, rejected, args):
     return None
 
 
+def usable_indices(row, source, truncated):
+    """(indices of the responses of a source that can be in a pair, why the others cannot)."""
+    indices = [i for i, response in enumerate(row["responses"]) if response["source"] == source]
+    reasons = [build_pairs.why_unusable(row["responses"][i], "best-worst", truncated) for i in indices]
+    usable = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
+    return usable, list(filter(None, reasons))
+
+
 def choose(row, args):
-    """((chosen, rejected), None) of a row's off-policy responses, or (None, why there is no pair)."""
-    responses = [response for response in row["responses"] if response["source"] == "off"]
-    reasons = [build_pairs.why_unusable(response, "best-worst", args.truncated) for response in responses]
-    usable = [response for response, reason in zip(responses, reasons, strict=True) if not reason]
+    """((chosen, rejected), None) as indices of a row's responses, or (None, why there is no pair)."""
+    responses = row["responses"]
+    usable, reasons = usable_indices(row, "off", args.truncated)
     if len(usable) < 2:
-        return None, next(filter(None, reasons), "fewer than two responses" if responses else "no response")
-    pair, reason = by_rule(usable, args.tiers, args.ranks)
-    reason = reason or why_dropped(*pair, args)
+        reasons.append("fewer than two responses" if usable else "no response")
+        return None, reasons[0]
+    pair, reason = by_rule(responses, usable, args.tiers, args.ranks)
+    reason = reason or why_dropped(*(responses[i] for i in pair), args)
     return (None, reason) if reason else (pair, None)
 
 
-def replace(chosen, best, rule):
+def replace(row, chosen, best, rule):
     """The new pair of the old chosen response and the best on-policy one (Algorithm 1, lines 13 to 17)."""
-    if rule != "rejected" and best["reward"] > chosen["reward"]:
+    if rule != "rejected" and row["responses"][best]["reward"] > row["responses"][chosen]["reward"]:
         return best, chosen
     return chosen, best
+
+
+def have_met(wins, i, j):
+    """Whether rewards that are mean wins can be compared: the two responses met, or both met a third one."""
+    if wins is None or wins[i][j] is not None:
+        return True
+    return any(None not in pair for pair in zip(wins[i], wins[j], strict=True))
 
 
 def replace_share(pairs, rows, args, counts):
@@ -167,98 +181,112 @@ def replace_share(pairs, rows, args, counts):
     order = sorted(pairs, key=lambda prompt_id: (stable_hash(args.seed, "replace", prompt_id), prompt_id))
     new = {}
     for prompt_id in order:
-        usable = []
-        for response in rows[prompt_id]["responses"]:
-            reason = build_pairs.why_unusable(response, "best-worst", args.truncated)
-            if response["source"] == "on" and not reason:
-                usable.append(response)
+        row, chosen = rows[prompt_id], pairs[prompt_id][0]
+        usable, _ = usable_indices(row, "on", args.truncated)
         if usable and len(new) < wanted:
-            chosen, best = pairs[prompt_id][0], max(usable, key=itemgetter("reward"))  # line 11
-            if "wins" in chosen and id(best) not in chosen["wins"]:
+            rewards = {i: row["responses"][i]["reward"] for i in usable}
+            best = max(rewards, key=rewards.get)  # line 11
+            if not have_met(row.get("wins"), chosen, best):
                 files = ", ".join(args.scored)
                 fail(f"{files}: {prompt_id}: its wins are of several runs of a scorer; score all in one run")
-            new[prompt_id] = replace(chosen, best, args.replace_rule)
+            new[prompt_id] = replace(row, chosen, best, args.replace_rule)
     if len(new) < wanted:
         fail(f"--replace {args.replace} needs {wanted} prompts with a usable on-policy one, found {len(new)}")
     counts["replaced"] = wanted
-    counts["chosen_replaced"] = sum(new[prompt_id][1] is pairs[prompt_id][0] for prompt_id in new)
+    counts["chosen_replaced"] = sum(new[prompt_id][1] == pairs[prompt_id][0] for prompt_id in new)
     return new
 
 
 def read_swap(path, rows):
-    """{id: rejected response} of a pairs file."""
-    responses = {}
-    for where, pair in build_pairs.read_jsonl(path, SwapPair):
+    """{id: pair} of a pairs file."""
+    pairs = {}
+    for line, pair in read_jsonl(path, SwapPair):
         row = rows.get(pair["id"])
-        if pair["id"] in responses:
-            fail(f"{where}: the id {pair['id']} is twice in the file")
+        if pair["id"] in pairs:
+            fail(f"{line}: duplicate id {pair['id']} in this file")
         if row and row["prompt"] != pair["prompt"]:
-            fail(f"{where}: the id {pair['id']} has another prompt in --scored")
+            fail(f"{line}: the id {pair['id']} has another prompt in --scored")
         if row and row.get("labeler") != pair.get("labeler"):
-            fail(f"{where}: a reward of the labeler {pair.get('labeler')}, in --scored {row.get('labeler')}")
-        response = {"text": pair["rejected"][-1]["content"], "source": pair["source"]}
-        for key in build_pairs.SIDE_KEYS:
-            response[key] = pair.get(f"rejected_{key}")
-        responses[pair["id"]] = response
-    return responses
+            fail(f"{line}: a reward of the labeler {pair.get('labeler')}, in --scored {row.get('labeler')}")
+        pairs[pair["id"]] = pair
+    return pairs
 
 
-def why_not_after(chosen, rejected, args):
-    """Why a pair with a new side is dropped; None where it stays. Algorithm 1 keeps ties (line 15)."""
-    if chosen["text"].strip() == rejected["text"].strip():
+def swap_rejected(pair, other):
+    """A pair with the rejected response of another pair of its prompt."""
+    source = pair["source"] if pair["source"] == other["source"] else "cross"
+    pair |= {"pair_id": f"{pair['id']}:{source}", "source": source, "cosine": None}
+    pair["rejected"] = [{"role": "assistant", "content": other["rejected"][-1]["content"]}]
+    for key in build_pairs.SIDE_KEYS:
+        pair[f"rejected_{key}"] = other.get(f"rejected_{key}")
+    return pair
+
+
+def why_not_after(pair, args):
+    """Why a pair with a new side is dropped; None if it stays. Algorithm 1 keeps ties (line 15)."""
+    if pair["chosen"][0]["content"].strip() == pair["rejected"][0]["content"].strip():
         return "identical"
-    gap = chosen["reward"] - rejected["reward"]
+    gap = pair["chosen_reward"] - pair["rejected_reward"]
     if args.inverted != "keep" and (gap < 0 or gap == 0 and args.swap_rejected):
         return "inverted"
     return None
 
 
+def first_of_the_draw(pairs, args):
+    """The pairs of the first --total prompts, in the order of build_pairs.py."""
+    candidates = {prompt_id: {"off": pair} for prompt_id, pair in pairs.items()}
+    pairs = build_pairs.mix(candidates, 0, args.total, args.seed)
+    if len(pairs) < args.total:
+        fail(f"{', '.join(args.scored)}: expected {args.total} pairs, found {len(pairs)}")
+    return pairs
+
+
 def main(args):
     started = time.time()
-    inputs = [*args.scored, *([args.swap_rejected] if args.swap_rejected else [])]
-    rows = build_pairs.read_responses(args.scored, needs_reward=not args.reward)
+    files = ", ".join(args.scored)
+    rows = read_responses(args.scored, build_pairs.Row)
+    if args.reward:
+        build_pairs.use_scores(rows, args.reward)
+    samples = [response for row in rows.values() for response in row["responses"]]
     pairs, dropped, counts = {}, Counter(), {"rows": len(rows)}
     for prompt_id, row in rows.items():
-        build_pairs.set_rewards(row, args.reward)
+        if not all("reward" in response for response in row["responses"]):
+            fail(f'{files}: {prompt_id}: a response has no "reward"; score.py writes it')
         pair, reason = choose(row, args)
         if pair:
             pairs[prompt_id] = pair
         else:
             dropped[f"off: {reason}"] += 1
-    if args.total:
-        first = {prompt_id: {"off": {"id": prompt_id, "source": "off"}} for prompt_id in pairs}
-        kept = build_pairs.mix(first, 0, {}, args.total, args.seed)
-        if len(kept) < args.total:
-            fail(f"{', '.join(args.scored)}: {args.total} pairs are asked for, {len(kept)} can be had")
-        pairs = {prompt_id: pairs[prompt_id] for prompt_id in kept}
+    pairs = first_of_the_draw(pairs, args) if args.total else pairs
 
-    changed = {}
-    if args.replace:
-        changed = replace_share(pairs, rows, args, counts)
+    replaced = replace_share(pairs, rows, args, counts) if args.replace else {}
+    swap = read_swap(args.swap_rejected, rows) if args.swap_rejected else {}
     if args.swap_rejected:
-        swap = read_swap(args.swap_rejected, rows)
         dropped["swap: only in the file"] = len(swap.keys() - pairs.keys())
         dropped["swap: not in the file"] = len(pairs.keys() - swap.keys())
         pairs = {prompt_id: pair for prompt_id, pair in pairs.items() if prompt_id in swap}
-        changed = {prompt_id: (chosen, swap[prompt_id]) for prompt_id, (chosen, _) in pairs.items()}
-    lines = []
+    made = []
     for prompt_id in [prompt_id for prompt_id in rows if prompt_id in pairs]:  # in the order of the input
-        chosen, rejected = changed.get(prompt_id, pairs[prompt_id])
-        if prompt_id in changed:
-            reason = why_not_after(chosen, rejected, args)
-            if reason:
-                dropped[f"changed: {reason}"] += 1
-                continue
-        source = chosen["source"] if chosen["source"] == rejected["source"] else "cross"
-        lines.append(build_pairs.make_pair(rows[prompt_id], source, chosen, rejected))
-    if not lines:
-        fail(f"{', '.join(args.scored)}: no pair is left; dropped: {dict(dropped)}")
-    counts |= {"pairs": len(lines), "dropped": +dropped}
-    counts |= Counter(pair["source"] for pair in lines)
-    samples = [response for row in rows.values() for response in row["responses"]]
-    stats = build_pairs.statistics(lines, samples)
-    text = (json.dumps(pair, ensure_ascii=False, default=list) for pair in lines)
-    build_pairs.write_output(args, inputs, text, started, counts=counts, stats=stats)
+        row = rows[prompt_id]
+        chosen, rejected = replaced.get(prompt_id, pairs[prompt_id])
+        sources = {row["responses"][i]["source"] for i in (chosen, rejected)}
+        pair = build_pairs.make_pair(row, sources.pop() if len(sources) == 1 else "cross", chosen, rejected)
+        if prompt_id in swap:
+            pair = swap_rejected(pair, swap[prompt_id])
+        reason = why_not_after(pair, args) if prompt_id in replaced or prompt_id in swap else None
+        if reason:
+            dropped[f"changed: {reason}"] += 1
+        else:
+            made.append(pair)
+    if not made:
+        fail(f"{files}: no pair is left; dropped: {dict(dropped)}")
+    counts |= {"pairs": len(made), "dropped": +dropped}
+    counts |= Counter(pair["source"] for pair in made)
+    stats = build_pairs.statistics(made, [response["reward"] for response in samples])
+    lines = (json.dumps(pair, ensure_ascii=False, default=list) for pair in made)
+    inputs = [*args.scored, *([args.swap_rejected] if args.swap_rejected else [])]
+    seconds = round(time.time() - started, 2)
+    write_output(args, inputs, lines, counts=counts, stats=stats, seconds=seconds)
     print(json.dumps({"out": args.out, **counts}))
 
 

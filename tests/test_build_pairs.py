@@ -1,18 +1,23 @@
 """
 build_pairs.py: what is chosen, rejected and dropped, and why, and how on- and off-policy pairs are mixed.
 
-Covers  best-worst on hand-made cases; mixing: exact counts, nested, blind to the order of rows, with another
-        share for a category; whole runs on hand-made rows: the pair's keys, --reward, drop counts by reason,
-        --total, --truncated, files of one source, the statistics (S3 Table 5, S1 Table 3, S2 eq. 12).
+Covers  best-worst on hand-made cases; mixing: exact counts, nested, blind to the order of rows; shares of
+        categories by two calls; whole runs on hand-made rows: the pair's keys, matrices by index, --reward,
+        drop counts by reason, --total, --truncated, files of one source, the statistics (S3 Table 5, S1
+        Table 3, S2 eq. 12), the sentences of what cannot be had, a full disk.
 Run     python -m pytest tests/test_build_pairs.py
 """
 
+import gzip
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
-from conftest import read_rows, write_rows
+from conftest import REPO, read_rows, write_rows
 
 import build_pairs
 from build_pairs import mix, select
@@ -62,13 +67,10 @@ def best_worst(*responses, truncated="drop"):
     )
 
 
-def sources(ids, ratio, total, seed, ratio_of=(), categories=()):
+def sources(ids, ratio, total, seed):
     """{id: source} of mix() for prompts that have a pair of either source."""
-    categories, candidates = dict(categories), {}
-    for prompt_id in ids:
-        category = categories.get(prompt_id)
-        candidates[prompt_id] = {source: {"source": source, "category": category} for source in ("on", "off")}
-    mixed = mix(candidates, ratio, dict(ratio_of), total, seed)
+    candidates = {prompt_id: {source: {"source": source} for source in ("on", "off")} for prompt_id in ids}
+    mixed = mix(candidates, ratio, total, seed)
     assert len(mixed) == total
     return {prompt_id: pair["source"] for prompt_id, pair in mixed.items()}
 
@@ -161,13 +163,19 @@ def test_mixing_ignores_the_order_of_ids_and_obeys_the_seed():
     assert set(sources(ids, 0.5, 20, seed=3)) <= set(sources(ids, 0.5, 30, seed=3))
 
 
-# ----- --on-ratio-of: another share in a category
-CATEGORIES = ["math", "poems", "coding", "math", None, "poems", "math"]
-
-
-def categorised(count):
-    """Rows of which 3 of 7 are math, 2 poems, 1 coding, and 1 has no category."""
-    return [plain_row(k, category=CATEGORIES[k % 7]) for k in range(count)]
+# ----- another share in a category: two calls, whose pairs follow one another in one file
+def test_the_share_of_a_category_is_exact_within_it(tmp_path, capsys):
+    rows = [plain_row(k, category=["math", "poems", "coding", None][k % 4]) for k in range(42)]
+    math = [row for row in rows if row["category"] == "math"]
+    others = [row for row in rows if row["category"] != "math"]
+    before = set()
+    for share in (0, 0.25, 0.5, 0.9, 1):
+        pairs, _, _ = run(tmp_path, capsys, math, "--on-ratio", share)
+        more, _, _ = run(tmp_path, capsys, others, "--on-ratio", 0.3)
+        assert sorted(pair["id"] for pair in pairs + more) == sorted(row["id"] for row in rows)
+        assert on_ids(pairs) == set(drawn(math)[: int(share * 11 + 0.5)]) >= before
+        assert on_ids(more) == set(drawn(others)[:9])  # of 31, .3 * 31 = 9.3
+        before = on_ids(pairs)
 
 
 def drawn(rows, seed=0):
@@ -178,87 +186,14 @@ def drawn(rows, seed=0):
     )
 
 
-@pytest.mark.parametrize("ratio", [0, 0.3, 0.5, 1])
-def test_a_share_of_a_category_is_exact_within_it(tmp_path, capsys, ratio):
-    rows = categorised(42)
-    category = {row["id"]: row["category"] for row in rows}
-    first = drawn(rows)[:30]
-    plain, _, _ = run(tmp_path, capsys, rows, "--total", 30, "--on-ratio", ratio)
-    assert {pair["id"] for pair in plain} == set(first)
-    others = [prompt_id for prompt_id in first if category[prompt_id] != "math"]
-    math = [prompt_id for prompt_id in first if category[prompt_id] == "math"]
-    before = set()
-    for share in (0, 0.25, 0.5, 0.9, 1):
-        flags = ("--total", 30, "--on-ratio", ratio, "--on-ratio-of", f"math={share}")
-        pairs, printed, record = run(tmp_path, capsys, rows, *flags)
-        # the same prompts, and in either group the first round(R n) of the draw go on-policy
-        assert {pair["id"] for pair in pairs} == set(first)
-        expected = set(math[: int(share * len(math) + 0.5)]) | set(others[: int(ratio * len(others) + 0.5)])
-        assert on_ids(pairs) == expected and before <= expected
-        assert (printed["on"], printed["off"]) == (len(expected), 30 - len(expected))
-        assert record["args"]["on_ratio_of"] == {"math": share}
-        before = expected
-
-
-def test_the_share_of_a_category_is_rounded_half_up(tmp_path, capsys):
-    rows = [plain_row(k, category="ab"[k < 7]) for k in range(12)]  # 5 of a, 7 of b
-    flags = ("--on-ratio-of", "a=0.5", "b=0.5")
-    pairs, printed, _ = run(tmp_path, capsys, rows, *flags)
-    on = Counter(pair["category"] for pair in pairs if pair["source"] == "on")
-    assert (
-        on == {"a": 3, "b": 4} and printed["on"] == 7
-    )  # floor(2.5 + .5) and floor(3.5 + .5); 12 in all gave 6
-    backwards, _, _ = run(tmp_path, capsys, rows[::-1], *flags, out="b.jsonl", name="b_in.jsonl")
-    assert backwards == pairs[::-1]
-    other, _, _ = run(tmp_path, capsys, rows, *flags, "--seed", 1, out="c.jsonl")
-    assert on_ids(other) != on_ids(pairs) and len(on_ids(other)) == 7
-
-
-def test_categories_without_a_share_of_their_own_are_one_group(tmp_path, capsys):
-    # four categories of one prompt each: alone, each would round .5 up to one
-    rows = [plain_row(k, category=f"c{k}") for k in range(4)] + [
-        plain_row(4 + k, category="a=b:c") for k in range(2)
-    ]
-    pairs, printed, _ = run(tmp_path, capsys, rows, "--on-ratio-of", "a=b:c=0")
-    assert printed["on"] == 2 and not on_ids(pairs) & {"p4", "p5"}
-
-
-def test_a_category_of_which_no_prompt_is_drawn(tmp_path, capsys):
-    rows = plain_rows(7)
-    *first, last = drawn(rows)
-    rows[int(last[1:])]["category"] = "math"
-    flags = "--on-ratio", 0, "--on-ratio-of", "math=1"
-    pairs, printed, _ = run(tmp_path, capsys, rows, "--total", 6, *flags)
-    assert printed["on"] == 0 and {pair["id"] for pair in pairs} == set(first)
-    pairs, _, _ = run(tmp_path, capsys, rows, *flags)
-    assert on_ids(pairs) == {last} and len(pairs) == 7
-
-
-def test_a_share_of_a_category_where_one_source_is_missing(tmp_path, capsys):
-    rows = categorised(14)
-    for row in rows:
-        row["responses"] = row["responses"][2:]
-    pairs, _, _ = run(tmp_path, capsys, rows, "--on-ratio", 0, "--on-ratio-of", "math=0")
-    assert len(pairs) == 14
-    (tmp_path / "pairs.jsonl").unlink()
-    err = refused(tmp_path, capsys, rows, "--on-ratio", 0, "--on-ratio-of", "math=0.5")
-    assert "scored.jsonl: --on-ratio needs responses of ['off', 'on'], found ['off']" in err
-
-
-def test_shares_of_categories_that_are_refused(tmp_path, capsys):
-    rows = categorised(14)
-    err = refused(tmp_path, capsys, rows, "--on-ratio-of", "math=0.5", "maths=1")
-    assert f"{tmp_path}/scored.jsonl: no prompt is of the category 'maths'" in err
-    for flags in (["math=0.5", "--filter", "quality:0.5"], ["math=0.5", "--filter", "random:1"]):
-        err = refused(tmp_path, capsys, rows, "--on-ratio-of", *flags)
-        assert "--filter takes one of quality, " in err and "does not go with --on-ratio-of" in err
-    for share in ("math", "math=", "=0.5", "math=1.01", "math=-0.1", "math=nan", "math=half"):
-        err = refused(tmp_path, capsys, rows, "--on-ratio-of", share)
-        assert "argument --on-ratio-of: " in err and repr(share) in err
-    for select_rule in ("given", "relabel"):  # that rule is about off-policy pairs
-        flags = ("--select", select_rule, "--on-ratio", "1", "--on-ratio-of", "math=1")
-        err = refused(tmp_path, capsys, rows, *flags)
-        assert f"--select {select_rule} is about off-policy pairs, and --on-ratio 1 takes none" in err
+def test_equal_draws_of_two_ratios_pick_pairs_by_category(tmp_path, capsys):
+    """Shares of 0 and 1: the pairs of two runs over the same prompts, chosen by their category."""
+    rows = [plain_row(k, category=["math", "poems"][k % 2]) for k in range(10)]
+    on, _, _ = run(tmp_path, capsys, rows, "--on-ratio", 1, "--total", 7)
+    off, _, _ = run(tmp_path, capsys, rows, "--on-ratio", 0, "--total", 7)
+    pairs = [pair for pair in on if pair["category"] == "math"]
+    pairs += [pair for pair in off if pair["category"] == "poems"]
+    assert {pair["id"] for pair in pairs} == set(drawn(rows)[:7]) and len(pairs) == 7
 
 
 # ----- whole runs
@@ -365,6 +300,53 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path, capsys):
     assert [(pair["id"], pair["chosen_finish"]) for pair in kept] == [("p0", "stop"), ("p1", "length")]
 
 
+def test_where_all_were_cut_the_flag_is_named(tmp_path, capsys):
+    cut = {"finish": "length"}
+    rows = [prompt_row(k, response("a", 1.0, **cut), response("b", 0.0, **cut)) for k in range(2)]
+    err = refused(tmp_path, capsys, rows, "--on-ratio", "1")
+    assert "expected some pairs, found 0: " in err and '"dropped": {"on: truncated": 2}' in err
+    assert err.endswith("}; --truncated keep uses responses that were cut off\n") and err.count("\n") == 1
+    for one in rows[0]["responses"] + rows[1]["responses"]:
+        one["text"] = "same"
+        one["finish"] = "stop"
+    assert "--truncated" not in refused(tmp_path, capsys, rows, "--on-ratio", "1")
+
+
+def test_matrices_are_looked_up_by_index(tmp_path, capsys):
+    # responses 0 and 3 are equal in all that they have; the lowest is 0, the first of them
+    twin = response("twin", 0.0)
+    cosine = [[round(0.1 * i + 0.01 * j, 2) for j in range(4)] for i in range(4)]
+    row = prompt_row(0, dict(twin), response("best", 2.0), response("fair", 1.0), dict(twin), cosine=cosine)
+    (pair,), _, _ = run(tmp_path, capsys, [row], "--on-ratio", "1")
+    assert pair["rejected"][0]["content"] == "twin" and pair["cosine"] == 0.1
+    row["responses"][0]["finish"] = "length"  # now it is the last one
+    (pair,), _, _ = run(tmp_path, capsys, [row], "--on-ratio", "1")
+    assert pair["rejected"][0]["content"] == "twin" and pair["cosine"] == 0.13
+    assert not {"wins", "responses"} & pair.keys()
+
+
+def test_matrices_of_two_files(tmp_path, capsys):
+    """The second file's responses come after the first one's; between files nothing is compared."""
+    cosine = [[1, 0.25], [0.5, 1]]
+    on = [prompt_row(0, response("a", 1.0), response("b", 0.0), cosine=cosine)]
+    off = [
+        prompt_row(0, response("c", 0.0, "off"), response("d", 2.0, "off"), cosine=[[1, 0.75], [0.125, 1]])
+    ]
+    more = [prompt_row(0, response("e", 3.0))]
+    paths = [write_rows(tmp_path / f"{k}.jsonl", rows) for k, rows in enumerate((on, off, more))]
+    for files, ratio, sides, expected in (
+        (paths[:2], "0", ("d", "c"), 0.125),
+        (paths[:2], "1", ("a", "b"), 0.25),
+        (paths[1::-1], "1", ("a", "b"), 0.25),
+        (paths, "1", ("e", "b"), None),
+    ):
+        flags = ["--scored", *files, "--out", str(tmp_path / "pairs.jsonl"), "--on-ratio", ratio]
+        build_pairs.main(build_pairs.parse_args(flags))
+        (pair,) = read_rows(tmp_path / "pairs.jsonl")
+        assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == sides
+        assert pair["cosine"] == expected
+
+
 def test_total(tmp_path, capsys):
     pairs, printed, _ = run(tmp_path, capsys, plain_rows(10), "--total", "5", "--on-ratio", "0.5")
     assert len(pairs) == 5 and (printed["on"], printed["off"]) == (3, 2)
@@ -389,7 +371,7 @@ def test_rows_without_rewards(tmp_path, capsys):
     rows = plain_rows(2)
     del rows[0]["responses"][1]["reward"]
     err = refused(tmp_path, capsys, rows)
-    assert 'scored.jsonl:1: expected every response to have a "reward" (score.py writes it)' in err
+    assert 'scored.jsonl: p0: a response has no "reward"; score.py writes it' in err
     # the data set's own pair needs none
     for row in rows:
         row["responses"] = [{**one, "source": "off"} for one in row["responses"]]
@@ -406,13 +388,21 @@ def test_files_of_one_source(tmp_path, capsys):
     pairs, _, _ = run(tmp_path, capsys, only_on, "--on-ratio", "1")
     assert [pair["source"] for pair in pairs] == ["on"] * 3
     (tmp_path / "pairs.jsonl").unlink()
-    for ratios, needed in (
-        ([], "['off', 'on']"),
-        (["--on-ratio", "0"], "['off']"),
-        (["--on-ratio", "1", "--on-ratio-of", "math=0"], "['off', 'on']"),
+    for ratios, sentence in (
+        ([], "--on-ratio 0.5 needs off-policy responses"),
+        (["--on-ratio", "0"], "--on-ratio 0.0 needs off-policy responses"),
     ):
         err = refused(tmp_path, capsys, only_on, *ratios)
-        assert f"scored.jsonl: --on-ratio needs responses of {needed}, found ['on']" in err
+        assert f"scored.jsonl: {sentence}, but the files have none" in err
+    err = refused(tmp_path, capsys, [prompt_row(0)], "--on-ratio", "0.5")  # no response at all
+    assert "--on-ratio 0.5 needs on-policy responses, but the files have none" in err
+
+
+def test_rows_of_one_source_that_is_not_needed(tmp_path, capsys):
+    rows = [prompt_row(0, response("x", 1.0, "off"), response("y", 0.0, "off"))]
+    err = refused(tmp_path, capsys, rows, "--on-ratio", "1")
+    assert "--on-ratio 1.0 needs on-policy responses, but the files have none" in err
+    assert len(run(tmp_path, capsys, rows, "--on-ratio", "0")[0]) == 1
 
 
 def test_two_files_are_merged_by_id(tmp_path, capsys):
@@ -480,7 +470,16 @@ def test_a_reward_by_name_needs_no_other(tmp_path, capsys):
     assert [(pair["chosen"][0]["content"], pair["labeler"]) for pair in pairs] == [("b", "judge")] * 2
     (tmp_path / "pairs.jsonl").unlink()
     err = refused(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "jugde")
-    assert "expected some pairs, found 0: " in err and '"on: without reward": 2' in err
+    assert ": --reward jugde: no response has this score; there are judge, rm\n" in err
+    for row in rows:
+        for one in row["responses"]:
+            one["scores"] = None
+    err = refused(tmp_path, capsys, rows, "--on-ratio", "1", "--reward", "judge")
+    assert "--reward judge: no response has this score; there are none" in err
+    # nor does a rule that needs no reward hide the wrong name
+    off = [prompt_row(0, response("x", None, "off"), response("y", None, "off"))]
+    err = refused(tmp_path, capsys, off, "--on-ratio", "0", "--select", "given", "--reward", "judge")
+    assert "--reward judge: no response has this score" in err
 
 
 # ----- statistics
@@ -539,7 +538,6 @@ def test_the_intra_diversity_is_what_the_trainer_logs(tmp_path, capsys):
         labels = {"pair_id": pair["pair_id"], "source": pair["source"], "tokens": 9}
         measured.append(labels | {"diversity": pair["chosen_logp"] - pair["rejected_logp"]})
     logged = train_dpo.means(measured)
-    assert logged.keys() == {"diversity", "diversity_std", "diversity_abs", "pairs"}
     row = record["stats"]["intra-diversity"]
     assert (row["mean"], row["std"]) == (logged["diversity"], logged["diversity_std"]) == (4.0, 18.0)
 
@@ -554,3 +552,46 @@ def test_stats_are_printed_before_the_last_line(tmp_path, capsys):
     printed = {line[:22].strip(): line[22:].split() for line in lines}
     assert printed["gap"] == "n 1 mean 1.75 std 0 min 1.75 25% 1.75 median 1.75 75% 1.75 max 1.75".split()
     assert printed["chosen characters"][:4] == ["n", "1", "mean", "4"] and json.loads(last)["pairs"] == 1
+
+
+# ----- files
+def test_files_as_they_are(tmp_path, capsys):
+    """Gzip, a byte order mark, blank lines and a last line without its end are read as the plain file."""
+    rows = plain_rows(4)
+    expected, _, _ = run(tmp_path, capsys, rows)
+    data = (tmp_path / "scored.jsonl").read_bytes()
+    for name, content in {
+        "zipped.jsonl.gz": gzip.compress(data),
+        "mark.jsonl": b"\xef\xbb\xbf" + data,
+        "blank.jsonl": b"\n \n" + data.replace(b"\n", b"\r\n\n"),
+        "end.jsonl": data.rstrip(b"\n"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        flags = ["--scored", str(tmp_path / name), "--out", str(tmp_path / "pairs.jsonl")]
+        build_pairs.main(build_pairs.parse_args(flags))
+        assert read_rows(tmp_path / "pairs.jsonl") == expected, name
+
+
+def test_a_full_disk_leaves_the_output_as_it_was(tmp_path):
+    write_rows(tmp_path / "scored.jsonl", plain_rows(200))
+    (tmp_path / "pairs.jsonl").write_text("before")
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+    code += (
+        f"sys.argv[0] = {str(REPO / 'build_pairs.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "--scored", "scored.jsonl", "--out", "pairs.jsonl"]
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("build_pairs.py: pairs.jsonl cannot be written: ")
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "scored.jsonl"]
+    assert (tmp_path / "pairs.jsonl").read_text() == "before"
+
+
+@pytest.mark.parametrize("script", ["build_pairs", "boundary"])
+def test_help_does_not_wait_for_numpy(script):
+    command = [sys.executable, "-X", "importtime", f"{script}.py", "--help"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "--scored" in done.stdout
+    assert "msgspec" in done.stderr and "numpy" not in done.stderr
