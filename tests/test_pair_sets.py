@@ -137,7 +137,7 @@ def test_given_needs_no_reward_and_a_filter_does(build):
     assert texts(pairs) == {"p:off": ("r0", "r1")} and printed["dropped"] == {"off: empty": 1}
     assert pairs[0]["chosen_reward"] is None and pairs[0]["labeler"] is None
     err = build(rows, "--on-ratio", 0, "--select", "given", "--filter", "quality:1", expect=2)
-    assert "expected some pairs, found 0: " in err and '{"kept": 0, "of": 0, "without_value": 1}' in err
+    assert "scored.jsonl: no pair has the values for --filter quality; run score.py first\n" in err
 
 
 def test_samples_of_another_model_are_off_policy_pairs(build):
@@ -216,7 +216,7 @@ def test_the_cosine_of_a_second_file(build):
 
 
 def test_a_filter_of_pairs_without_its_column(build):
-    for name, key in (("onpolicy", "logp"), ("similarity", "cosine")):
+    for name, scorer in (("onpolicy", "logp"), ("similarity", "embed")):
         rows = filtered()
         del rows[2]["responses"][1]["logp"]
         rows[2]["cosine"] = None
@@ -229,8 +229,8 @@ def test_a_filter_of_pairs_without_its_column(build):
         for line in rows:
             line["cosine"] = [[None] * 3] * 3
             line["responses"][2]["logp"] = None
-        err = build(rows, "--on-ratio", 0, "--filter", f"{name}:0.5", out=f"{key}.jsonl", expect=2)
-        assert "expected some pairs, found 0: " in err and '{"kept": 0, "of": 0, "without_value": 4}' in err
+        err = build(rows, "--on-ratio", 0, "--filter", f"{name}:0.5", out=f"{name}.jsonl", expect=2)
+        assert f"no pair has the values for --filter {name}; run scorers/{scorer}.py first\n" in err
 
 
 def test_the_random_filter_is_exact_nested_and_bound_to_the_seed(build):
@@ -303,7 +303,7 @@ def test_fig_6_by_hand(build):
     assert "expected 10 pairs, found 9: {" in build(rows, *flags, out="b.jsonl", expect=2)
 
 
-@pytest.mark.parametrize("name", ["quality:0", "quality:0.1", "onpolicy:0.4"])
+@pytest.mark.parametrize("name", ["quality:0", "quality:0.1", "random:0.2"])
 def test_fig_6_where_the_filter_keeps_nothing(build, name):
     err = build(both(4), "--on-ratio", 0.5, "--filter", name, expect=2)
     assert "found 0: {" in err and '"filter": {"kept": 0, ' in err
@@ -341,6 +341,24 @@ def test_fig_6_against_a_second_computation(build, ratio, share, total, seed):
     expected = fig_6(rows, Fraction(ratio), Fraction(share), total, seed)
     assert (ids(pairs, "on"), ids(pairs, "off")) == expected
     assert (printed["on"], printed["off"]) == tuple(map(len, expected))
+
+
+@pytest.mark.parametrize("ratio", ["0.001", "0.1", "0.3", "0.5", "0.7", "0.875", "0.9", "0.999"])
+def test_the_total_of_fig_6_solves_its_equation(ratio):
+    """The first N with N - round(R N) = kept, by exact fractions and a plain search."""
+    candidates = {f"p{k}": {"on": f"on {k}", "off": f"off {k}"} for k in range(40)}
+    share, total = Fraction(ratio), 0
+    for n_kept in range(40):
+        kept = set(list(candidates)[:n_kept])
+        left, found = build_pairs.mix_filtered(candidates, kept, float(ratio))
+        while total - math.floor(share * total + Fraction(1, 2)) < n_kept:
+            total += 1
+        assert found == total
+        assert {name for name in left if "off" in left[name]} == kept and all(map(len, left.values()))
+        assert sum(map(len, left.values())) == 40
+    for whole in (0, 1):
+        left, found = build_pairs.mix_filtered(candidates, kept, whole)
+        assert found == 39 and left == {name: candidates[name] for name in kept}
 
 
 # ----- statistics (S1 Table 3, Figs. 5 and 6), cut samples, labelers
@@ -394,7 +412,7 @@ def test_hot_samples_keep_their_cut_responses(build):
 def test_rows_of_one_file_with_different_labelers(build, labelers):
     rows = [{**line, "labeler": labeler} for line, labeler in zip(both(2), labelers)]
     names = " and ".join(sorted(map(str, labelers)))
-    assert f"scored.jsonl: the rewards are of different labelers, {names}" in build(rows, expect=2)
+    assert f"scored.jsonl: rewards of different labelers: {names}" in build(rows, expect=2)
     for one in rows[1]["responses"]:
         one["reward"] = None  # nothing that could be compared
     pairs, _ = build(rows)
@@ -405,17 +423,22 @@ def test_rows_of_one_file_with_different_labelers(build, labelers):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--filter", "quality"], "--filter: expected a name and a share in [0, 1], found 'quality'"),
-        (["--on-ratio-of", "a=x"], "--on-ratio-of: expected a name and a share in [0, 1], found 'a=x'"),
-        (["--on-ratio-of", "a=1", "a=0"], "--on-ratio-of names a category twice"),
+        (
+            ["--filter", "quality"],
+            "expected quality|contrast|onpolicy|similarity|random:P with P in [0, 1], found 'quality'",
+        ),
+        (["--on-ratio-of", "a=1"], "unrecognized arguments: --on-ratio-of a=1"),
         (["--filter", "quality:1.1"], "found 'quality:1.1'"),
         (["--filter", "quality:-0.1"], "found 'quality:-0.1'"),
         (["--filter", "quality:nan"], "found 'quality:nan'"),
         (["--filter", ":0.5"], "found ':0.5'"),
-        (["--filter", "length:0.5"], "--filter takes one of quality, contrast, onpolicy, similarity, random"),
+        (["--filter", "length:0.5"], "random:P with P in [0, 1], found 'length:0.5'"),
+        (["--filter", "quality=0.5"], "found 'quality=0.5'"),
         (["--filter", "quality:0", "--on-ratio", "0"], "expected some pairs, found 0: "),
-        (["--filter", "quality:0.5", "--on-ratio-of", "math=1"], "does not go with --on-ratio-of"),
-        (["--select", "relabel", "--on-ratio", "1"], "--select relabel is about off-policy pairs"),
+        (
+            ["--select", "relabel", "--on-ratio", "1"],
+            "--select relabel chooses among off-policy responses, but --on-ratio 1 uses none",
+        ),
         (["--total", "5"], "expected 5 pairs, found 4: "),
         # what the first version had, and names that are not whole
         (["--select", "threshold"], "argument --select: invalid choice: 'threshold'"),
@@ -434,15 +457,15 @@ def test_a_flag_that_would_be_ignored_or_is_wrong(build, flags, sentence):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ([], "--on-ratio needs responses of ['off', 'on'], found ['off']"),
-        (["--filter", "quality:1"], "--on-ratio needs responses of ['off', 'on'], found ['off']"),
-        (["--on-ratio", "1"], "--on-ratio needs responses of ['on'], found ['off']"),
-        (["--on-ratio", "1", "--filter", "random:1"], "--on-ratio needs responses of ['on'], found"),
+        ([], "--on-ratio 0.5 needs on-policy responses"),
+        (["--filter", "quality:1"], "--on-ratio 0.5 needs on-policy responses"),
+        (["--on-ratio", "1"], "--on-ratio 1.0 needs on-policy responses"),
+        (["--on-ratio", "1", "--filter", "random:1"], "--on-ratio 1.0 needs on-policy responses"),
     ],
 )
 def test_a_source_that_is_missing(build, flags, sentence):
     rows = [row("p", *off(1.0, 0.0)), row("q", *off(1.0, 0.0))]
-    assert f"scored.jsonl: {sentence}" in build(rows, *flags, expect=2)
+    assert f"scored.jsonl: {sentence}, but the files have none" in build(rows, *flags, expect=2)
 
 
 @pytest.mark.parametrize(
@@ -454,14 +477,12 @@ def test_a_source_that_is_missing(build, flags, sentence):
         ["--filter", "random:0.4"],
         ["--filter", "quality:0.4", "--total", 6],
         ["--on-ratio", 0, "--filter", "random:0.4"],
-        ["--on-ratio-of", "even=0.3", "odd=0.7", "--select", "relabel"],
+        ["--on-ratio", 0.3, "--select", "relabel"],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_every_draw_is_blind_to_the_order_of_rows_and_bound_to_the_seed(build, flags):
     rows = gaussian(20)
-    for k, line in enumerate(rows):
-        line["category"] = ("even", "odd")[k % 2]
     pairs, _ = build(rows, *flags)
     backwards, _ = build(rows[::-1], *flags)
     other, _ = build(rows, *flags, "--seed", 1)
