@@ -21,7 +21,7 @@ find_python() { # sets python to the first that is new enough
 # 1. the environment, made anew where its requirements changed or its installation was broken off
 requirements=requirements-cpu.txt
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirements=requirements.txt; fi
-installed=".venv/installed-$(sha256sum "$requirements" | cut -c1-16)"
+installed=".venv/installed-$(cat "$requirements" constraints.txt | sha256sum | cut -c1-16)"
 if [ ! -e "$installed" ]; then
   say "installing $requirements into .venv"
   find_python
@@ -30,7 +30,7 @@ if [ ! -e "$installed" ]; then
   rm -rf .venv
   "$python" -m venv .venv || stop "$python cannot make an environment (Debian and Ubuntu: apt install python3-venv)"
   # gguf and onnx read the models' packages; compiling what is never imported takes a minute
-  .venv/bin/pip install -q --disable-pip-version-check --no-compile -r "$requirements" gguf onnx ||
+  .venv/bin/pip install -q --disable-pip-version-check --no-compile -r "$requirements" -c constraints.txt gguf onnx ||
     stop "pip could not install $requirements; its message is above"
   touch "$installed"
 fi
