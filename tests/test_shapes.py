@@ -366,6 +366,11 @@ def spelled(path, inside_dict=()):
     return text
 
 
+def key_of(path):
+    """The key that the refusal of a wrong value names: text of responses[0].text; "rm" is a name of ours."""
+    return [key for key in path if isinstance(key, str) and key != "rm"][-1]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_good_rows_give_an_output(run, name):
     status, text, _ = run(name, as_bytes(name, good_rows(name)))
@@ -409,11 +414,10 @@ def test_every_key_of_every_type(run, name, path, hint, required):
         case = f"{at} {'missing' if value is MISSING else json.dumps(value)[:30]}"
         status, said, data = attempt(run, name, with_change(good_rows(name), path, value), case, failures)
         where = f"{data}: " if name == "annotations" else f"{data}:2: "
-        expected = f"Object missing required field `{path[-1]}`" if value is MISSING else f" - at `{at}"
         if status == 0:
             failures.append(f"{case}: accepted")
-        elif status == 2 and (where not in said or expected not in said):
-            failures.append(f"{case}: expected {where} ... {expected}, found {said}")
+        elif status == 2 and key_of(path) not in said.partition(where)[2]:
+            failures.append(f"{case}: expected {where} ... {key_of(path)}, found {said}")
     # what is admitted gives an output in strict JSON or one sentence, which run() looks at: three values in
     # one file, or each in a file of its own where they are refused together
     for start in range(0, len(right), 3):
