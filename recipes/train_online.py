@@ -19,32 +19,34 @@ parameter on every GPU: 16 GB at 8B, impossible at 70B), and the reference model
 With --eval-pairs, plain DPO is measured. S1 is the paper SimpleMix, S3 "What Matters in Data for DPO?".
 """
 
-# ruff: noqa: E402, I001
 import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_dpo  # sets the environment before torch is imported
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+import train_dpo  # noqa: E402, I001  sets the environment before torch is imported
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+
+from chat import end_of_turn, load_tokenizer  # noqa: E402
+from common import stable_hash  # noqa: E402
 
 
 def parse_args(argv=None):
     parser = train_dpo.make_parser(__doc__)
-    flag = parser.add_argument
+    flag, count = parser.add_argument, train_dpo.number(int)
     flag("--method", choices=["hypo", "online-dpo"], required=True)
-    flag("--hypo-lambda", type=float, default=1e-4, help="weight of the divergence (default %(default)s)")
-    flag("--samples", type=int, default=2, help="of each prompt, hypo (default %(default)s)")
-    flag("--max-new", type=int, default=256, help="longest sample in tokens (default %(default)s)")
+    flag("--hypo-lambda", type=train_dpo.number(float), help="weight of the divergence, hypo (default 1e-4)")
+    flag("--samples", type=count, help="of each prompt, hypo (default 2)")
+    flag("--max-new", type=count, default=256, help="longest sample in tokens (default %(default)s)")
     args = train_dpo.parse_args(argv, parser)
-    if args.loss != "dpo" or args.length_normalize or args.nll_weight:
-        parser.error("--loss, --length-normalize and --nll-weight are for train_dpo.py")
-    if args.method == "online-dpo":
-        if args.samples != 2 or args.hypo_lambda != 1e-4:
-            parser.error("--samples and --hypo-lambda do nothing with --method online-dpo")
-        args.samples = 1
+    if args.loss != "dpo":
+        parser.error("--loss is for train_dpo.py")
+    if args.method == "online-dpo" and (args.samples or args.hypo_lambda):
+        parser.error("--samples and --hypo-lambda have no effect with --method online-dpo")
+    args.samples = args.samples or (1 if args.method == "online-dpo" else 2)
+    args.hypo_lambda = args.hypo_lambda or 1e-4
     return args
 
 
@@ -119,7 +121,7 @@ class Online:
     """forward_backward of train_dpo.py with samples; keeps the reference model."""
 
     def __init__(self, args):
-        self.end_id = train_dpo.end_of_turn(train_dpo.load_tokenizer(args.model, args.revision)[0])
+        self.end_id = end_of_turn(load_tokenizer(args.model, args.revision)[0])
         self.reference = None
 
     def __call__(self, policy, pairs, args, step):
@@ -141,7 +143,9 @@ class Online:
             sequences = sampled[row["pair_id"]]
             if args.method == "hypo":
                 row["tokens"] += sum(len(sequence.ids) for sequence in sequences)
-            row["sample_tokens"] = sum(sum(sequence.trained) for sequence in sequences) / len(sequences)
+            row["sample_tokens"] = sum(len(sequence.ids) - sequence.start for sequence in sequences) / len(
+                sequences
+            )
             truncated = sum(sequence.ids[-1] != self.end_id for sequence in sequences)
             row["sample_truncated"] = truncated / len(sequences)
         return rows
@@ -153,13 +157,12 @@ class Online:
         for pair in pairs[rank::world]:
             chosen = pair.sequences[0]
             for i in range(args.samples):
-                prompts.append(chosen.ids[: chosen.trained.index(True)])
-                seeds.append(train_dpo.stable_hash(args.seed, "sample", step, pair.pair_id, i))
+                prompts.append(chosen.ids[: chosen.start])
+                seeds.append(stable_hash(args.seed, "sample", step, pair.pair_id, i))
         responses = sample(policy, prompts, seeds, args.max_new, self.end_id)
         sequences = []
         for prompt, response in zip(prompts, responses, strict=True):
-            trained = [False] * len(prompt) + [True] * len(response)
-            sequences.append(train_dpo.Sequence(prompt + response, trained))
+            sequences.append(train_dpo.Sequence(prompt + response, len(prompt)))
         everyone = [None] * world
         dist.all_gather_object(everyone, sequences)
         remaining = [iter(each) for each in everyone]  # pair i belongs to process i % world
@@ -205,4 +208,4 @@ if __name__ == "__main__":
         args = parse_args()
         train_dpo.main(args, Online(args))
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command with --resume goes on from the last checkpoint")
+        sys.exit("\ninterrupted; run the same command again to resume from the last checkpoint")
