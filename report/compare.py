@@ -1,31 +1,22 @@
 """
-Runs of two settings -> the difference of their rates, over prompts and seeds.
+Answers of two settings -> the difference of their rates.
 
-Reads   RUN.judged/*.jsonl   of each run of --first and --second, as recipes leave them at SCALE=demo: scored
-                             responses (score.py) of the model RUN and of --baseline
-Writes  --out FILE           JSON: {"groups": {group: {measure: Difference (below)}}, "runs", "judge"}
+Reads   RUN.judged/*.jsonl   of each run of --first and --second, as recipes leave them: scored responses of
+                             the model RUN and of --baseline
+   or   FILE                 as --first and as --second: AlpacaEval's annotations of a model
+Writes  --out FILE           JSON: {"groups": {group: {measure: {"difference", "ci", ...}}}, "runs", ...};
+                             --categories and --length-bins add "categories" and "length_bins" of this form
 
-The measures are those of evaluate.py winrate: the win rate over the baseline, its length-controlled form, and
-the mean reward, which is the share of right answers where the reward is that of score.py --scorer verify
-(--ending verified reads RUN.verified/*.jsonl). The runs of --first are averaged, and those of --second; runs
-whose names differ only in seed0, seed1, ... are of one setting, and the same number of each is expected.
-Without --second the baseline is subtracted, which wins 50 against itself.
-
-The variance of a difference is the sum of two: over prompts, that of 1,000 bootstrap draws, all runs on the
-same draws; and over seeds, that of the settings' means, each estimated from its own runs. The 95 % interval
-uses Student's t with the degrees of freedom of this sum (Welch and Satterthwaite). How differently seeds
-answer the same prompt counts in both, which makes the interval too wide rather than too narrow. What seeds
-have in common, such as samples or pairs that were made once, is in neither. One run of a setting says nothing
-about other seeds: the interval is then for these models alone, "error_over_seeds" null.
-
-Runs of the same seed may share prompts, the order of pairs or the model they start from. "ci_paired" is the
-interval that takes the differences of such runs, --first and --second in the same order of seeds, where "ci"
-takes all runs as independent.
+The measures are those of evaluate.py: the win rate over the baseline, its length-controlled form, and the
+reward, whose mean is the share of right answers if it is that of scorers/verify.py (--ending verified). The
+runs of --first are averaged, and those of --second; runs whose names differ only in seed0, seed1, ... are of
+one setting. Without --second the baseline is subtracted, which wins 50 against itself.
 
     python report/compare.py --first out/s1/on_seed* --second out/s1/off_seed* --baseline out/models/policy \\
         --group verifiable=arithmetic,counting --out on_off.json
+    python report/compare.py --first a.json --second b.json --lc-data alpaca_eval --out a_b.json
 
-Prints a line per group and measure.
+Prints a line per group and measure, and last one JSON object.
 """
 
 import argparse
@@ -35,86 +26,136 @@ import math
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import MEASURES, MINIMAL_C, fail, rates, read_responses, verdicts  # noqa: E402
+import evaluate  # noqa: E402
+from common import fail, read_responses, replace_file  # noqa: E402
 
 DRAWS = 1000
+
+
+Run = NamedTuple("Run", [("name", str), ("prompts", dict), ("C", float)])  # prompts: columns of evaluate.py
 
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--first", nargs="+", required=True, metavar="RUN", help="folders of the models of a setting")
+    flag("--first", nargs="+", required=True, metavar="RUN", help="models of a setting, or one FILE")
     flag("--second", nargs="+", default=[], metavar="RUN", help="those that are subtracted")
-    flag("--baseline", required=True, metavar="NAME", help="the model that all are judged against")
+    flag("--baseline", metavar="NAME", help="the model that all are judged against; a FILE names it")
     flag("--ending", default="judged", help="RUN.ENDING/*.jsonl are read (default judged)")
-    flag("--group", action="append", default=[], metavar="NAME=CATEGORY,...", help="some categories alone")
+    flag("--lc-data", metavar="DIR", help="folder of AlpacaEval's difficulties, as for evaluate.py")
+    flag("--group", action="append", default=[], metavar="NAME=CATEGORY,...", help="these categories only")
+    flag("--categories", action="store_true", help="a group for every category, too")
+    flag("--length-bins", nargs="*", metavar="CATEGORY", help="quarters of all lengths (in these categories)")
+    flag(
+        "--allow-missing",
+        action="store_true",
+        help="leave out prompts that a run has no answer or verdict on",
+    )
     flag("--out", required=True, metavar="FILE")
     args = parser.parse_args(argv)
+    files = [os.path.isfile(run) for run in args.first + args.second]
+    if any(files) != (not args.baseline) or any(files) and max(len(args.first), len(args.second)) > 1:
+        parser.error(
+            "give runs and their --baseline, or one file of annotations for --first and --second each"
+        )
     for group in args.group:
-        if "=" not in group:
-            parser.error(f"--group: expected NAME=CATEGORY,CATEGORY, found {group}")
+        if "=" not in group or group.startswith("all="):
+            parser.error(f"--group: expected NAME=CATEGORY,CATEGORY, NAME not being all, found {group}")
     return args
 
 
-def read_runs(runs, baseline, ending):
-    """([{id: prompt} of each run], {id: category}, judges); prompts as evaluate.py's verdicts has them."""
-    prompts_of, categories, judges = [], {}, set()
+def read_runs(args):
+    """Return (runs of --first and --second without members, gamed rows, facts about them)."""
+    tables, baselines, gamed, everything = [], {args.baseline} - {None}, None, set()
+    for run in args.first + args.second:
+        if os.path.isfile(run):
+            prompts, model, baseline = evaluate.read_annotations(run)
+            baselines.add(baseline)
+        else:
+            model = run
+            paths = sorted(glob.glob(f"{glob.escape(run)}.{args.ending}/*.jsonl"))
+            if not paths:
+                fail(f"{run}.{args.ending}: no rows; give the folders of models that a recipe has judged")
+            rows = read_responses(paths, evaluate.Row)
+            prompts, _ = evaluate.verdicts(rows, run, args.baseline, f"{run}.{args.ending}")
+        if args.lc_data:
+            prompts, gamed, n_prompts = evaluate.with_difficulty(prompts, args.lc_data, run)
+            everything |= set(range(n_prompts))
+        everything |= prompts.keys()
+        tables.append((model, prompts))
+    judges = {str(prompt["labeler"]) for _, prompts in tables for prompt in prompts.values()}
+    for name, found in (("judge", judges), ("baseline", baselines)):
+        if len(found) > 1:
+            fail(f"expected one {name}, found {' and '.join(sorted(found))}")
+    facts = {"baseline": baselines.pop(), "judge": sorted(judges)}
+    keys = set.intersection(*(set(prompts) for _, prompts in tables))
+    n_without = sum(any(math.isnan(prompts[key]["p"]) for _, prompts in tables) for key in keys)
+    n_unanswered = len(everything) - len(keys)
+    if n_without == len(keys) or (n_without or n_unanswered) and not args.allow_missing:
+        missing = f"{n_unanswered} are not in all runs and {n_without} have no verdict"
+        fail(f"of {len(everything)} prompts, {missing}; --allow-missing compares others, if there are any")
+    if args.allow_missing:
+        facts |= {"n_without_verdict": n_without, "n_unanswered": n_unanswered}
+    runs = []
+    for model, prompts in tables:
+        columns = evaluate.as_columns({key: prompts[key] for key in keys})
+        runs.append(Run(model, columns, evaluate.choose_C(columns, gamed)))
+    return runs, gamed, facts
+
+
+def baseline_run(prompts, gamed):
+    """The baseline as a run without a name: it ties with itself, by definition."""
+    ties = {"p": np.full(len(prompts["p"]), 0.5)}
+    prompts = prompts | ties | {"len": prompts["len_baseline"], "reward": prompts["reward_baseline"]}
+    return Run("", prompts, evaluate.choose_C(prompts, gamed))
+
+
+def with_members(runs, args):
+    """Return (runs with the "members" (n, g) of groups, [(kind, name)] of these); bins are of all."""
+    categories = runs[0].prompts["category"]
+    edges = np.quantile(np.concatenate([run.prompts["len"] for run in runs]), [0, 0.25, 0.5, 0.75, 1])
+    kinds = {"": True, "categories": args.categories, "length_bins": args.length_bins is not None}
+    result = []
     for run in runs:
-        paths = sorted(glob.glob(f"{glob.escape(run)}.{ending}/*.jsonl"))
-        if not paths:
-            fail(f"{run}.{ending}: no rows; give the folders of models that a recipe has judged")
-        rows = read_responses(paths)
-        prompts = verdicts(rows, run, baseline, by_wins=False)
-        if not prompts:
-            fail(f"{run}.{ending}: no prompt has answers of {run} and {baseline}")
-        if prompts_of and prompts.keys() != prompts_of[0].keys():
-            fail(f"{run}.{ending}: expected the same prompts as {runs[0]} has")
-        prompts_of.append(prompts)
-        for key, row in rows.items():
-            categories[key] = str(row.get("category"))
-            judges.add(str(row.get("labeler")))
-    if len(judges) > 1:
-        fail(f"expected one judge, found {' and '.join(sorted(judges))}")
-    return prompts_of, categories, judges
+        groups = evaluate.group_prompts(run.prompts["len"], categories, edges, args.length_bins)
+        groups = {(kind, name): members for (kind, name), members in groups.items() if kinds[kind]}
+        for group in args.group:
+            name, _, names = group.partition("=")
+            groups["", name] = np.isin(categories, names.split(","))
+            if not groups["", name].any():
+                fail(f"--group {name}: no prompt has one of the categories {names}")
+        prompts = {name: column for name, column in run.prompts.items() if name != "category"}
+        prompts["members"] = np.stack(list(groups.values()), axis=1)
+        result.append(run._replace(prompts=prompts))
+    return result, list(groups)
 
 
-def baseline_of(prompts):
-    """The prompts as the baseline itself answers them: it ties, by definition."""
-    ties = {}
-    for key, prompt in prompts.items():
-        ties[key] = prompt | {"p": 0.5, "len": prompt["len_baseline"], "reward": prompt["reward_baseline"]}
-    return ties
-
-
-def as_arrays(prompts, members):
-    """{name: (n,)} and "members" (n, g), prompts in the order of their ids."""
-    keys = sorted(prompts)
-    arrays = {name: np.array([prompts[key][name] for key in keys]) for name in prompts[keys[0]]}
-    if np.isnan(arrays["p"]).any():
-        fail(f"{int(np.isnan(arrays['p']).sum())} prompts have no verdict")
-    return arrays | {"members": members}
-
-
-def mean_rates(runs, drawn):
-    """(runs, 3, g) rates of the drawn prompts (n,), places with repeats."""
+# ----- the difference of runs
+# Its variance is that over prompts, from draws that all runs share, plus that over seeds of settings' means;
+# how seeds differ on a prompt counts in both, so the interval is rather too wide. Of one run of a setting
+# nothing is known about other seeds: the interval is then for these models only.
+def rates_of(runs, gamed, drawn):
+    """(runs, 3, g) rates of the drawn prompts (n,), indices with repeats."""
     values = []
     for run in runs:
-        sample = {name: column[drawn] for name, column in run.items()}
-        values.append(rates(sample, None, MINIMAL_C)[1])
+        sample = {name: column[drawn] for name, column in run.prompts.items()}
+        values.append(evaluate.rates(sample, gamed, run.C)[1])
     return np.array(values)
 
 
-def over_prompts(first, second):
+def over_prompts(first, second, gamed):
     """(3, g) variances over bootstrap draws of the prompts of the difference of two averages of runs."""
-    n, differences = len(first[0]["p"]), []
+    n, differences = len(first[0].prompts["p"]), []
     for drawn in np.random.default_rng(0).integers(n, size=(DRAWS, n)):
-        differences.append(mean_rates(first, drawn).mean(0) - mean_rates(second, drawn).mean(0))
+        differences.append(rates_of(first, gamed, drawn).mean(0) - rates_of(second, gamed, drawn).mean(0))
     return np.nanvar(differences, axis=0, ddof=1)
 
 
@@ -146,12 +187,6 @@ def t_quantile(df):
     return math.sqrt(df) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
-def seed_of(run):
-    """seed0 of a run's name, None without one."""
-    seeds = re.findall(r"seed\d+", run)
-    return seeds[-1] if seeds else None
-
-
 def half_width(variance, freedom, parts):
     """Half the 95 % interval of a difference and its error over seeds, both (3, g).
 
@@ -171,36 +206,29 @@ def half_width(variance, freedom, parts):
     return half, np.sqrt(seeds)
 
 
-def difference_of(first, second, names, other_names):
-    """The difference of two averages of runs, {name: (3, g)}; other_names are empty for the baseline.
+def difference_of(first, second, gamed, freedom):
+    """The difference of two averages of runs, {name: (3, g)}; freedom (g,): of the variance over prompts.
 
-    "first", "second", "difference", its interval "low" to "high", "error_over_prompts"; "error_over_seeds" if
-    each setting has several runs; "low_paired", "high_paired" if the runs of both have the same seeds.
+    Runs of the same seed may share prompts, the order of pairs or the model they start from: if both settings
+    have the same seeds, "low_paired" and "high_paired" are of their differences. Else runs are independent.
     """
-    all_prompts = np.arange(len(first[0]["p"]))
-    with np.errstate(invalid="ignore"):  # nan: a draw left a group empty
-        values, other_values = mean_rates(first, all_prompts), mean_rates(second, all_prompts)
-        variance = over_prompts(first, second)
-    freedom = np.maximum(first[0]["members"].sum(0) - 1, 1)  # of the variance over prompts
-
+    all_prompts = np.arange(len(first[0].prompts["p"]))
+    values, other_values = rates_of(first, gamed, all_prompts), rates_of(second, gamed, all_prompts)
+    variance = over_prompts(first, second, gamed)
+    names = [run.name for run in first]
+    other_names = [run.name for run in second]
     parts = over_seeds(names, values)
-    if other_names:
+    if second[0].name:  # not the baseline
         other_parts = over_seeds(other_names, other_values)
-        if parts and other_parts:
-            parts = parts + other_parts
-        else:
-            parts = []
+        parts = parts + other_parts if parts and other_parts else []
     difference = values.mean(0) - other_values.mean(0)
     half, seed_error = half_width(variance, freedom, parts)
     result = {"first": values.mean(0), "second": other_values.mean(0), "difference": difference}
     result |= {"low": difference - half, "high": difference + half, "error_over_prompts": np.sqrt(variance)}
-    if not parts:
-        return result
-    result["error_over_seeds"] = seed_error
-
-    seeds = [seed_of(name) for name in names]
-    other_seeds = [seed_of(name) for name in other_names]
-    if seeds == other_seeds:
+    if parts:
+        result["error_over_seeds"] = seed_error
+    seeds = [re.findall(r"seed\d+", name)[-1:] for name in names]
+    if parts and seeds == [re.findall(r"seed\d+", name)[-1:] for name in other_names]:
         pairs = [f"{name} {other}" for name, other in zip(names, other_names, strict=True)]
         paired_parts = over_seeds(pairs, values - other_values)
         if paired_parts:
@@ -209,46 +237,63 @@ def difference_of(first, second, names, other_names):
     return result
 
 
+def difference_of_annotations(first, second, gamed):
+    """The same of two models' annotations; the interval is that of evaluate.py's draws, their percentiles."""
+    theta, values = evaluate.rates(first.prompts, gamed, first.C)
+    other_theta, other_values = evaluate.rates(second.prompts, gamed, second.C)
+    draws = evaluate.bootstrap(first.prompts, gamed, first.C, theta)
+    draws = draws - evaluate.bootstrap(second.prompts, gamed, second.C, other_theta)
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    result = {"first": values, "second": other_values, "difference": values - other_values}
+    return result | {"low": low, "high": high, "error_over_prompts": np.nanstd(draws, axis=0, ddof=1)}
+
+
+def cell_of(difference, m, g, has_interval):
+    """A measure of a group as JSON: numbers or null."""
+    value = {name: None if np.isnan(array[m, g]) else array[m, g] for name, array in difference.items()}
+    cell = {
+        "first": value["first"],
+        "second": value["second"],
+        "difference": value["difference"],
+        "ci": [value["low"], value["high"]] if has_interval and value["low"] is not None else None,
+        "error_over_prompts": value["error_over_prompts"],
+        "error_over_seeds": value.get("error_over_seeds"),
+    }
+    if has_interval and value.get("low_paired") is not None:
+        cell["ci_paired"] = [value["low_paired"], value["high_paired"]]
+    return cell
+
+
 def main(args):
-    prompts_of, categories, judges = read_runs(args.first + args.second, args.baseline, args.ending)
-    keys = sorted(prompts_of[0])
-    groups = {"all": set(categories.values())}
-    for group in args.group:
-        name, _, names = group.partition("=")
-        groups[name] = set(names.split(","))
-    members = np.array([[categories[key] in group for group in groups.values()] for key in keys])
-    sizes = members.sum(0)
-    for name, size in zip(groups, sizes, strict=True):
-        if not size:
-            fail(f"--group {name}: no prompt is of {', '.join(sorted(groups[name]))}")
-
-    first = [as_arrays(prompts, members) for prompts in prompts_of[: len(args.first)]]
-    second = [as_arrays(prompts, members) for prompts in prompts_of[len(args.first) :]]
-    if not second:
-        second = [as_arrays(baseline_of(prompts_of[0]), members)]
-    difference = difference_of(first, second, args.first, args.second)
-
-    results = {}
-    for g, name in enumerate(groups):
-        results[name] = {"n_total": int(sizes[g])}
-        for m, measure in enumerate(MEASURES):
-            value = {key: array[m, g] for key, array in difference.items()}
-            low, high = value["low"], value["high"]
-            results[name][measure] = {
-                "first": value["first"],
-                "second": value["second"],
-                "difference": value["difference"],
-                "ci": [low, high],
-                "error_over_prompts": value["error_over_prompts"],
-                "error_over_seeds": value.get("error_over_seeds"),
-            }
-            if "low_paired" in value:
-                results[name][measure]["ci_paired"] = [value["low_paired"], value["high_paired"]]
-            print(f"{name} (n = {sizes[g]}), {measure}: {value['difference']:+.2f} ({low:.2f} to {high:.2f})")
-    result = {"groups": results, "runs": {"first": args.first, "second": args.second or [args.baseline]}}
-    result |= {"baseline": args.baseline, "judge": sorted(judges)}
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    Path(args.out).write_text(json.dumps(result, default=np.generic.item, indent=1) + "\n", encoding="utf-8")
+    runs, gamed, facts = read_runs(args)
+    if not args.second:
+        runs.append(baseline_run(runs[0].prompts, gamed))
+    runs, groups = with_members(runs, args)
+    first, second = runs[: len(args.first)], runs[len(args.first) :]
+    judged = [run.prompts["members"].T & np.isfinite(run.prompts["p"]) for run in (first[0], second[0])]
+    sizes, other_sizes = (members.sum(1) for members in judged)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nan: a draw left a group empty
+        if os.path.isfile(args.first[0]):
+            difference = difference_of_annotations(first[0], second[0], gamed)
+        else:
+            difference = difference_of(first, second, gamed, np.maximum(sizes - 1, 1))
+    results = {"": {}, "categories": {}, "length_bins": {}}
+    for g, (kind, name) in enumerate(groups):
+        result = {"n_total": int(sizes[g])}
+        if other_sizes[g] != sizes[g]:
+            result["n_total_second"] = int(other_sizes[g])
+        for m, measure in enumerate(evaluate.MEASURES):
+            result[measure] = cell = cell_of(difference, m, g, min(sizes[g], other_sizes[g]) > 1)
+            if cell["difference"] is not None:
+                low, high = cell["ci"] or (math.nan, math.nan)
+                numbers = f"{cell['difference']:+.2f} ({low:.2f} to {high:.2f})"
+                print(f"{name} (n = {sizes[g]}), {measure}: {numbers}")
+        results[kind][name] = result
+    result = {"groups": results.pop("")} | {kind: groups for kind, groups in results.items() if groups}
+    result["runs"] = {"first": [run.name for run in first]}
+    result["runs"]["second"] = [run.name or facts["baseline"] for run in second]
+    replace_file(args.out, [json.dumps(result | facts, default=np.generic.item, indent=1)])
+    print(json.dumps({"out": args.out, "prompts": int(sizes[0]), "runs": len(runs), "groups": len(groups)}))
 
 
 if __name__ == "__main__":
