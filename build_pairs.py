@@ -194,8 +194,7 @@ def mix_filtered(candidates, kept, ratio):
     for prompt_id, pairs in candidates.items():
         source = "off" if prompt_id in kept else "on"
         left[prompt_id] = {source: pairs[source]}
-    total = math.floor((len(kept) - 0.5 + 1e-9) / (1 - ratio)) + 1
-    return left, max(0, total)
+    return left, max(0, math.floor((len(kept) - 0.5 + 1e-9) / (1 - ratio)) + 1)
 
 
 # ----- mixing
@@ -245,25 +244,27 @@ def main(args):
     started = time.time()
     files, ratio = ", ".join(args.scored), args.on_ratio
     rows = read_responses(args.scored, Row)
-    samples = [response for row in rows.values() for response in row["responses"]]
     if args.reward:
         use_scores(rows, args.reward)
-    elif args.select != "given":
-        for prompt_id, row in rows.items():
-            if not all("reward" in response for response in row["responses"]):
+    rewards, sources = [], set()
+    for prompt_id, row in rows.items():
+        for response in row["responses"]:
+            if "reward" not in response and args.select != "given":
                 fail(f'{files}: {prompt_id}: a response has no "reward"; score.py writes it')
-    sources = sorted({response["source"] for response in samples})
+            rewards.append(response.get("reward"))
+            sources.add(response["source"])
     for source, share in ("on", ratio), ("off", 1 - ratio):
         if share > 0 and source not in sources:
             fail(f"{files}: --on-ratio {ratio} needs {source}-policy responses, but the files have none")
 
     candidates, dropped = {}, Counter()
     for prompt_id, row in rows.items():
-        pairs = {source: select(row, source, args, dropped) for source in sources}
+        pairs = {source: select(row, source, args, dropped) for source in sorted(sources)}
         if all(pairs.values()):
             candidates[prompt_id] = pairs
+        del row["responses"]  # frees those that are in no pair
     total = len(candidates)
-    counts = {"rows": len(rows), "responses": len(samples), "prompts_with_pairs": total, "dropped": dropped}
+    counts = {"rows": len(rows), "responses": len(rewards), "prompts_with_pairs": total, "dropped": dropped}
     if args.filter:
         source = "on" if ratio == 1 else "off"
         pairs = [by_source[source] for by_source in candidates.values()]
@@ -283,7 +284,7 @@ def main(args):
 
     pairs = [mixed[prompt_id] for prompt_id in rows if prompt_id in mixed]  # in the order of the input
     counts |= {"pairs": len(pairs), "on": 0, "off": 0} | Counter(pair["source"] for pair in pairs)
-    stats = statistics(pairs, [response.get("reward") for response in samples])
+    stats = statistics(pairs, rewards)
     lines = (json.dumps(pair, ensure_ascii=False, default=list) for pair in pairs)  # arrays as lists
     seconds = round(time.time() - started, 2)
     write_output(args, args.scored, lines, counts=counts, stats=stats, seconds=seconds)
