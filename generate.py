@@ -370,8 +370,8 @@ def encode_prompts(rows, args, tokens):
         else:
             too_long.append(row["id"])
     if not fitting:
-        files, context = ", ".join(args.prompts), f"the context of {tokens.context} tokens of {args.model}"
-        fail(f"{files}: no prompt leaves room for --max-tokens {args.max_tokens} in {context}; use fewer")
+        room = f"{args.max_tokens} tokens in the context of {args.model}, which is {tokens.context}"
+        fail(f"{', '.join(args.prompts)}: no prompt leaves room for {room}; use a smaller --max-tokens")
     if too_long:
         names = ", ".join(too_long[:20]) + (", ..." if len(too_long) > 20 else "")
         note(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}")

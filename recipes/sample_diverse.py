@@ -28,7 +28,7 @@ def parse_args(argv=None):
     parser = generate.make_parser(__doc__)
     args = generate.parse_args(argv, parser)
     if args.n < 2:
-        parser.error(f"needs --n of at least 2, found {args.n}")
+        parser.error(f"--n must be at least 2, found {args.n}")
     args.diverse = True  # for the record: such rows do not go on from those of generate.py
     return args
 

@@ -2,10 +2,10 @@
 generate.py: exact sampling that does not depend on the batch, and runs that can be killed.
 
 Covers  sample_tokens against a float64 oracle and by frequencies; greedy against transformers' own; equal
-        rows whatever batch, order, --limit and shards; kill -9 at random moments, torn lines, two processes
-        on one file, what is refused when a run goes on; ids, finish and text; presets; --diverse; switches
-        of the template; models that are refused; what vllm is given, by a stand-in; rows of a wrong shape,
-        generated from Row; soft-capped attention; what the last line reports.
+        rows whatever batch, order, --limit and shards; kill -9 at random moments, torn lines, a full disk,
+        two processes on one file, what is refused when a run goes on; ids, finish and text; presets;
+        switches of the template; models that are refused; what vllm is given, by a stand-in; rows of a
+        wrong shape, generated from Row; soft-capped attention; what the last line reports.
 Run     python -m pytest tests/test_generate.py
 """
 
@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, REPO, make_policy, make_tokenizer, read_rows, write_rows
+from models import make_gemma
 from safetensors.torch import load_file, save_file
-from test_shapes import MISSING, NUMBERS, STRINGS, VALUES, admits, places, spelled, with_change
+from test_shapes import MISSING, NUMBERS, STRINGS, VALUES, admits, key_of, places, spelled, with_change
 
 import generate
 from generate import sample_tokens
@@ -251,8 +253,8 @@ def test_samples_ignore_batch_size_order_limit_and_shards(tmp_path, capsys, poli
     assert all(a["responses"] != b["responses"] for a, b in zip(other, whole))
 
 
-@pytest.mark.parametrize("flags", [["--n", "2"], ["--n", "2", "--diverse"]], ids=["plain", "diverse"])
-def test_shards_make_up_the_whole_file_though_one_was_killed(tmp_path, capsys, policy, small_blocks, flags):
+def test_shards_make_up_the_whole_file_though_one_was_killed(tmp_path, capsys, policy, small_blocks):
+    flags = ["--n", "2"]
     run(tmp_path, capsys, policy, PROMPTS, *flags, out="whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in whole] == [row["id"] for row in PROMPTS]
@@ -287,7 +289,7 @@ def test_several_prompt_files_are_read_as_one(tmp_path, capsys, policy):
     again = write_rows(tmp_path / "again.jsonl", PROMPTS[10:])
     with pytest.raises(SystemExit):
         generate.main(generate.parse_args([*flags[:-1], str(tmp_path / "x.jsonl"), "--prompts", rest, again]))
-    assert f"{again}:1: the id p10 is twice in the prompts" in capsys.readouterr().err
+    assert f"{again}:1: duplicate id p10" in capsys.readouterr().err
 
 
 # ----- runs that were stopped
@@ -298,31 +300,49 @@ def test_a_larger_limit_goes_on(tmp_path, capsys, policy, small_blocks):
     assert printed["resumed_rows"] == 4
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     err = refused(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--limit", "6")
-    assert "has 11 rows, and 6 are asked for" in err
+    assert "already has more rows than the 6 requested" in err
 
 
 @pytest.mark.parametrize("backend", ["hf", "vllm"])
 def test_a_torn_file_is_completed_byte_for_byte(tmp_path, capsys, policy, small_blocks, monkeypatch, backend):
     # transformers goes on after a whole block of 4 rows, vllm (here with its place taken) after any whole row
-    monkeypatch.setattr(
-        generate, "vllm_sampler", lambda args, tokens, longest: generate.hf_sampler(args, tokens)
-    )
+    monkeypatch.setattr(generate, "vllm_sampler", generate.hf_sampler)
     flags = ["--n", "2", "--backend", backend]
     run(tmp_path, capsys, policy, PROMPTS, *flags)
     whole = (tmp_path / "out.jsonl").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    lengths = [ends[5] + 100, ends[7], ends[0] - 1, len(whole) - 1, len(whole)]
-    kept = {"hf": [4, 8, 0, 8, 11], "vllm": [6, 8, 0, 10, 11]}[backend]
+    lengths = [ends[5] + 100, ends[7], ends[0] - 1, len(whole) - 1]
+    kept = {"hf": [4, 8, 0, 8], "vllm": [6, 8, 0, 10]}[backend]
     for length, rows in zip(lengths, kept):
         (tmp_path / "out.jsonl").write_bytes(whole[:length])
         _, printed = run(tmp_path, capsys, policy, PROMPTS, *flags)
         assert (tmp_path / "out.jsonl").read_bytes() == whole and printed["resumed_rows"] == rows
 
 
+def test_a_finished_run_does_nothing(tmp_path, capsys, policy, monkeypatch):
+    _, printed = run(tmp_path, capsys, policy, PROMPTS[:3], "--n", "2")
+    state = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    path = str(tmp_path / "prompts.jsonl")
+    flags = ["--model", policy, "--prompts", path, "--out", str(tmp_path / "out.jsonl"), *HF, "--n", "2"]
+    generate.main(generate.parse_args(flags))
+    again = capsys.readouterr()
+    assert again.err == f"generate.py: --out {tmp_path}/out.jsonl is complete; nothing was done\n"
+    assert json.loads(again.out) == {name: value for name, value in printed.items() if name != "seconds"}
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == state
+    # killed between its last row and the record of its counts
+    record = json.loads((tmp_path / "out.meta.json").read_text())
+    del record["counts"]
+    (tmp_path / "out.meta.json").write_text(json.dumps(record))
+    rows, printed = run(tmp_path, capsys, policy, PROMPTS[:3], "--n", "2")
+    assert (len(rows), printed["resumed_rows"], printed["responses"]) == (3, 3, 6)
+    assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["responses"] == 6
+
+
 # A process that has imported everything and forks for each run, so that a run takes no seconds to start.
 DRIVER = """
-import importlib.metadata, json, os, random, signal, sys, time
-import generate
+import importlib.metadata, json, os, random, resource, signal, sys, time
+import common, generate
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 importlib.metadata.distributions = lambda: []  # reading them takes half a second
@@ -354,7 +374,7 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def die_before_the_record():
-    generate.write_record = die
+    common.write_record = die
 
 def slowly():
     append = generate.append_rows
@@ -400,8 +420,22 @@ def two_at_once():
     during = size()
     return refused, status(first), during, size(), os.path.getsize("whole.jsonl")
 
+def full_disk():
+    # no file may grow beyond these sizes: not even the record can be written; a row is cut; a later one is
+    statuses, expected = [], open("whole.jsonl", "rb").read()
+    ends = [i + 1 for i, byte in enumerate(expected) if byte == 10]
+    for limit in (10, ends[20] + 10, ends[30] + 10):
+        limits = (limit, resource.RLIM_INFINITY)
+        before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        statuses.append(status(start("--out", "full.jsonl", before=before)))
+        left = open("full.jsonl", "rb").read() if os.path.exists("full.jsonl") else b""
+        assert len(left) == (limit if limit > 10 else 0) and expected.startswith(left)
+    statuses.append(status(start("--out", "full.jsonl")))
+    assert open("full.jsonl", "rb").read() == expected
+    return statuses
+
 ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-print(json.dumps([kills(), two_at_once()]))
+print(json.dumps([kills(), two_at_once(), full_disk()]))
 """
 
 
@@ -421,7 +455,7 @@ def processes(tmp_path_factory, policy):
 
 def test_kill_9_at_random_moments(processes):
     """Always the same bytes in the end, which the driver asserts, and never a refusal."""
-    ((statuses, lefts), _), _ = processes
+    ((statuses, lefts), _, _), _ = processes
     # both: killed before the record, 5 kills (0 is a run that was quicker), and a run to the end
     assert statuses[0] == 0 and set(statuses) <= {0, -9} and statuses.count(-9) >= 6
     assert all(statuses[1 + 7 * k] == -9 and statuses[7 + 7 * k] == 0 for k in range(2))
@@ -429,9 +463,19 @@ def test_kill_9_at_random_moments(processes):
 
 
 def test_a_second_process_on_one_output_is_refused(processes):
-    (_, (refused, first, during, size, whole)), err = processes
+    (_, (refused, first, during, size, whole), _), err = processes
     assert refused == [2, 2] and first == 0 and 0 < during < size == whole
-    assert err.count("--out out.jsonl: another process writes it") == 2
+    assert err.count("--out out.jsonl: another process is writing this file") == 2
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(processes):
+    """It ends with the same bytes, which the driver asserts."""
+    (_, _, statuses), err = processes
+    assert statuses == [2, 2, 2, 0] and "Traceback" not in err
+    assert err.count("full.meta.json cannot be written: ") == 1
+    reasons = re.findall(r"full.jsonl cannot be written: (.*)", err)
+    assert len(reasons) == 2
+    assert all(reason.endswith("; run the same command again to resume") for reason in reasons)
 
 
 def test_the_record_is_there_before_the_first_row(tmp_path, capsys, policy, monkeypatch):
@@ -468,39 +512,70 @@ def test_another_run_is_refused_by_name(tmp_path, capsys, policy):
     run(tmp_path, capsys, policy, PROMPTS[:3], "--n", "2")
     before = (tmp_path / "out.jsonl").read_bytes()
     changes = {
-        "n was 2 and is 3": ["--n", "3"],
-        "seed was 0 and is 1": ["--n", "2", "--seed", "1"],
-        "temperature was 0.7 and is 0.8": ["--n", "2", "--temperature", "0.8"],
-        "source was 'on' and is 'off'": ["--n", "2", "--source", "off"],
-        "shard was '0/1' and is '0/2'": ["--n", "2", "--shard", "0/2"],
+        "n = 2, not 3;": ["--n", "3"],
+        "seed = 0, not 1;": ["--n", "2", "--seed", "1"],
+        "temperature = 0.7, not 0.8;": ["--n", "2", "--temperature", "0.8"],
+        "source = 'on', not 'off';": ["--n", "2", "--source", "off"],
+        "shard = '0/1', not '0/2';": ["--n", "2", "--shard", "0/2"],
     }
     for difference, flags in changes.items():
         err = refused(tmp_path, capsys, policy, PROMPTS[:3], *flags)
-        assert "was made with other args: " in err and difference in err and "--overwrite starts anew" in err
+        assert (
+            f"out.jsonl was written with {difference} use another --out, or --overwrite to start over" in err
+        )
     err = refused(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "2")
-    assert "was made with other inputs: " in err and "prompts.jsonl" in err
+    assert f"out.jsonl was written with {tmp_path}/prompts.jsonl = " in err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     rows, _ = run(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "1", "--overwrite")
     assert [row["id"] for row in rows] == ["p1", "p2", "p3"] and len(rows[0]["responses"]) == 1
     (tmp_path / "out.meta.json").unlink()
     err = refused(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "1")
-    assert "is there, and no " in err and "out.meta.json says what made it" in err
+    assert "out.jsonl exists but its record " in err and "out.meta.json is missing or damaged" in err
+    (tmp_path / "out.meta.json").write_text("[1, 2]\n")
+    err = refused(tmp_path, capsys, policy, PROMPTS[1:4], "--n", "1")
+    assert "out.jsonl exists but its record " in err and "out.meta.json is missing or damaged" in err
+
+
+def test_rows_that_are_not_those_of_the_run_are_refused(tmp_path, capsys, policy):
+    run(tmp_path, capsys, policy, PROMPTS[:3], "--n", "1")
+    out = tmp_path / "out.jsonl"
+    first, second, third = out.read_text().splitlines(keepends=True)
+    remedy = "this is not the row 'p1' of this run; use another --out, or --overwrite to start over"
+    foreign = {
+        first + '{"id": "q", "a": 1}\n': f"{out}:2: {remedy}",
+        first + third: f"{out}:2: {remedy}",
+        first + "\n" + second: f"{out}:3: {remedy}",  # a blank line would be cut as if it were a row
+        first + '{"prompt": "no id"}\n': f"{out}:2: ",
+        first + "no JSON\n" + third: f"{out}:2: ",
+        first + second + third + third: f"--out {out} already has more rows than the 3 requested",
+    }
+    for text, sentence in foreign.items():
+        out.write_text(text)
+        err = refused(tmp_path, capsys, policy, PROMPTS[:3], "--n", "1")
+        assert sentence in err and err.count("\n") == 1
+        assert out.read_text() == text
+
+
+@pytest.mark.parametrize("length", [300, 248])  # of 248 only the record's name is too long: .meta.json.tmp
+def test_names_that_are_too_long_for_a_file(tmp_path, capsys, policy, length):
+    out = "x" * length + ".jsonl"
+    err = refused(tmp_path, capsys, policy, PROMPTS[:2], "--n", "1", out=out)
+    assert "File name too long" in err and "x" * length in err
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_a_model_retrained_into_the_same_folder_is_refused(tmp_path, capsys, policy):
     model = tmp_path / "model"
     shutil.copytree(policy, model)
     run(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
-    _, printed = run(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
-    assert printed["resumed_rows"] == 3
     before = (tmp_path / "out.jsonl").read_bytes()
     status = os.stat(model / "model.safetensors")
     os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     err = refused(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
-    assert err.count("\n") == 1 and f"was made with other models: {model} was " in err
+    assert err.count("\n") == 1 and f"out.jsonl was written with {model} = " in err
     os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
-    assert "was made with other models" in refused(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
+    assert f"written with {model} = " in refused(tmp_path, capsys, str(model), PROMPTS[:3], "--n", "1")
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -523,7 +598,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path, capsys, policy, link):
     flags = ["--model", policy, "--prompts", str(path), "--out", str(out), *HF, "--overwrite"]
     with pytest.raises(SystemExit):
         generate.main(generate.parse_args(flags))
-    assert f"--out {out}: it or its record would replace an input" in capsys.readouterr().err
+    assert f"--out {out}: this would overwrite an input file or its record" in capsys.readouterr().err
     assert path.read_bytes() == before and not list(tmp_path.glob("*.meta.json"))
 
 
@@ -545,22 +620,10 @@ def spoil_weights(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, sentence",
-    [
-        ("lacking", "{model}: the weights lack model.layers.1.mlp.up_proj.weight"),
-        ("torn", "{model}/model.safetensors: "),
-        (
-            "nan",
-            "{model}/model.safetensors: the weights model.layers.1.mlp.up_proj.weight are not all finite",
-        ),
-        (
-            "infinite",
-            "{model}/model.safetensors: the weights model.layers.1.mlp.up_proj.weight are not all finite",
-        ),
-    ],
+    "kind, sentence", [("lacking", "missing weights: model.layers.1.mlp.up_proj.weight"), ("torn", "")]
 )
 @pytest.mark.parametrize("backend", ["hf", "vllm"])
-def test_spoiled_weights_are_refused_and_nothing_is_left(
+def test_incomplete_weights_are_refused_and_nothing_is_left(
     tmp_path, capsys, policy, vllm, backend, kind, sentence
 ):
     # vllm itself accepts a model that lacks this tensor, and computes with what is in memory
@@ -568,16 +631,45 @@ def test_spoiled_weights_are_refused_and_nothing_is_left(
     shutil.copytree(policy, model)
     spoil_weights(model, kind)
     err = refused(tmp_path, capsys, str(model), PROMPTS[:2], "--backend", backend)
-    assert sentence.format(model=model) in err
+    assert f": {model}: {sentence}" in err and err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize("flags", [["--n", "1"], ["--greedy"]], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("kind", ["nan", "infinite"])
+def test_weights_that_are_not_finite_are_noticed_by_the_first_logits(
+    tmp_path, capsys, policy, small_blocks, kind, flags
+):
+    model, out = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(policy, model)
+    run(tmp_path, capsys, str(model), PROMPTS, *flags)
+    lines = out.read_bytes().splitlines(keepends=True)
+    status = os.stat(model / "model.safetensors")
+    spoil_weights(model, kind)
+    os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    # a run that goes on keeps its rows, one that starts over the file that it would replace
+    for kept, more in ((lines[:4], []), (lines, ["--overwrite"])):
+        out.write_bytes(b"".join(kept))
+        record = (tmp_path / "out.meta.json").read_bytes()
+        err = refused(tmp_path, capsys, str(model), PROMPTS, *flags, *more)
+        assert f"{model}: the first logits are not finite: the weights are damaged" in err
+        assert out.read_bytes() == b"".join(kept)
+        assert (tmp_path / "out.meta.json").read_bytes() == record
+    refused(tmp_path, capsys, str(model), PROMPTS, *flags, out="new.jsonl")
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_folders_that_are_no_model_and_models_that_do_not_fit(tmp_path, capsys, policy):
     (tmp_path / "empty").mkdir()
     for name in (str(tmp_path / "empty"), str(tmp_path / "none"), "./none", f"{policy}/config.json"):
-        assert f"{name}: expected a model folder" in refused(tmp_path, capsys, name, PROMPTS[:2])
+        assert f": {name}: " in refused(tmp_path, capsys, name, PROMPTS[:2])
+    assert "--model is empty" in refused(tmp_path, capsys, "", PROMPTS[:2])
     plain = make_policy(tmp_path / "plain", template=None)
-    assert "the tokenizer has no chat template" in refused(tmp_path, capsys, plain, PROMPTS[:2])
+    err = refused(tmp_path, capsys, plain, PROMPTS[:2])
+    assert f"{plain}: no chat template; save one in the model folder as chat_template.jinja" in err
+    (tmp_path / "plain" / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    err = refused(tmp_path, capsys, plain, PROMPTS[:2])
+    assert f": {plain}: " in err and err.count("\n") == 1
     small = tmp_path / "small"
     shutil.copytree(policy, small)
     config = json.loads((small / "config.json").read_text()) | {"vocab_size": 257}
@@ -603,9 +695,8 @@ def test_prompts_too_long_are_named_and_skipped(tmp_path, capsys, policy):
     assert "skipped 1 prompts of more than 500 tokens: long" in printed.err
     assert json.loads(printed.out.splitlines()[-1])["skipped_too_long"] == 1
     assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["p0", "p1"]
-    assert "no prompt leaves room" in refused(
-        tmp_path, capsys, policy, rows[1:2], "--n", "1", out="none.jsonl"
-    )
+    err = refused(tmp_path, capsys, policy, rows[1:2], "--n", "1", out="none.jsonl")
+    assert f"{path}: no prompt leaves room for 12 tokens in the context of {policy}, which is 512" in err
 
 
 def test_text_prompts_missing_ids_and_the_record(tmp_path, capsys, policy):
@@ -627,12 +718,11 @@ def test_text_prompts_missing_ids_and_the_record(tmp_path, capsys, policy):
 class Spy:
     """A sampler that loads no model: it notes the requests, and each response is the byte "a"."""
 
-    def __init__(self, args, tokens):
+    def __init__(self, args, tokens, longest):
         Spy.requests = []
 
-    def __call__(self, queue):
-        while queue:
-            request = queue.pop(0)
+    def __call__(self, requests):
+        for request in requests:
             Spy.requests.append(request)
             yield request, [64]
 
@@ -646,44 +736,40 @@ def rendered(tmp_path, policy, rows, *flags):
     return [tokenizer.decode(request.ids) for request in Spy.requests]
 
 
-def test_a_chat_template_from_a_file(tmp_path, capsys, policy):
+def with_template(folder, policy, template):
+    """The policy with another chat template, as whoever has a model without one adds it."""
+    shutil.copytree(policy, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_the_chat_template_of_the_folder(tmp_path, policy):
     template = "{% for message in messages %}{{ 'Q: ' + message['content'] + '<|im_end|>' }}{% endfor %}A: "
-    (tmp_path / "template.jinja").write_text(template)
-    flags = ["--chat-template", str(tmp_path / "template.jinja")]
-    texts = rendered(tmp_path, policy, [{"prompt": "one"}, {"prompt": "two"}], *flags)
+    model = with_template(tmp_path / "model", policy, template)
+    texts = rendered(tmp_path, model, [{"prompt": "one"}, {"prompt": "two"}])
     assert texts == ["Q: one<|im_end|>A: ", "Q: two<|im_end|>A: "]
     record = json.loads((tmp_path / "out.meta.json").read_text())
-    assert flags[1] in record["inputs"]  # it is compared when a run goes on
-    err = refused(tmp_path, capsys, policy, PROMPTS, "--chat-template", "none.jinja", out="none.jsonl")
-    assert "--chat-template none.jinja: no such file" in err
+    assert "chat_template.jinja" in record["models"][model]  # it is compared when a run goes on
+
+
+THINKING = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
 
 
 def test_switches_reach_the_template(tmp_path, capsys, policy):
-    template = (
-        CHATML
-        + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
-    )
-    (tmp_path / "template.jinja").write_text(template)
-    flags = ["--chat-template", str(tmp_path / "template.jinja")]
+    model = with_template(tmp_path / "model", policy, CHATML + THINKING)
     start = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
-    assert rendered(tmp_path, policy, [{"prompt": "one"}], *flags) == [start]
-    off = [*flags, "--template-kwargs", '{"enable_thinking": false}']
-    assert rendered(tmp_path, policy, [{"prompt": "one"}], *off) == [start + "<think></think>"]
-    texts = rendered(tmp_path, policy, [{"prompt": "one"}], *off, "--n", "2", "--diverse")
-    assert len(texts) == 2 and texts[1].endswith("<think></think>")
-    err = refused(
-        tmp_path, capsys, policy, PROMPTS, "--template-kwargs", '{"enable_thinking": false}', out="x.jsonl"
-    )
-    assert f"the chat template of {policy} knows no 'enable_thinking'" in err
+    assert rendered(tmp_path, model, [{"prompt": "one"}]) == [start]
+    off = ["--template-kwargs", '{"enable_thinking": false}']
+    assert rendered(tmp_path, model, [{"prompt": "one"}], *off) == [start + "<think></think>"]
+    err = refused(tmp_path, capsys, policy, PROMPTS, *off, out="x.jsonl")
+    assert f"the chat template of {policy} has no variable 'enable_thinking'" in err
 
 
 def test_a_template_without_a_system_role(tmp_path, policy):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    (tmp_path / "template.jinja").write_text(refusing + CHATML)
-    turns = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "one"}]
-    texts = rendered(
-        tmp_path, policy, [{"prompt": turns}], "--chat-template", str(tmp_path / "template.jinja")
-    )
+    model = with_template(tmp_path / "model", policy, refusing + CHATML)
+    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "one"}]
+    texts = rendered(tmp_path, model, [{"prompt": messages}])
     assert texts == ["<|im_start|>user\nBe kind\n\none<|im_end|>\n<|im_start|>assistant\n"]
 
 
@@ -725,10 +811,8 @@ def test_every_key_of_every_type(tmp_path, capsys, policy, monkeypatch, path, hi
         else:
             assert status == 2 and said.startswith(f"generate.py: {data}:2: ") and said.count("\n") == 1, case
             assert not out.exists(), case
-        if not admitted and value is not MISSING:
-            assert f" - at `{spelled(path)}" in said, case
-        elif not admitted:
-            assert f"Object missing required field `{path[-1]}`" in said, case
+        if not admitted:
+            assert key_of(path) in said.split(f"{data}:2: ")[1], case
 
 
 def test_prompts_that_do_not_end_with_a_user_turn(tmp_path, capsys, policy):
@@ -752,22 +836,26 @@ def test_presets():
     assert settings("--n", "5", "--preset", "s3", "--top-p", "0.8") == [5, 0.6, 0.8, 0, 1024]
     assert settings("--greedy") == [1, 0.0, 1.0, 0, 2048]  # S1 Appendix D
     assert settings("--greedy", "--preset", "s3") == [1, 0.0, 1.0, 0, 1024]
-    assert settings("--diverse", "--preset", "s2") == settings("--preset", "s2")
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--greedy", "--n", "2"], "--greedy does not go with --n, --temperature"),
-        (["--greedy", "--seed", "1"], "--greedy does not go with --n, --temperature"),
-        (["--greedy", "--temperature", "1"], "--greedy does not go with --n, --temperature"),
-        (["--greedy", "--top-p", "0.9"], "--greedy does not go with --n, --temperature"),
-        (["--greedy", "--diverse"], "--diverse is about several responses, and --n is 1"),
-        (["--diverse", "--n", "1"], "--diverse is about several responses, and --n is 1"),
-        (["--backend", "vllm", "--batch-size", "2"], "vllm takes temperatures up to 2, and no --batch-size"),
+        (["--greedy", "--n", "2"], "--greedy cannot be combined with --n, --temperature"),
+        (["--greedy", "--seed", "1"], "--greedy cannot be combined with --n, --temperature"),
+        (["--greedy", "--temperature", "1"], "--greedy cannot be combined with --n, --temperature"),
+        (["--greedy", "--top-p", "0.9"], "--greedy cannot be combined with --n, --temperature"),
+        (["--diverse"], "unrecognized arguments: --diverse"),  # recipes/sample_diverse.py
+        (
+            ["--backend", "vllm", "--batch-size", "2"],
+            "--backend vllm has no --batch-size and no temperature above 2",
+        ),
         # vllm takes at most 2, and says so only once the model is loaded
-        (["--backend", "vllm", "--temperature", "3"], "vllm takes temperatures up to 2, and no --batch-size"),
-        (["--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel is for --backend vllm"),
+        (
+            ["--backend", "vllm", "--temperature", "3"],
+            "--backend vllm has no --batch-size and no temperature above 2",
+        ),
+        (["--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel needs --backend vllm"),
         (["--temperature", "0"], "--temperature must be above 0 and finite, found 0.0 (0 is --greedy)"),
         (["--temperature", "inf"], "--temperature must be above 0 and finite, found inf"),
         (["--temperature", "nan"], "--temperature must be above 0 and finite, found nan"),
@@ -790,62 +878,6 @@ def test_flags_that_are_wrong_or_would_do_nothing_are_refused(capsys, flags, sen
     assert exit_status.value.code == 2 and sentence in capsys.readouterr().err
 
 
-# ----- S1's diverse responses
-Z = (  # S1 Appendix H
-    "Please generate another response that is different from all the previous ones. It can differ in "
-    "aspects such as but not limited to tone, formality, strategy, judgment, conciseness, structure. It can "
-    "also involve asking for clarity if the input prompt is unclear."
-)
-
-
-def longer_policy(folder, positions):
-    """The tests' policy with another context length."""
-    model = make_policy(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": positions}
-    (folder / "config.json").write_text(json.dumps(config))
-    return model
-
-
-def test_diverse_responses_see_all_earlier_ones(tmp_path, capsys):
-    turns = [
-        {"role": "system", "content": "Be kind"},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "three"},
-    ]
-    prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": turns}]
-    model = longer_policy(tmp_path / "model", 2048)
-    rows, printed = run(tmp_path, capsys, model, prompts, "--diverse", "--n", "3")
-    assert (printed["responses"], printed["skipped_context_too_long"]) == (6, 0)
-    plain, _ = run(tmp_path, capsys, model, prompts, "--n", "3", out="plain.jsonl")
-    for row, plain_row in zip(rows, plain):
-        texts = [response["text"] for response in row["responses"]]
-        assert row["prompt"] == plain_row["prompt"]  # x alone
-        assert row["responses"][0] == plain_row["responses"][0]
-        assert row["responses"][1] != plain_row["responses"][1]
-        # the conversations, typed out as prompts of the same id: a plain run's sample k there is y_k
-        turns = list(row["prompt"])
-        for k in (1, 2):
-            turns += [{"role": "assistant", "content": texts[k - 1]}, {"role": "user", "content": Z}]
-            name = f"{row['id']}{k}"
-            by_hand = [{"id": row["id"], "prompt": turns}]
-            files = {"out": f"{name}.jsonl", "name": f"{name}_prompts.jsonl"}
-            by_hand, _ = run(tmp_path, capsys, model, by_hand, "--n", "3", **files)
-            assert by_hand[0]["responses"][k] == row["responses"][k]
-
-
-def test_a_conversation_beyond_the_context_is_skipped_and_counted(tmp_path, capsys, policy):
-    # 512 positions, a byte each, and 12 to write: z alone takes 276 of them, so the third conversation is too
-    # long for both prompts and the second for the long one
-    rows = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}]
-    responses, printed = run(tmp_path, capsys, policy, rows, "--diverse")
-    assert [len(row["responses"]) for row in responses] == [2, 1]
-    counts = [printed[name] for name in ("responses", "skipped_context_too_long", "skipped_too_long")]
-    assert counts == [3, 5, 0]
-    _, again = run(tmp_path, capsys, policy, rows, "--diverse")
-    assert (again["resumed_rows"], again["skipped_context_too_long"]) == (2, 5)
-
-
 # ----- the order of rows, and what vllm is given
 def test_rows_come_in_their_order_as_soon_as_they_are_complete(policy, tmp_path):
     args = generate.parse_args(["--model", policy, "--prompts", "p", "--out", "o", *HF, "--n", "2"])
@@ -854,25 +886,24 @@ def test_rows_come_in_their_order_as_soon_as_they_are_complete(policy, tmp_path)
     order = [(1, 0), (1, 1), (0, 1), (3, 0), (0, 0), (2, 1), (3, 1), (2, 0)]  # row and sample, as they end
     n_ended, yields = 0, []
 
-    def sample(queue):
+    def sample(requests):
         nonlocal n_ended
-        requests = {(int(request.row["id"][1]), request.sample): request for request in queue}
-        queue.clear()
+        by_number = {(request.index, request.sample): request for request in requests}
+        assert [request.prompt_id for request in requests] == [f"p{k // 2}" for k in range(8)]
         for row, number in order:
             n_ended += 1
-            yield requests[row, number], [64 + row, 64 + number, tokens.stop_ids[0], 64]
+            yield by_number[row, number], [64 + row, 64 + number, tokens.stop_ids[0], 64]
 
     class Progress:
         update = staticmethod(lambda: None)
 
-    for rows in generate.sample_rows(prompts, sample, args, tokens, Progress):
-        yields.append((n_ended, [row["id"] for row in rows]))
-        for row in rows:
-            number = int(row["id"][1])
-            ids = [response["token_ids"] for response in row["responses"]]
-            assert ids == [[64 + number, 64], [64 + number, 65]]
-            assert [response["finish"] for response in row["responses"]] == ["stop", "stop"]
-    assert yields == [(5, ["p0", "p1"]), (8, ["p2", "p3"])]
+    for row in generate.sample_rows(prompts, sample, args, tokens, Progress):
+        yields.append((n_ended, row["id"]))
+        number = int(row["id"][1])
+        ids = [response["token_ids"] for response in row["responses"]]
+        assert ids == [[64 + number, 64], [64 + number, 65]]
+        assert [response["finish"] for response in row["responses"]] == ["stop", "stop"]
+    assert yields == [(5, "p0"), (5, "p1"), (8, "p2"), (8, "p3")]
     assert not any("responses" in row for row, _ in prompts)  # what is on disk takes no memory
 
 
@@ -881,7 +912,12 @@ class Engine:
 
     def __init__(self, model, **options):
         Engine.options, self.waiting, self.llm_engine = options | {"model": model}, [], self
-        Engine.given, Engine.waiting_at_steps = [], []
+        Engine.given, Engine.waiting_at_steps, Engine.environment = [], [], dict(os.environ)
+
+    def generate(self, prompt, params, use_tqdm):
+        """The one token that shows whether logits are finite."""
+        logprobs = [{5: types.SimpleNamespace(logprob=-0.5)}]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(logprobs=logprobs)])]
 
     def add_request(self, name, prompt, params):
         self.waiting.append(name)
@@ -902,7 +938,11 @@ def vllm(monkeypatch):
     monkeypatch.setattr(generate, "vllm_on_cpu", lambda max_length: {})
 
 
-def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, policy, vllm):
+def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, policy, vllm, monkeypatch):
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stdout")  # what the user has set stays
     flags = "--backend vllm --tensor-parallel 2 --preset s2 --max-tokens 7 --dtype bfloat16".split()
     rows, _ = run(tmp_path, capsys, policy, PROMPTS, *flags)
     assert [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
@@ -910,6 +950,8 @@ def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, p
     assert options["model"] == policy and options["dtype"] == "bfloat16"
     assert options["tensor_parallel_size"] == 2
     assert options["generation_config"] == "vllm" and options["skip_tokenizer_init"]
+    names = ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_STREAM", "VLLM_NO_USAGE_STATS")
+    assert [Engine.environment[name] for name in names] == ["spawn", "ext://sys.stdout", "1"]
     tokenizer = generate.load_tokenizer(policy, None)[0]
     all_ids = [generate.prompt_ids(tokenizer, row["prompt"]) for row in PROMPTS]
     assert options["max_model_len"] == max(map(len, all_ids)) + 7
@@ -927,73 +969,16 @@ def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, p
     assert {(params["temperature"], params["seed"]) for _, _, params in Engine.given} == {(0.0, None)}
 
 
-def test_vllm_is_asked_again_while_other_requests_run(tmp_path, capsys, vllm):
-    model = longer_policy(tmp_path / "model", 2048)
-    rows, _ = run(tmp_path, capsys, model, PROMPTS[:2], "--backend", "vllm", "--diverse", "--n", "3")
-    assert [len(row["responses"]) for row in rows] == [3, 3] and Engine.options["max_model_len"] == 2048
-    # the first of p1 ends, its second is asked for before p0 has ended
-    assert [name for name, _, _ in Engine.given] == ["p0|0", "p1|0", "p1|1", "p1|2", "p0|1", "p0|2"]
-
-
-def test_the_environment_is_set_before_torch_is_imported():
-    watch = """
-import json, os, sys
-
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(json.dumps(dict(os.environ)))
-            sys.exit()
-
-sys.meta_path.insert(0, Watch())
-import generate
-"""
-    settings = {
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    }
-    plain = {name: value for name, value in os.environ.items() if name not in settings}
-    for more in ({}, {"VLLM_LOGGING_STREAM": "ext://sys.stdout"}):  # what the user has set stays
-        process = subprocess.run(
-            [sys.executable, "-c", watch], cwd=REPO, env=plain | more, capture_output=True, text=True
-        )
-        at_import = json.loads(process.stdout)
-        assert {name: at_import.get(name) for name in settings} == settings | more
-
-
 # ----- attention, reports
-def make_gemma(folder):
-    """A Gemma-2 whose attention scores are capped at 0.5, low enough to change what is sampled."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        attn_logit_softcapping=0.5,
-        query_pre_attn_scalar=1,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Gemma2ForCausalLM(config).float().save_pretrained(folder)
-    return str(folder), tokenizer
+# attention scores are capped at 0.5, low enough to change what is sampled
+CAPPED = {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1, "tie_word_embeddings": False}
 
 
 def test_a_soft_cap_on_attention_is_kept(tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = make_gemma(tmp_path / "gemma")
+    model = make_gemma(tmp_path / "gemma", **CAPPED)
+    tokenizer = generate.load_tokenizer(model, None)[0]
     rows, _ = run(tmp_path, capsys, model, PROMPTS, "--greedy")
     firsts = {}
     for attention in ("eager", "sdpa"):
@@ -1017,13 +1002,13 @@ def test_equal_samples_quantiles_and_special_tokens_are_reported(tmp_path, capsy
     report = json.loads(printed.out.splitlines()[-1])
     assert (report["prompts_with_equal_samples"], report["equal_samples_share"]) == (12, 1.0)
     assert report["prompts_with_special_tokens"] == 1
-    assert "100.0% of the prompts have equal responses only" in printed.err
-    assert "1 prompts hold special tokens as text" in printed.err
+    assert "for 100.0% of the prompts all responses are identical" in printed.err
+    assert "1 prompts contain special tokens as plain text" in printed.err
     hot = ["--temperature", "1.5", "--top-p", "1", "--max-tokens", "60"]
     generate.main(generate.parse_args([*flags, "--out", str(tmp_path / "hot.jsonl"), *hot]))
     printed = capsys.readouterr()
     report = json.loads(printed.out.splitlines()[-1])
-    assert report["equal_samples_share"] == 0 and "equal responses" not in printed.err
+    assert report["equal_samples_share"] == 0 and "identical" not in printed.err
     responses = list(itertools.chain(*(row["responses"] for row in read_rows(tmp_path / "hot.jsonl"))))
     lengths = sorted(response["tokens"] for response in responses)
     assert len(lengths) == 24 and report["tokens_sampled"] == sum(lengths)

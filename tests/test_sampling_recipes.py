@@ -1,10 +1,11 @@
 """
-recipes/sample_mixture.py, sample_beams.py and on_all_gpus.sh: what each adds to generate.py.
+recipes/sample_*.py and on_all_gpus.sh: what they add to generate.py.
 
 Covers  mixed logits by hand and token by token against both models in float64; weights of one model alone;
         padding, batches, padded embeddings, absolute positions, soft-capped attention; the two answers of a
-        pair, which must not begin alike; beams against transformers' own; flags; resuming; one process
-        per GPU.
+        pair, which must not begin alike; beams against transformers' own; diverse responses against plain
+        runs of the conversations typed out; flags; resuming; weights that are not finite; one process per
+        GPU.
 Run     python -m pytest tests/test_sampling_recipes.py
 """
 
@@ -15,11 +16,13 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, make_policy, make_tokenizer, read_rows, run_script, write_rows
-from test_generate import HF, PROMPTS, longer_policy, make_gemma, oracle
+from conftest import CHATML, REPO, make_policy, make_tokenizer, read_rows, run_script, write_rows
+from models import make_gemma, tiny
+from test_generate import CAPPED, HF, PROMPTS, THINKING, oracle, spoil_weights, with_template
 
 import generate
-from recipes import sample_beams, sample_mixture
+from common import stable_hash
+from recipes import sample_beams, sample_diverse, sample_mixture
 from recipes.sample_mixture import mix_logits
 
 
@@ -49,14 +52,21 @@ def sample(tmp_path, capsys):
         if "--reference" in flags:
             args = sample_mixture.parse_args(flags)
             args.seed = args.seed if seed is None else seed  # without the weights, to have equal draws
-            generate.main(args, sample_mixture.mixture_sampler, [(args.reference, None)])
+            models = [(args.reference, None)]
+            generate.main(args, sample_mixture.mixture_sampler, other_models=models)
         elif "--beams" in flags:
             generate.main(sample_beams.parse_args(flags), sample_beams.beam_sampler)
+        elif DIVERSE in flags:
+            args = sample_diverse.parse_args([flag for flag in flags if flag != DIVERSE])
+            generate.main(args, sample_diverse.diverse_sampler, sample_diverse.diverse_rows)
         else:
             generate.main(generate.parse_args(flags))
         return read_rows(tmp_path / out), json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
+
+
+DIVERSE = "recipes/sample_diverse.py"
 
 
 def mixture(reference, a, b):
@@ -112,7 +122,7 @@ def test_a_mixture_token_by_token(sample, policy, reference, tokenizer, weights,
     models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in (policy, reference)]
     rows, printed = sample(policy, *mixture(reference, *weights), *flags, prompts=PROMPTS[:6])
     assert printed["responses"] == 6  # one each
-    seed = generate.stable_hash(0, "mixture", *weights)
+    seed = stable_hash(0, "mixture", *weights)
     for row in rows:
         ids, sampled = generate.prompt_ids(tokenizer, row["prompt"]), []
         for uniform in generate.draws(seed, row["id"], 0, 30 if weights[0] == 1.5 else 12):
@@ -220,7 +230,7 @@ def test_padded_embeddings_change_no_token(tmp_path, sample, policy, reference, 
 
 
 def test_a_soft_cap_on_the_references_attention_is_kept(tmp_path, sample):
-    model, _ = make_gemma(tmp_path / "gemma")
+    model = make_gemma(tmp_path / "gemma", **CAPPED)
     settings = ["--top-p", "1", "--n", "1", "--temperature", "0.7"]
     plain, _ = sample(model, *settings, out="plain.jsonl")
     mixed, _ = sample(model, *settings, *mixture(model, 0.5, 0.5), seed=0)
@@ -233,11 +243,11 @@ def test_references_that_do_not_fit_are_refused(tmp_path, sample, capsys, policy
     numbers = vocabulary["model"]["vocab"]
     vocabulary["model"]["vocab"] = {token: 255 - i for token, i in numbers.items()}
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary))
-    short = longer_policy(tmp_path / "short", 64)
+    short = tiny(tmp_path / "short", max_position_embeddings=64)
     sentences = {
         other: f"{other}: its tokenizer has another vocabulary than that of {policy}",
         short: f"{short}: its context of 64 is shorter than that of {policy}",
-        str(tmp_path): f"{tmp_path}: expected a model folder",
+        str(tmp_path): f"{tmp_path}: not a model folder",
     }
     for name, sentence in sentences.items():
         with pytest.raises(SystemExit) as end:
@@ -263,7 +273,7 @@ def test_beams_are_transformers_own(tmp_path, sample, policy, tokenizer, monkeyp
         longest = max(len(ids[k]) for k in batch)
         padded = [[tokenizer.pad_token_id] * (longest - len(ids[k])) + ids[k] for k in batch]
         mask = [[0] * (longest - len(ids[k])) + [1] * len(ids[k]) for k in batch]
-        torch.manual_seed(generate.stable_hash(0, "beams", *(rows[k]["id"] for k in batch)) % 2**63)
+        torch.manual_seed(stable_hash(0, "beams", *(rows[k]["id"] for k in batch)) % 2**63)
         output = model.generate(
             torch.tensor(padded), attention_mask=torch.tensor(mask), max_new_tokens=12, **options
         )
@@ -280,6 +290,91 @@ def test_beams_are_transformers_own(tmp_path, sample, policy, tokenizer, monkeyp
         sample(policy, "--beams", "3", "--batch-size", "4")
     _, printed = sample(policy, "--beams", "3", "--batch-size", "5")
     assert printed["resumed_rows"] == 8 and (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("spoiled", ["policy", "reference", "beams"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, sample, capsys, policy, spoiled):
+    good, bad = policy, with_template(tmp_path / "bad", policy, CHATML)
+    spoil_weights(tmp_path / "bad", "nan")
+    model, flags = {
+        "policy": (bad, mixture(good, 0.5, 0.5)),
+        "reference": (good, mixture(bad, 1.5, -0.5)),
+        "beams": (bad, ["--beams", "2"]),
+    }[spoiled]
+    with pytest.raises(SystemExit) as end:
+        sample(model, *flags)
+    assert end.value.code == 2 and f"{bad}: the first logits are not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out.meta.json")) and not (tmp_path / "out.jsonl").exists()
+
+
+# ----- S1's diverse responses
+Z = (  # S1 Appendix H
+    "Please generate another response that is different from all the previous ones. It can differ in "
+    "aspects such as but not limited to tone, formality, strategy, judgment, conciseness, structure. It can "
+    "also involve asking for clarity if the input prompt is unclear."
+)
+
+
+def test_diverse_responses_see_all_earlier_ones(tmp_path, sample):
+    chat = [
+        {"role": "system", "content": "Be kind"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": chat}]
+    model = tiny(tmp_path / "model", max_position_embeddings=2048)
+    rows, printed = sample(model, DIVERSE, "--n", "3", prompts=prompts)
+    assert (printed["responses"], printed["skipped_context_too_long"]) == (6, 0)
+    plain, _ = sample(model, "--n", "3", prompts=prompts, out="plain.jsonl")
+    for row, plain_row in zip(rows, plain):
+        texts = [response["text"] for response in row["responses"]]
+        assert row["prompt"] == plain_row["prompt"]  # only x
+        assert row["responses"][0] == plain_row["responses"][0]
+        assert row["responses"][1] != plain_row["responses"][1]
+        # the conversations, typed out as prompts of the same id: a plain run's sample k there is y_k
+        chat = list(row["prompt"])
+        for k in (1, 2):
+            chat += [{"role": "assistant", "content": texts[k - 1]}, {"role": "user", "content": Z}]
+            typed_out = [{"id": row["id"], "prompt": chat}]
+            by_hand, _ = sample(model, "--n", "3", prompts=typed_out, out=f"{row['id']}{k}.jsonl")
+            assert by_hand[0]["responses"][k] == row["responses"][k]
+
+
+def test_a_conversation_beyond_the_context_is_skipped_and_counted(tmp_path, sample, policy):
+    # 512 positions, a byte for a token, and 12 to write: z takes 276 of them, so the third conversation is
+    # too long for both prompts and the second for the long one
+    prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}]
+    rows, printed = sample(policy, DIVERSE, prompts=prompts)
+    assert [len(row["responses"]) for row in rows] == [2, 1]
+    counts = [printed[name] for name in ("responses", "skipped_context_too_long", "skipped_too_long")]
+    assert counts == [3, 5, 0]
+
+
+def test_diverse_rows_ignore_windows_and_go_on(tmp_path, sample, policy, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "BLOCK", 4)
+    flags = [DIVERSE, "--n", "2", "--batch-size", "3"]
+    sample(policy, *flags)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == [row["id"] for row in PROMPTS]
+    (tmp_path / "out.jsonl").write_bytes(whole[: len(whole) * 2 // 3])
+    monkeypatch.setattr(sample_diverse, "WINDOW", 3)
+    _, printed = sample(policy, *flags)
+    assert printed["resumed_rows"] == 4 and (tmp_path / "out.jsonl").read_bytes() == whole
+    with pytest.raises(SystemExit):  # rows of generate.py are others
+        sample(policy, "--n", "2")
+    assert "was written with diverse = True, not None" in capsys.readouterr().err
+
+
+def test_switches_reach_the_conversations(tmp_path, sample, policy):
+    model = with_template(tmp_path / "model", policy, CHATML + THINKING)
+    off = ["--template-kwargs", '{"enable_thinking": false}']
+    args = sample_diverse.parse_args(["--model", model, "--prompts", "p", "--out", "o", *HF, *off])
+    tokens = generate.read_tokens(args)
+    row = {"id": "p", "prompt": [{"role": "user", "content": "one"}], "responses": [{"text": "two"}]}
+    (request,) = sample_diverse.next_requests([row], 1, args, tokens)
+    end = f"{Z}<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    assert tokens.tokenizer.decode(request.ids).endswith(end)
 
 
 # ----- flags
@@ -314,16 +409,16 @@ def test_settings_of_the_recipes():
         (
             sample_mixture,
             [*MIX, "--greedy"],
-            "--greedy, --diverse and --backend vllm do not go with a mixture",
+            "--greedy and --backend vllm cannot be combined with a mixture",
         ),
-        (sample_mixture, [*MIX, "--diverse", "--n", "2"], "--greedy, --diverse and --backend vllm do not go"),
-        (sample_mixture, [*MIX, "--backend", "vllm"], "--greedy, --diverse and --backend vllm do not go"),
-        (sample_mixture, [*MIX, "--tensor-parallel", "2"], "--tensor-parallel is for --backend vllm"),
+        (sample_mixture, [*MIX, "--backend", "vllm"], "--greedy and --backend vllm cannot be combined with"),
+        (sample_mixture, [*MIX, "--tensor-parallel", "2"], "--tensor-parallel needs --backend vllm"),
         (sample_beams, [*BASE, "--beams", "1"], "--beams must be at least 2 and --n is 1, found 1 and 1"),
         (sample_beams, [*BASE, "--n", "2"], "--beams must be at least 2 and --n is 1, found 3 and 2"),
-        (sample_beams, [*BASE, "--greedy"], "--greedy and --backend vllm do not go with beams"),
-        (sample_beams, [*BASE, "--diverse"], "--diverse is about several responses, and --n is 1"),
-        (sample_beams, [*BASE, "--backend", "auto"], "--greedy and --backend vllm do not go with beams"),
+        (sample_beams, [*BASE, "--greedy"], "--greedy and --backend vllm cannot be combined with beams"),
+        (sample_beams, [*BASE, "--backend", "auto"], "--greedy and --backend vllm cannot be combined with"),
+        (sample_diverse, [*BASE, "--n", "1"], "--n must be at least 2, found 1"),
+        (sample_diverse, [*BASE, "--greedy"], "--n must be at least 2, found 1"),
     ],
 )
 def test_flags_that_do_not_go_with_a_recipe(capsys, monkeypatch, recipe, flags, sentence):
@@ -344,6 +439,9 @@ def test_recipes_as_a_user_starts_them(tmp_path, policy, reference):
         "recipes/sample_beams.py", *flags, "--out", tmp_path / "beams.jsonl", cwd=tmp_path
     )
     assert printed["responses"] == 3
+    more = ["--n", "2", "--backend", "hf", "--out", tmp_path / "diverse.jsonl"]
+    printed, _ = run_script("recipes/sample_diverse.py", *flags, *more, cwd=tmp_path)
+    assert printed["responses"] == 6
 
 
 # ----- one process per GPU
