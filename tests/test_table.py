@@ -1,7 +1,7 @@
 """
 report/table.py and runs.py: results -> tables in Markdown and CSV.
 
-Covers  a setting's and a run's name from a file's; numbers over seeds; the baseline's 50; gains and S2's delta from the
+Covers  names of settings and runs; numbers over seeds; the baseline's 50; gains and S2's delta from the
         published rates (S2 Tables 1, 4, 5); groups, benchmarks, boundaries, pair sets (S3 Table 5), compute,
         the paper's columns; report.md beside the CSV files; every key of every file missing or of another
         type; files that evaluate.py, boundary.py and build_pairs.py write.
@@ -26,6 +26,7 @@ from test_shapes import MISSING, VALUES
 import boundary
 import build_pairs
 import evaluate
+from recipes import benchmarks as recipe
 
 sys.path.insert(0, str(REPO / "report"))
 import runs  # noqa: E402
@@ -908,13 +909,13 @@ def test_files_that_the_scripts_write(tmp_path, capsys, tmp_path_factory):
     assert cells(stats["reward of all samples"], *columns) == [f"{number:.2f}" for number in numbers]
 
 
-def test_benchmarks_that_evaluate_writes(tmp_path, capsys):
+def test_benchmarks_that_the_recipe_writes(tmp_path, capsys):
     """lm-eval's results file of S3's suite, mmlu with two parts and one question of gsm8k."""
-    tasks = evaluate.SUITES["what-matters"]
+    tasks = recipe.SUITES["what-matters"]
     parts = {"mmlu_law": 30, "mmlu_art": 12, "truthfulqa_mc2": 817, "ifeval": 541, "gsm8k_cot": 1}
     numbers = {}
     for k, task in enumerate(tasks):
-        metric = evaluate.METRICS.get(task, "acc,none")
+        metric = recipe.METRICS.get(task, "acc,none")
         error = "N/A" if task == "gsm8k_cot" else 0.01 + k / 1000
         numbers[task] = {metric: 0.5 + k / 100, metric.replace(",", "_stderr,"): error}
     results = {
@@ -923,7 +924,7 @@ def test_benchmarks_that_evaluate_writes(tmp_path, capsys):
         "n-shot": dict.fromkeys(parts, 0),
         "versions": dict.fromkeys(parts, 1),
     }
-    result = benchmarks(None, "what-matters") | {"tasks": evaluate.task_scores("what-matters", results)}
+    result = benchmarks(None, "what-matters") | {"tasks": recipe.task_scores("what-matters", results)}
     (line,) = report(tmp_path, capsys, put(tmp_path / "m.benchmarks.json", result))["benchmarks_what-matters"]
     assert line == {
         "setting": "m",
