@@ -144,9 +144,9 @@ def make_record(args, inputs, models=()):
 def model_state(name, revision):
     """Sizes and modification times of a local folder's files, or the commit of a model on the hub."""
     if not os.path.isdir(name):
-        from transformers import AutoConfig
+        from transformers.utils import cached_file
 
-        return AutoConfig.from_pretrained(name, revision=revision)._commit_hash
+        return Path(cached_file(name, "config.json", revision=revision)).parent.name
     files = [path for end in ("safetensors", "json", "jinja") for path in sorted(Path(name).glob(f"*.{end}"))]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
