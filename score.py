@@ -160,8 +160,9 @@ class Scorer:
 
     def check_first(self, rows):
         """End a run whose model gave no number for anything in the first window."""
-        numbers = [value for row in rows for value in self.values(row) if value is not None]
-        if self.counts["tokens_scored"] and not numbers:
+        if not self.counts["tokens_scored"]:
+            return
+        if all(value is None for row in rows for value in self.values(row)):
             problem = f"no score in the first {len(rows)} rows is a finite number"
             fail(f"{self.args.model}: {problem}; check its weights, which may contain NaN")
 
