@@ -656,6 +656,27 @@ def test_figures_in_the_folder_are_shown(tmp_path, capsys):
     assert text.endswith(" |" + end) and text.count("![") == 2
 
 
+@pytest.mark.parametrize("blocked", ["", "settings.csv", "grid.csv", "report.md"])
+def test_an_out_that_cannot_be_written(tmp_path, capsys, blocked):
+    """--out is a file, or a file of the report is a folder: one sentence that names it."""
+    out, file = tmp_path / "report", put(tmp_path / "a.winrate.json", winrate(30.0))
+    put(out / blocked / "x" if blocked else out, "")
+    with pytest.raises(SystemExit) as end:
+        table.main(table.parse_args([str(file), "--out", str(out)]))
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1, said
+    assert str(out / blocked) in said.err
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_tables_of_an_earlier_report_are_removed(tmp_path, capsys):
+    for name in ("grid", "benchmarks_simplemix", "of_the_user"):
+        put(tmp_path / f"{name}.csv", "setting\nold\n")
+    file = put(tmp_path / "a.winrate.json", winrate(30.0))
+    table.main(table.parse_args([str(file), "--out", str(tmp_path)]))
+    assert {path.stem for path in tmp_path.glob("*.csv")} == {"settings", "of_the_user"}
+
+
 def test_what_a_wildcard_takes_along(tmp_path, capsys):
     """out/*.json has every script's records; a record alone makes no setting."""
     meta = {"argv": ["x"], "args": {"model": "m"}, "git": None, "inputs": {"a": "0f"}, "counts": {}}
