@@ -23,7 +23,6 @@ import argparse
 import glob
 import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -61,7 +60,7 @@ def parse_args(argv=None):
     )
     flag("--out", required=True, metavar="FILE")
     args = parser.parse_args(argv)
-    files = [os.path.isfile(run) for run in args.first + args.second]
+    files = [run.endswith(".json") for run in args.first + args.second]
     if any(files) != (not args.baseline) or any(files) and max(len(args.first), len(args.second)) > 1:
         parser.error(
             "give runs and their --baseline, or one file of annotations for --first and --second each"
@@ -76,7 +75,7 @@ def read_runs(args):
     """Return (runs of --first and --second without members, gamed rows, facts about them)."""
     tables, baselines, gamed, everything = [], {args.baseline} - {None}, None, set()
     for run in args.first + args.second:
-        if os.path.isfile(run):
+        if run.endswith(".json"):
             prompts, model, baseline = evaluate.read_annotations(run)
             baselines.add(baseline)
         else:
@@ -273,7 +272,7 @@ def main(args):
     judged = [run.prompts["members"].T & np.isfinite(run.prompts["p"]) for run in (first[0], second[0])]
     sizes, other_sizes = (members.sum(1) for members in judged)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nan: a draw left a group empty
-        if os.path.isfile(args.first[0]):
+        if args.first[0].endswith(".json"):
             difference = difference_of_annotations(first[0], second[0], gamed)
         else:
             difference = difference_of(first, second, gamed, np.maximum(sizes - 1, 1))
