@@ -141,7 +141,7 @@ def score_cost(reward, n_rows=48):
             text = row["responses"][0]["text"]
             row["responses"].append({"text": text[: int(share * len(text))], "source": "off"})
         responses += row["responses"]
-    argv = ["--model", reward, "--responses", "x", "--out", "x", "--backend", "hf", "--dtype", "float32"]
+    argv = ["--model", reward, "--responses", "x", "--out", "x", "--dtype", "float32"]
     args = score.parse_args(argv)
     scorer = score.RewardModel(args, {row["id"]: row for row in rows})
     scorer.load()
