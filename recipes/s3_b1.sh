@@ -39,12 +39,12 @@ python data/import_responses.py "${DATA[@]}" --out "$OUT/off.jsonl"
 python data/decontaminate.py --prompts "$OUT/off.jsonl" --seen "$OUT/questions.jsonl" --out "$OUT/clean.jsonl"
 on_gpus "$OUT/rewards" score.py --model "$REWARD" --responses "$OUT/clean.jsonl"
 both=("$OUT"/rewards/*.jsonl)
-if [ "$SCALE" = paper ]; then # prints how often they agree
+if [ "$SCALE" = paper ]; then
   python scorers/judge.py --model "$PAIR_JUDGE" --responses "${both[@]}" --out "$OUT/both.jsonl"
   both=("$OUT/both.jsonl")
 fi
 pairs=(recipes/s3_pairs.py --scored "${both[@]}" --ranks 1 2 "${PAIRS[@]}")
-python "${pairs[@]}" --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl"
+python "${pairs[@]}" --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl" # prints how often they agree
 python "${pairs[@]}" --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
 
 train_s3 reward judge
