@@ -160,7 +160,7 @@ class Scorer:
 
     def check_first(self, rows):
         """End a run whose model gave no number for anything in the first window."""
-        if not self.counts["tokens_scored"]:
+        if not self.counts["tokens_scored"]:  # no model that runs here has read anything
             return
         if all(value is None for row in rows for value in self.values(row)):
             problem = f"no score in the first {len(rows)} rows is a finite number"

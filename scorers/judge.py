@@ -16,12 +16,10 @@ evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt).
     python scorers/judge.py --model gpt-4-1106-preview --responses gpt4.jsonl on50.jsonl --out judged.jsonl \\
         --baseline gpt4_1106_preview --judge-prompt alpaca_eval_clf.txt --max-requests 5000
 
-Resumes and prints as score.py does. Rows are written in windows of 32: of what was paid for, a kill loses no
-more than the answers to one window.
+Resumes and prints as score.py does. Of what was paid for, a kill loses no more than a window of 32 rows.
 """
 
 import hashlib
-import importlib.util
 import math
 import os
 import random
@@ -100,13 +98,13 @@ class Server:
     """
 
     def __init__(self, args):
-        if not importlib.util.find_spec("openai"):
+        try:
+            import openai
+        except ImportError:
             fail("this scorer needs the package openai: pip install openai")
         key = os.environ.get("OPENAI_API_KEY")
         if args.base_url.startswith(OPENAI) and not key:
             fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY")
-        import openai
-
         self.args, self.key, self.openai, self.asked = args, key, openai, 0
         self.busy = (openai.RateLimitError, openai.InternalServerError)
         self.error = None  # the one that ends the run
