@@ -32,7 +32,8 @@ for name in on off; do
   python "${rates[@]}" --bins-of "${objective[@]}" --out "$OUT/objective/$name.winrate.json"
   python "${rates[@]}" --bins-of "${open[@]}" --out "$OUT/open/$name.winrate.json"
 done
-difference=(report/compare.py --first "${RUN}_on" --second "${RUN}_off" "${against[@]}")
+# evaluate.py has refused more than 1 % of prompts without a verdict; the rest of them is compared
+difference=(report/compare.py --first "${RUN}_on" --second "${RUN}_off" "${against[@]}" --allow-missing)
 python "${difference[@]}" --categories --length-bins "${objective[@]}" --out "$OUT/objective/on_minus_off.json"
 python "${difference[@]}" --categories --length-bins "${open[@]}" --out "$OUT/open/on_minus_off.json"
 python report/figure.py categories "$OUT"/{on,off}.winrate.json --out "$OUT/fig2.png"
