@@ -2,7 +2,7 @@
 Results -> tables: a line per setting, and the tables of the papers, in Markdown and as CSV.
 
 Reads   RESULT ...   files of settings and runs, as report/runs.py lists them: NAME.winrate.json, ...
-        --paper CSV  lines of setting,column,value: the paper's numbers, in columns beside ours
+        --paper CSV  lines of setting,column,value: the paper's numbers, in columns next to ours
 Writes  --out DIR    report.md, which also shows the figures (PNG) that lie in DIR, and a CSV file per table
 
     python report/table.py out/*.json out/*/metrics.* --start policy --out out/report
@@ -38,18 +38,12 @@ from common import fail, replace_file  # noqa: E402
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("results", nargs="+", metavar="RESULT", help="results, meta files, metrics.jsonl")
-    parser.add_argument("--start", metavar="NAME", help="setting or baseline that gains are measured from")
-    parser.add_argument(
-        "--delta",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("START", "OFF", "ON"),
-        help="compare the gains of two settings over START",
-    )
-    parser.add_argument("--paper", metavar="CSV", help="the paper's numbers: setting,column,value")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report and its tables")
+    flag = parser.add_argument
+    flag("results", nargs="+", metavar="RESULT", help="results, meta files, metrics.jsonl")
+    flag("--start", metavar="NAME", help="setting or baseline that gains are measured from")
+    flag("--delta", nargs=3, action="append", default=[], metavar=("START", "OFF", "ON"), help="S2's delta")
+    flag("--paper", metavar="CSV", help="the paper's numbers: setting,column,value")
+    flag("--out", required=True, metavar="DIR", help="folder of the report and its tables")
     return parser.parse_args(argv)
 
 
@@ -74,11 +68,11 @@ def spread(runs, key, interval, name):
 def settings_table(settings, start):
     lines = []
     for name, results in settings.items():
-        measured = [len(results[kind]) for kind in ("winrate", *SUITES, "pairs")]
-        if not any(measured) and not results["boundary"] and not results["metrics"]:
+        n_runs = max(len(results[kind]) for kind in ("winrate", *SUITES, "pairs"))
+        if n_runs == 0 and not results["boundary"] and not results["metrics"]:
             continue  # the record of a stage whose output many settings share
         runs = list(results["winrate"].values())
-        line = {"setting": name, "runs": text(max(measured) or None, "d")}
+        line = {"setting": name, "runs": text(n_runs or None, "d")}
         line |= spread(runs, "length_controlled_winrate", "lc_ci", "LC")
         line |= spread(runs, "win_rate", "ci", "win rate")
         line["standard error"] = mean_of(runs, "standard_error")
@@ -137,9 +131,9 @@ def grid_table(settings):
 
 
 def groups_table(settings):
-    runs = {name: run for results in settings.values() for name, run in results["winrate"].items()}
+    runs = [run for results in settings.values() for run in results["winrate"].items()]
     lines = []
-    for name, run in runs.items():
+    for name, run in runs:
         for kind in ("categories", "length_bins"):
             for group, rates in run.get(kind, {}).items():
                 line = {"setting": name, "of": kind.replace("_", " "), "group": group}
@@ -166,7 +160,7 @@ def benchmarks_table(settings, suite):
 
 
 def delta_table(settings, triples):
-    """S2's ratio of two gains from one start model, beside the start model's boundary score."""
+    """S2's ratio of two gains from one start model, next to the start model's boundary score."""
     lines = []
     for start, off, on in triples:
         gains = [gain(settings, name, start) for name in (off, on)]
