@@ -9,15 +9,15 @@ import csv
 import json
 
 import pytest
-import torch
-from conftest import make_policy, make_tokenizer, read_rows, run_script, write_rows
+from conftest import make_policy, read_rows, run_script, write_rows
+from models import tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     make_policy(folder / "policy")
-    make_reward(folder / "reward")
+    tiny(folder / "reward", "LlamaForSequenceClassification", seed=1)
     prompts, written = [], []
     for i in range(12):
         prompts.append({"id": f"p{i}", "prompt": f"Question {i}?", "category": "ab"[i % 2]})
@@ -28,26 +28,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_reward(folder):
-    """A random reward model of the decoder kind, with a chat template."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-
-
 def test_the_whole_pipeline(folder):
     def run(command):
         return run_script(*command.split(), cwd=folder)[0]
@@ -56,9 +36,9 @@ def test_the_whole_pipeline(folder):
     said = run(f"generate.py --model policy --prompts prompts.jsonl --out on.jsonl {sampling}")
     assert (said["rows"], said["responses"]) == (12, 48)
     run("data/import_responses.py --format rows --data written.jsonl --out off.jsonl")
-    said = run("score.py --model reward --responses on.jsonl off.jsonl --out scored.jsonl --backend hf")
+    said = run("score.py --model reward --responses on.jsonl off.jsonl --out scored.jsonl")
     assert (said["rows"], said["responses"], said["without"]) == (12, 72, {})
-    run("score.py --scorer logp --model policy --responses scored.jsonl --out logp.jsonl")
+    run("scorers/logp.py --model policy --responses scored.jsonl --out logp.jsonl")
     said = run("boundary.py --scored logp.jsonl --out policy.boundary.json")
     on_wins = 0
     for row in read_rows(folder / "logp.jsonl"):
@@ -80,12 +60,8 @@ def test_the_whole_pipeline(folder):
 
     for model, out in (("policy", "base"), ("on50", "on50.answers")):
         run(f"generate.py --greedy --model {model} --prompts prompts.jsonl --out {out}.jsonl {sampling}")
-    run(
-        "score.py --model reward --responses base.jsonl on50.answers.jsonl --out on50.eval.jsonl --backend hf"
-    )
-    said = run(
-        "evaluate.py winrate --scored on50.eval.jsonl --model on50 --baseline policy --out on50.winrate.json"
-    )
+    run("score.py --model reward --responses base.jsonl on50.answers.jsonl --out on50.eval.jsonl")
+    said = run("evaluate.py --scored on50.eval.jsonl --model on50 --baseline policy --out on50.winrate.json")
     assert said["n_total"] == 12 and set(said["categories"]) == {"a", "b"}
     assert said["n_wins"] + said["n_wins_base"] + said["n_draws"] == 12
     figure = "report/figure.py settings on50.winrate.json --out report/settings.png"
