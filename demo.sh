@@ -16,10 +16,10 @@ find_python() { # sets python to the first that is new enough
   for python in python3 python3.14 python3.13 python3.12 python3.11; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
   done
-  stop "Python 3.11 or newer is needed, and there is none on the PATH"
+  stop "no Python 3.11 or newer on the PATH; install one"
 }
 
-# 1. the environment, made anew where its requirements changed or its installation was broken off
+# 1. the environment, made again if its requirements changed or its installation was interrupted
 requirements=requirements-cpu.txt
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirements=requirements.txt; fi
 installed=".venv/installed-$(cat "$requirements" constraints.txt | sha256sum | cut -c1-16)"
@@ -27,12 +27,12 @@ if [ ! -e "$installed" ]; then
   say "installing $requirements into .venv"
   find_python
   free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1e6) }')
-  [ "$free" -ge 6 ] || stop "6 GB of free disk are needed, $free GB are left"
+  [ "$free" -ge 6 ] || stop "needs 6 GB of free disk space, found $free GB; make room"
   rm -rf .venv
   "$python" -m venv .venv || stop "$python cannot make an environment (Debian and Ubuntu: apt install python3-venv)"
   # gguf and onnx read the models' packages; compiling what is never imported takes a minute
   .venv/bin/pip install -q --disable-pip-version-check --no-compile -r "$requirements" -c constraints.txt gguf onnx ||
-    stop "pip could not install $requirements; its message is above"
+    stop "pip could not install $requirements; see its message above"
   touch "$installed"
 fi
 python=.venv/bin/python

@@ -5,7 +5,7 @@
 #
 #     SCALE=demo bash recipes/category_shares.sh     (recipes/settings.sh tells what SCALE and the functions do)
 #
-# Runs s1_fig4.sh first, whose trainings it shows beside its own. 30 trainings on a node of 8 x 80 GB; not run there.
+# Runs s1_fig4.sh first, whose trainings it shows next to its own. 30 trainings on a node of 8 x 80 GB; not run there.
 source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 FIG4=${FIG4:-out/s1_fig4/${MODEL##*/}} # OUT of s1_fig4.sh

@@ -4,7 +4,7 @@
 #     bash recipes/on_all_gpus.sh out/on python generate.py --model MODEL --prompts uf.jsonl
 #
 # writes out/on/0.jsonl, out/on/1.jsonl, ...; every stage reads several files as one (--responses out/on/*.jsonl).
-# Fails if one of them fails; the same command goes on.
+# Fails if one of them fails; the same command resumes.
 set -euo pipefail
 folder=$1
 shift
@@ -13,7 +13,7 @@ IFS=, read -ra gpus <<<"$gpus"
 mkdir -p "$folder"
 count=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))
 if [ -e "$folder/$count.jsonl" ]; then
-  echo "on_all_gpus.sh: $folder was made on more than $count GPUs; take as many again, or another folder" >&2
+  echo "on_all_gpus.sh: $folder was made on more than $count GPUs; use as many again, or another folder" >&2
   exit 2
 fi
 if [ "$count" = 1 ]; then exec "$@" --out "$folder/0.jsonl"; fi

@@ -23,7 +23,7 @@ else
 fi
 for name in on off; do
   [ -e "${RUN}_$name.judged/0.jsonl" ] ||
-    stop "there is no ${RUN}_$name.judged/0.jsonl; run bash recipes/s1_table2.sh at SCALE=$SCALE first"
+    stop "${RUN}_$name.judged/0.jsonl does not exist; run bash recipes/s1_table2.sh at SCALE=$SCALE first"
 done
 
 for name in on off; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# S1 Fig. 5: off-policy pairs alone, filtered by quality, on-policiness, contrast or similarity, five shares kept of each.
+# S1 Fig. 5: only off-policy pairs, filtered by quality, on-policiness, contrast or similarity, five shares kept of each.
 #
 #     SCALE=demo bash recipes/s1_fig5.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #

@@ -25,7 +25,7 @@ for MODEL in "${models[@]}"; do
       ultrafeedback) off=("${OFF_POLICY[@]}") total=50000 ;;
       helpsteer2) off=(--format helpsteer2 --data nvidia/HelpSteer2) total=9000 ;;
       demo) off=("${OFF_POLICY[@]}") total=$N_PAIRS ;;
-      *) stop "DATA names ultrafeedback, helpsteer2 or both, found $data" ;;
+      *) stop "DATA must name ultrafeedback, helpsteer2 or both, found $data" ;;
     esac
     python data/import_responses.py "${off[@]}" --out "$run/off.jsonl"
     on_gpus "$run/on" generate.py --model "$MODEL" --prompts "$run/off.jsonl"

@@ -5,10 +5,10 @@
 #
 # Its 0 % rows are Table 1's Best/Low (mean chosen -0.93) and Medium/Worst (-4.18): s3_tiers.sh makes them and the answers,
 # or has made them. Not as in the paper: Algorithm 1 makes the new answer the chosen one where it is better, section 5.3
-# always the rejected one; here both, with the paper's numbers beside the first (the second makes pairs whose rejected
+# always the rejected one; here both, with the paper's numbers next to the first (the second makes pairs whose rejected
 # answer is the better one; in the lower base most are). Wrong in the paper: its 0 % row of -4.18 repeats Low/Worst (LC
 # 25.8); Medium/Worst has 26.7. 30 trainings, 6 of them of s3_tiers.sh, on a node of 8 x 80 GB; not run there.
-# Demo: the best of four, Algorithm 1 alone, one epoch of two, greedy answers (beams are slow on two cores).
+# Demo: the best of four, only Algorithm 1, one epoch of two, greedy answers (beams are slow on two cores).
 source "$(dirname "$0")/settings.sh"
 MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
 K=8 RULES="algorithm1 rejected" S3=(--preset s3)

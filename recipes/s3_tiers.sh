@@ -29,7 +29,7 @@ case $DATA in
     data=(--format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b --split train) ;;
   oasst2) data=(--format oasst2 --data OpenAssistant/oasst2) ;;
   demo) data=("${OFF_POLICY[@]}") ;;
-  *) stop "DATA is ultrafeedback or oasst2, found $DATA" ;;
+  *) stop "DATA must be ultrafeedback or oasst2, found $DATA" ;;
 esac
 python data/import_responses.py "${data[@]}" --out "$OUT/prompts.jsonl"
 "${SEEN[@]}" >"$OUT/seen.jsonl"

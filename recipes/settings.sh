@@ -46,7 +46,7 @@ case $SCALE in
     FEWER_PAIRS=(--total $((N_PAIRS * 3 / 4))) # of prompts with two samples, of which one is often cut off
     SAMPLE=(--max-tokens 48 --dtype float32 --backend hf)
     ;;
-  *) stop "SCALE is paper or demo, found $SCALE" ;;
+  *) stop "SCALE must be paper or demo, found $SCALE" ;;
 esac
 
 ANSWER=(generate.py --greedy) # how a model answers the evaluation prompts
@@ -54,13 +54,13 @@ ANSWER=(generate.py --greedy) # how a model answers the evaluation prompts
 needs() { # MODEL ...: ends the run, before anything is sampled, if a model, the judge or AlpacaEval's files cannot be had
   local name why
   if [ "$SCALE" = demo ]; then
-    [ -e out/models/reward/config.json ] || stop "SCALE=demo takes the models that demo.sh makes; run bash demo.sh first"
+    [ -e out/models/reward/config.json ] || stop "SCALE=demo needs the models that demo.sh makes; run bash demo.sh first"
   else
-    [ "$JUDGE" ] || stop "JUDGE is not set; give the model that judges, as in JUDGE=gpt-4o, or take SCALE=demo"
+    [ "$JUDGE" ] || stop "JUDGE is not set; give the model that judges, as in JUDGE=gpt-4o, or use SCALE=demo"
     [ "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}" ] ||
-      stop "OPENAI_API_KEY is not set; OPENAI_BASE_URL names a server of your own"
+      stop "OPENAI_API_KEY is not set; set it, or OPENAI_BASE_URL for a server of your own"
     for name in alpaca_eval_gpt4_baseline.json df_gamed.csv alpaca_eval_clf.txt; do
-      [ -e "$ALPACA/$name" ] || stop "there is no $ALPACA/$name; ALPACA is the folder with AlpacaEval's files"
+      [ -e "$ALPACA/$name" ] || stop "$ALPACA/$name does not exist; set ALPACA to the folder with AlpacaEval's files"
     done
   fi
   for name in "$@"; do

@@ -202,13 +202,13 @@ def test_shares_by_category_take_every_prompt_once(checkout):
         ({"JUDGE": "j"}, "s1_fig4.sh: OPENAI_API_KEY is not set"),
         (
             {"JUDGE": "j", "OPENAI_API_KEY": "k", "ALPACA": "x"},
-            "s1_fig4.sh: there is no x/alpaca_eval_gpt4_base",
+            "s1_fig4.sh: x/alpaca_eval_gpt4_baseline.json does not exist; set ALPACA",
         ),
         (
             {"SCALE": "demo"},
-            "s1_fig4.sh: SCALE=demo takes the models that demo.sh makes; run bash demo.sh first",
+            "s1_fig4.sh: SCALE=demo needs the models that demo.sh makes; run bash demo.sh first",
         ),
-        ({"SCALE": "small"}, "s1_fig4.sh: SCALE is paper or demo, found small"),
+        ({"SCALE": "small"}, "s1_fig4.sh: SCALE must be paper or demo, found small"),
     ],
 )
 def test_what_a_recipe_needs(checkout, variables, sentence):
@@ -222,7 +222,8 @@ def test_what_a_recipe_needs(checkout, variables, sentence):
 def test_a_recipe_without_the_one_before_it(checkout, scale):
     done = run(checkout, "recipes/s1_fig3.sh", SCALE=scale)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"s1_fig3.sh: there is no out/s1_table2/{scale}/")
+    assert done.stderr.startswith(f"s1_fig3.sh: out/s1_table2/{scale}/")
+    assert "_on.judged/0.jsonl does not exist; run bash recipes/s1_table2.sh" in done.stderr
     assert done.stderr.count("\n") == 1 and not (checkout / "commands.log").exists()
 
 
