@@ -134,7 +134,7 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--annotations", required=True, help="a model's verdicts on AlpacaEval's prompts")
-    parser.add_argument("--lc-data", required=True, help="as evaluate.py winrate takes it")
+    parser.add_argument("--lc-data", required=True, help="as evaluate.py takes it")
     args = parser.parse_args()
     prompts, gamed = read_prompts(args.annotations, args.lc_data)
     result = compare_fits(prompts, gamed)
