@@ -1,6 +1,6 @@
 """
-evaluate.py benchmarks and data/offline_benchmarks.py: the papers' suites in lm-eval, which is no requirement:
-where it is not installed, what needs it is skipped.
+recipes/benchmarks.py: the papers' suites in lm-eval, which is no requirement: where it is not installed, what
+needs it is skipped.
 
 Covers  rows in short and as on the hub; the files that lm-eval reads; its command and its results, with a
         module in its place that says what it was asked; a suite of four hand-written rows a task with a tiny
@@ -21,8 +21,7 @@ import pytest
 import torch
 from conftest import make_policy, read_rows, run_script, write_rows
 
-import evaluate
-from data import offline_benchmarks
+from recipes import benchmarks
 
 LETTERS = "ABCDE"
 STEMS = [
@@ -145,32 +144,32 @@ def files(tmp_path_factory):
 
 
 def convert(suite, files, out):
-    flags = ["--suite", suite, "--files", str(files), "--out", str(out)]
-    offline_benchmarks.main(offline_benchmarks.parse_args(flags))
+    flags = ["--suite", suite, "--write-data", str(files), "--out", str(out)]
+    benchmarks.main(benchmarks.parse_args(flags))
 
 
-# ----- data/offline_benchmarks.py
+# ----- --write-data
 @pytest.mark.parametrize("task", SHORT_ROWS)
 def test_rows_in_short_become_the_hubs(task):
-    assert offline_benchmarks.hub_row(task, SHORT_ROWS[task]) == HUB_ROWS[task]
+    assert benchmarks.hub_row(task, SHORT_ROWS[task]) == HUB_ROWS[task]
 
 
 @pytest.mark.parametrize("task", HUB_ROWS)
 def test_rows_of_the_hub_stay_without_other_columns(task):
-    assert offline_benchmarks.hub_row(task, {**HUB_ROWS[task], "more": 1}) == HUB_ROWS[task]
+    assert benchmarks.hub_row(task, {**HUB_ROWS[task], "more": 1}) == HUB_ROWS[task]
 
 
 def test_files_for_lm_eval(files, tmp_path, capsys):
     """lm-eval's own tasks by their names: nothing of them changes but the examples and where the rows are."""
     convert("simplemix", files, tmp_path)
-    said = capsys.readouterr().out.splitlines()
-    counts = dict.fromkeys(evaluate.SUITES["simplemix"], 4) | {"ifeval": 2}
-    assert json.loads(said[-1]) == counts
-    assert said[:-1] == ["hellaswag: the rows have no activity label, with which lm-eval's own prompts begin"]
+    said = capsys.readouterr()
+    counts = dict.fromkeys(benchmarks.SUITES["simplemix"], 4) | {"ifeval": 2}
+    assert json.loads(said.out) == counts
+    assert "hellaswag: the rows have no activity label, with which lm-eval's own prompts begin" in said.err
     group = json.loads((tmp_path / "simplemix.yaml").read_text())
     tasks = {task.get("task", "mmlu"): task for task in group["task"]}
     assert group["group"] == "simplemix"
-    assert list(tasks) == list(evaluate.SUITES["simplemix"])
+    assert list(tasks) == list(benchmarks.SUITES["simplemix"])
     assert tasks["mmlu"] == {"group": "mmlu", "num_fewshot": 0}
     assert tasks["piqa"] == {
         "task": "piqa",
@@ -235,7 +234,7 @@ def test_hellaswag_with_labels_keeps_lm_evals_prompt(files, tmp_path, capsys):
     rows = [{**HUB_ROWS["hellaswag"], "activity_label": "Sailing"}]
     write_rows(labelled / "hellaswag_4.jsonl", rows)
     convert("simplemix", labelled, tmp_path / "out")
-    assert "activity label" not in capsys.readouterr().out
+    assert "activity label" not in capsys.readouterr().err
     assert "doc_to_text" not in (tmp_path / "out" / "simplemix.yaml").read_text()
     assert read_rows(tmp_path / "out" / "hellaswag.jsonl") == rows
 
@@ -253,7 +252,7 @@ PIQA_COLUMNS = "piqa_valid_4.jsonl:2: expected a row of piqa with goal, sol1, so
             "expected one file piqa_valid*.jsonl or piqa_valid*.jsonl.gz, found none",
         ),
         ("piqa_valid_5.jsonl", b"", "found piqa_valid_4.jsonl, piqa_valid_5.jsonl"),
-        ("piqa_valid_4.jsonl", b"", "piqa_valid_4.jsonl: expected JSON lines, found an empty file"),
+        ("piqa_valid_4.jsonl", b"", "piqa_valid_4.jsonl: expected JSON lines, found no file or an empty one"),
         (
             "piqa_valid_4.jsonl",
             (GOOD_PIQA + '{"stem": "g", "choices": ["x", "y"], "label": -1}').encode(),
@@ -265,10 +264,10 @@ PIQA_COLUMNS = "piqa_valid_4.jsonl:2: expected a row of piqa with goal, sol1, so
             PIQA_COLUMNS + "ValueError",
         ),
         ("piqa_valid_4.jsonl", (GOOD_PIQA + '{"goal": "g"}').encode(), PIQA_COLUMNS + "KeyError('sol1')"),
-        ("piqa_valid_4.jsonl", (GOOD_PIQA + "[1]").encode(), PIQA_COLUMNS + "TypeError"),
-        ("piqa_valid_4.jsonl", (GOOD_PIQA + "{torn").encode(), PIQA_COLUMNS + "JSONDecodeError"),
-        ("piqa_valid_4.jsonl", GOOD_PIQA.encode() + b"\xff", PIQA_COLUMNS + "UnicodeDecodeError"),
-        ("ifeval_input_2.jsonl", b"[" * 100_000, "ifeval_input_2.jsonl:1: expected a row of ifeval"),
+        ("piqa_valid_4.jsonl", (GOOD_PIQA + "[1]").encode(), "piqa_valid_4.jsonl:2: "),
+        ("piqa_valid_4.jsonl", (GOOD_PIQA + "{torn").encode(), "piqa_valid_4.jsonl:2: "),
+        ("piqa_valid_4.jsonl", GOOD_PIQA.encode() + b"\xff", "piqa_valid_4.jsonl:2: "),
+        ("ifeval_input_2.jsonl", b"[" * 1_500, "ifeval_input_2.jsonl:1: "),
         (
             "mmlu_dev_5.jsonl",
             json.dumps({**HUB_ROWS["mmlu"], "subject": "anatomy"}).encode(),
@@ -284,8 +283,9 @@ def test_files_refused(files, tmp_path, capsys, name, content, sentence):
         (broken / name).write_bytes(content)
     with pytest.raises(SystemExit) as status:
         convert("simplemix", broken, tmp_path / "out")
-    err = capsys.readouterr().err
-    assert status.value.code == 2 and sentence in err and err.count("\n") == 1
+    *notes, err = capsys.readouterr().err.splitlines()
+    assert status.value.code == 2 and sentence in err
+    assert all("hellaswag: the rows have no activity label" in line for line in notes)
     assert not (tmp_path / "out").exists()
 
 
@@ -293,18 +293,18 @@ def test_a_torn_gzip_file_and_the_same_folder_twice(files, tmp_path):
     broken = shutil.copytree(files, tmp_path / "files")
     whole = (broken / "truthfulqa_mc_4.jsonl.gz").read_bytes()
     (broken / "truthfulqa_mc_4.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    script = "data/offline_benchmarks.py", "--suite", "what-matters", "--files", broken
+    script = "recipes/benchmarks.py", "--suite", "what-matters", "--write-data", broken
     _, err = run_script(*script, "--out", tmp_path / "out", expect=2)
-    assert "truthfulqa_mc_4.jsonl.gz:1: expected a row of truthfulqa_mc2 with question, mc2_targets" in err
+    assert "truthfulqa_mc_4.jsonl.gz cannot be read: " in err
     _, err = run_script(*script, "--out", tmp_path / "files" / ".." / "files", expect=2)
-    assert "expected another folder than --files" in err
+    assert "expected another folder than that of --write-data" in err
 
 
-# ----- evaluate.py benchmarks
+# ----- a model
 def run(*flags, env=None, expect=2):
     """What it prints; if it is refused, its sentence."""
     done = subprocess.run(
-        [sys.executable, evaluate.__file__, "benchmarks", *map(str, flags)],
+        [sys.executable, benchmarks.__file__, *map(str, flags)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -367,7 +367,7 @@ def test_what_lm_eval_is_asked_and_what_it_answers(policy, tmp_path, fake):
     assert {name: record[name] for name in versions} == versions
     tasks = [
         {"group" if task == "mmlu" else "task": task, "num_fewshot": 0}
-        for task in evaluate.SUITES["simplemix"]
+        for task in benchmarks.SUITES["simplemix"]
     ]
     assert asked_of(fake)["suite"] == {"group": "simplemix", "task": tasks}
     asked = asked_of(fake)["flags"]
@@ -423,10 +423,10 @@ def test_refused(policy, tmp_path, fake):
     assert "--limit must be at least 1, found 0" in run(*flags, "--model", policy, "--limit", 0)
     Path(fake["PYTHONPATH"], "lm_eval/__main__.py").write_text("raise SystemExit(3)")
     sentence = run(*flags, "--model", policy, env=fake)
-    assert sentence == "evaluate.py: lm-eval ended with status 3; what it says is above"
+    assert sentence == "benchmarks.py: lm-eval failed with exit status 3; see its output above"
     plain = make_policy(tmp_path / "plain", template=None)
     sentence = run("--out", tmp_path / "r.json", "--suite", "what-matters", "--model", plain)
-    assert "what-matters asks in the model's chat template, and the tokenizer has none" in sentence
+    assert "what-matters needs a chat template, and the tokenizer has none" in sentence
     assert not (tmp_path / "r.json").exists()
 
 
@@ -468,10 +468,20 @@ def test_a_batch_size_of_the_backend_vllm_is_refused(policy, tmp_path, fake):
     assert "--batch-size" in run(*flags, "--backend", "vllm", "--batch-size", 4, env=fake)
 
 
-def test_a_folder_that_is_not_offline_benchmarks(policy, tmp_path, fake):
+def test_flags_that_do_nothing_are_refused(policy, tmp_path):
+    """--write-data runs no model, and a model needs no --write-data."""
+    out = "--out", tmp_path / "r.json", "--suite", "simplemix"
+    for flags in ((), ("--model", policy, "--write-data", tmp_path)):
+        assert "give --model or --write-data" in run(*out, *flags)
+    for flags in (("--limit", 3), ("--backend", "hf"), ("--batch-size", 4), ("--data", tmp_path)):
+        assert "it takes only --suite and --out" in run(*out, "--write-data", tmp_path, *flags)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_folder_that_write_data_did_not_make(policy, tmp_path, fake):
     flags = "--out", tmp_path / "r.json", "--suite", "simplemix", "--model", policy
     sentence = run(*flags, "--data", tmp_path, env=fake)
-    assert str(tmp_path) in sentence and "offline_benchmarks.py" in sentence
+    assert str(tmp_path) in sentence and "which --write-data makes" in sentence
 
 
 # ----- lm-eval itself
@@ -532,7 +542,9 @@ def load(folder):
 @needs_lm_eval
 def test_simplemix(files, long_policy, punkt, tmp_path):
     run_script(
-        "data/offline_benchmarks.py", "--suite", "simplemix", "--files", files, "--out", "data", cwd=tmp_path
+        "recipes/benchmarks.py",
+        *("--suite", "simplemix", "--write-data", files, "--out", "data"),
+        cwd=tmp_path,
     )
     flags = (
         "--model",
@@ -569,7 +581,7 @@ def test_simplemix(files, long_policy, punkt, tmp_path):
         mmlu.append(([(f"{context}Answer:", f" {letter}") for letter in "ABCD"], row["label"]))
     assert tasks["mmlu"]["score"] == accuracy(model, mmlu)
     counts = {name: (task["n"], task["shots"]) for name, task in tasks.items()}
-    assert counts == dict.fromkeys(evaluate.SUITES["simplemix"], (4, 0)) | {"ifeval": (2, 0)}
+    assert counts == dict.fromkeys(benchmarks.SUITES["simplemix"], (4, 0)) | {"ifeval": (2, 0)}
     assert tasks["ifeval"]["metric"] == "prompt_level_loose_acc,none"
     assert tasks["piqa"]["metric"] == "acc,none"
     mean = sum(task["score"] for task in tasks.values()) / 8

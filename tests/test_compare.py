@@ -1,9 +1,10 @@
 """
-report/compare.py: the difference of two settings over prompts and seeds.
+report/compare.py: the difference of two settings over prompts and seeds, and of two models' annotations.
 
 Covers  means over runs, and the standard error by its closed form: over prompts that of the mean of paired
         differences, over seeds the variance of the runs' rates; groups; the baseline as second setting; one
-        judge, the same prompts, a verdict for each; results/: tables and figure.
+        judge, the same prompts, a verdict for each; annotations against evaluate.py's results and a slow
+        bootstrap, categories, length bins; results/: tables and figure.
 Run     python -m pytest tests/test_compare.py
 """
 
@@ -14,6 +15,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPO, write_rows
+from test_lc import annotate, arrays, categories_of, entries, of_lengths, official, percentiles, rates_by_hand
+
+import evaluate
 
 sys.path[:0] = [str(REPO / "report"), str(REPO / "results")]
 import claims  # noqa: E402
@@ -158,17 +162,191 @@ def test_refusals(tmp_path, capsys):
     seeds = [judged(tmp_path, f"e_seed{k}", signs(k, 0.5)) for k in (5, 6)]
     for flags, sentence in (
         (["--first", first, "--second", second], "expected one judge, found rm:x and rm:y"),
-        (["--first", first, fewer], f"{fewer}.judged: expected the same prompts as {first} has"),
-        (["--first", without], "1 prompts have no verdict"),
+        (["--first", first, fewer], f"of {N} prompts, 1 are not in all runs and 0 have no verdict; --allow"),
+        (
+            ["--first", without],
+            f"of {N} prompts, 0 are not in all runs and 1 have no verdict; --allow-missing",
+        ),
         (["--first", str(tmp_path / "none")], "none.judged: no rows"),
         (["--first", first, *seeds], "expected as many runs of each setting, found 1 and 2"),
-        (["--first", first, "--group", "x=cooking"], "--group x: no prompt is of cooking"),
-        (["--first", first, "--group", "x"], "expected NAME=CATEGORY,CATEGORY, found x"),
+        (
+            ["--first", first, "--group", "x=cooking"],
+            "--group x: no prompt has one of the categories cooking",
+        ),
+        (["--first", first, "--group", "x"], "expected NAME=CATEGORY,CATEGORY, NAME not being all, found x"),
+        (["--first", first, "--group", "all=art"], "NAME not being all, found all=art"),
     ):
         with pytest.raises(SystemExit) as end:
             result_of(tmp_path, *flags)
         assert end.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_wins_of_a_judge_count_as_in_evaluate(tmp_path, few_draws):
+    """The judge's probability, not only who is ahead."""
+    folders = {}
+    for name, wins in (("a", 0.9), ("b", 0.6)):
+        folders[name] = judged(tmp_path, name, signs(1, 0.5))
+        path = tmp_path / f"{name}.judged" / "0.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write_rows(path, [row | {"wins": [[None, wins], [1 - wins, None]]} for row in rows])
+    groups = result_of(tmp_path, "--first", folders["a"], "--second", folders["b"])["groups"]
+    assert groups["all"]["win_rate"]["difference"] == pytest.approx(100 * (0.9 - 0.6))
+
+
+def test_missing_prompts_are_left_out_and_counted(tmp_path, few_draws):
+    ones, others = signs(1, 0.7), signs(2, 0.5)
+    first = judged(tmp_path, "a", [None, *ones[1:]])
+    second = judged(tmp_path, "b", others[:-1])
+    result = result_of(tmp_path, "--first", first, "--second", second, "--allow-missing")
+    assert (result["n_without_verdict"], result["n_unanswered"]) == (1, 1)
+    whole = result["groups"]["all"]
+    assert (whole["n_total"], whole["n_total_second"]) == (N - 2, N - 1)
+    assert whole["win_rate"]["first"] == pytest.approx(50 + 50 * np.mean(ones[1:-1]))
+    assert whole["win_rate"]["second"] == pytest.approx(50 + 50 * np.mean(others[:-1]))
+
+
+# ----- annotations
+@pytest.fixture
+def one_draw(monkeypatch):
+    """In place of 1,000 draws, where a test asks for no interval."""
+    monkeypatch.setattr(evaluate, "bootstrap", lambda *args: evaluate.rates(*args)[1][None])
+
+
+FLAGS = "--categories", "--length-bins"
+
+
+def differences_of(folder, first, second, *flags):
+    """The result for two lists of annotations."""
+    files = [annotate(folder / f"{name}.json", rows) for name, rows in (("first", first), ("second", second))]
+    words = ["--first", files[0], "--second", files[1], *flags, "--out", folder / "c.json"]
+    compare.main(compare.parse_args(list(map(str, words))))
+    return json.loads((folder / "c.json").read_text(), parse_constant=pytest.fail)
+
+
+def alone(folder, rows, *flags):
+    """evaluate.py's result for one of them."""
+    path = annotate(folder / "one.json", rows)
+    words = ["--annotations", path, *flags, "--out", folder / "one.result.json"]
+    evaluate.main(evaluate.parse_args(list(map(str, words))))
+    return json.loads((folder / "one.result.json").read_text())
+
+
+def test_annotations_are_measured_as_evaluate_measures_them(tmp_path, one_draw):
+    """Their own C by cross-validation, gamma, and every group: rates equal evaluate.py's to the last bit."""
+    official(tmp_path / "hub")
+    lc = "--lc-data", tmp_path / "hub"
+    rows = [entries(0), entries(5, name="other")]
+    result = differences_of(tmp_path, rows[0], rows[1][::-1], *lc, *FLAGS)
+    one, other = (alone(tmp_path, some, *lc) for some in rows)
+    assert one["C"] != other["C"]
+    assert (result["runs"], result["baseline"]) == ({"first": ["new"], "second": ["other"]}, "base")
+    cells = [(result["groups"]["all"], one, other)]
+    for name, cell in result["categories"].items():
+        cells.append((cell, one["categories"][name], other["categories"][name]))
+    assert list(result["categories"]) == ["coding", "math", "recommendation, advice"]
+    for cell, mine, theirs in cells:
+        for name in ("win_rate", "length_controlled_winrate"):
+            assert (cell[name]["first"], cell[name]["second"]) == (mine[name], theirs[name])
+            assert cell[name]["difference"] == mine[name] - theirs[name]
+        assert cell["reward"]["difference"] is None and cell["reward"]["ci"] is None
+
+
+def test_intervals_of_annotations_against_a_slow_bootstrap(tmp_path, monkeypatch):
+    gamma, gamed = official(tmp_path / "hub")
+    monkeypatch.setattr(evaluate, "choose_C", lambda *args: 3.0)
+    first, second = entries(0), entries(5, name="other")
+    first[7]["preference"] = second[8]["preference"] = None
+    flags = "--lc-data", tmp_path / "hub", "--allow-missing", "--categories"
+    result = differences_of(tmp_path, first, second[::-1], *flags)
+    assert (result["n_without_verdict"], result["n_unanswered"]) == (2, 0)
+    groups = categories_of(first)
+    mine, theirs = (rates_by_hand(*arrays(rows), groups, 3, gamma, gamed) for rows in (first, second))
+    for name in ("win_rate", "length_controlled_winrate"):
+        draws = mine[name] - theirs[name]
+        assert result["groups"]["all"][name]["ci"] == percentiles(draws)
+        assert result["groups"]["all"][name]["error_over_prompts"] == pytest.approx(
+            draws.std(ddof=1), abs=1e-4
+        )
+    for name, cell in result["categories"].items():
+        assert cell["length_controlled_winrate"]["ci"] == percentiles(mine[name] - theirs[name], 1e-3)
+    swapped = differences_of(tmp_path, second, first, *flags)["groups"]["all"]["win_rate"]
+    low, high = result["groups"]["all"]["win_rate"]["ci"]
+    assert swapped["ci"] == pytest.approx([-high, -low], abs=1e-9)
+
+
+def test_annotations_of_other_prompts_and_other_answers_of_the_baseline(tmp_path, one_draw, capsys):
+    official(tmp_path / "hub")
+    lc = "--lc-data", tmp_path / "hub"
+    first = entries(0)
+    second = [{**row, "output_1": "another answer of the baseline"} for row in entries(5, name="other")]
+    with pytest.raises(SystemExit):
+        differences_of(tmp_path, first[:-1], second[1:], *lc)
+    assert (
+        "of 40 prompts, 2 are not in all runs and 0 have no verdict; --allow-missing"
+        in capsys.readouterr().err
+    )
+    both = differences_of(tmp_path, first[:-1], second[1:], *lc, "--allow-missing")
+    one, other = (alone(tmp_path, rows[1:-1], *lc, "--allow-missing") for rows in (first, second))
+    for name in ("win_rate", "length_controlled_winrate"):
+        cell = both["groups"]["all"][name]
+        assert (cell["first"], cell["second"]) == (pytest.approx(one[name]), pytest.approx(other[name]))
+    assert (both["n_unanswered"], both["groups"]["all"]["n_total"]) == (2, 38)
+
+
+def test_categories_of_the_first_file(tmp_path, one_draw):
+    unlabelled = [{**row, "category": None} for row in entries(5, name="other")]
+    cells = differences_of(tmp_path, entries(0), unlabelled, "--categories")["categories"]
+    p = arrays(entries(0))[0] - arrays(unlabelled)[0]
+    assert cells["math"]["win_rate"]["difference"] == pytest.approx(100 * p[1::3].mean(), abs=1e-9)
+
+
+def test_a_group_of_one_prompt_has_no_interval(tmp_path, few_draws):
+    first, second = entries(0, 12), entries(5, 12, "other")
+    for k, row in enumerate(first):
+        row["category"] = "few" if k < 2 else "many"
+    second[1]["preference"] = None
+    cells = differences_of(tmp_path, first, second, "--categories", "--allow-missing")["categories"]
+    assert (cells["few"]["n_total"], cells["few"]["n_total_second"]) == (2, 1)
+    for name in ("win_rate", "length_controlled_winrate"):
+        assert cells["few"][name]["difference"] is not None and cells["few"][name]["ci"] is None
+        assert cells["many"][name]["ci"] is not None
+
+
+def test_length_bins_of_two_models_have_the_same_edges(tmp_path, one_draw):
+    lengths = {"new": range(1, 9), "other": (20, 21, 22, 23, 2, 3, 7, 40)}
+    rows = [of_lengths(lengths[name], name) for name in lengths]
+    bins = differences_of(tmp_path, *rows, "--length-bins")["length_bins"]
+    # 1 2 2 3 3 4 5 6 7 7 8 20 21 22 23 40: quartiles 3, 6.5 and 20.25
+    assert list(bins) == ["1 to 3", "3 to 6.5", "6.5 to 20.25", "20.25 to 40"]
+    assert [cell["n_total"] for cell in bins.values()] == [2, 4, 2, 0]
+    assert [cell.get("n_total_second", cell["n_total"]) for cell in bins.values()] == [1, 1, 2, 4]
+    empty = bins["20.25 to 40"]["win_rate"]
+    assert (empty["first"], empty["difference"], empty["ci"]) == (None, None, None) and empty["second"] > 0
+    some = differences_of(tmp_path, *rows, "--length-bins", "math")["length_bins"]
+    assert list(some) == list(bins) and sum(cell["n_total"] for cell in some.values()) == 3
+
+
+def test_annotations_refused(tmp_path, capsys):
+    first, older = entries(0, 8), entries(0, 8, "other", base="older")
+    other_judge = entries(5, 8, "other", judge="judge:another")
+    for second, sentence in (
+        (older, "expected one baseline, found base and older"),
+        (other_judge, "expected one judge, found judge:another and weighted_alpaca_eval_gpt4_turbo"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            differences_of(tmp_path, first, second)
+        assert end.value.code == 2 and sentence in capsys.readouterr().err
+    file, run = str(tmp_path / "first.json"), str(tmp_path / "a")
+    together = "give runs and their --baseline, or one file of annotations for --first and --second each"
+    for flags in (
+        ["--first", file, "--baseline", "base"],
+        ["--first", file, file],
+        ["--first", run],
+    ):
+        with pytest.raises(SystemExit) as end:
+            compare.parse_args([*flags, "--out", "x"])
+        assert end.value.code == 2 and together in capsys.readouterr().err
 
 
 def test_verdicts_on_claims():
