@@ -53,7 +53,7 @@ def dpo_nll(batch, *, beta=None, nll_weight: number(float, allow_0=True) = 1.0):
 
     RPO (Pang et al., 2024, "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
     """
-    nll = -batch.chosen_logps / batch.chosen_tokens
+    nll = -batch.logps[:, 0] / batch.tokens[:, 0]
     return -F.logsigmoid(beta * (batch.chosen - batch.rejected)) + nll_weight * nll
 
 

@@ -20,6 +20,8 @@ from conftest import write_rows
 from transformers import AutoModelForCausalLM
 
 import train_dpo
+from chat import load_tokenizer
+from recipes import train_losses  # noqa: F401  registers its losses: they are tested as train_dpo.py's own
 from train_dpo import Pair, Sequence, epoch_order
 
 CLOCKS = {"tokens_per_s", "peak_gb"}  # what two equal runs may differ in
@@ -49,11 +51,8 @@ def make_pairs(path, n=9, seed=0):
 
 def pair_of(pair_id, source, prompt, responses, reward_margin=0.0):
     """A Pair from token ids."""
-    sequences = []
-    for response in responses:
-        trained = [False] * len(prompt) + [True] * len(response)
-        sequences.append(Sequence(prompt + response, trained))
-    return Pair(pair_id, source, sequences, reward_margin)
+    sequences = [Sequence(prompt + response, len(prompt)) for response in responses]
+    return Pair(pair_id, source, sequences, reward_margin, (0.0,) * len(sequences))
 
 
 RAGGED = [
@@ -65,7 +64,11 @@ RAGGED = [
 
 # ----- runs of main
 def parse(*flags):
-    return train_dpo.parse_args([str(flag) for flag in flags])
+    """Arguments as main has them on a CPU."""
+    args = train_dpo.parse_args([str(flag) for flag in flags])
+    args.dtype = "float32" if args.dtype == "auto" else args.dtype
+    args.micro_tokens = args.micro_tokens or 1024
+    return args
 
 
 def end_processes():
@@ -105,7 +108,7 @@ def refused_run(capsys, *flags):
 
 def read_pairs(args, path=None):
     """Pairs of --pairs as main reads them."""
-    tokenizer, config = train_dpo.load_tokenizer(str(args.model), None)
+    tokenizer, config = load_tokenizer(str(args.model))
     pairs, _ = train_dpo.load_pairs(str(path or args.pairs), tokenizer, config, args)
     return pairs
 
@@ -128,12 +131,16 @@ def soft_label(wrong, z):
     return -(1 - wrong) * log_sigma(z) - wrong * log_sigma(-z)
 
 
+WITHOUT_REFERENCE = ("slic", "slic_mean", "sft", "simpo")
+PER_TOKEN = ("dpo_normalized", "slic_mean", "simpo")
+
+
 def compared(args, logps, reference_logps, counts):
     """What a loss compares of (chosen, rejected)."""
     values = list(logps)
-    if args.loss not in ("slic", "simpo"):
+    if args.loss not in WITHOUT_REFERENCE:
         values = [logp - reference for logp, reference in zip(logps, reference_logps)]
-    if args.length_normalize or args.loss == "simpo" or (args.loss == "slic" and args.slic_norm == "mean"):
+    if args.loss in PER_TOKEN:
         values = [value / count for value, count in zip(values, counts)]
     return values
 
@@ -143,20 +150,23 @@ def oracle(args, logps, reference_logps, counts, reward_margin):
     if args.loss == "sft":
         return -logps[0] / counts[0]
     chosen, rejected = compared(args, logps, reference_logps, counts)
-    if args.loss == "slic":
-        return max(0.0, args.slic_delta - chosen + rejected) - args.slic_lambda * chosen
-    if args.loss == "simpo":
-        return soft_label(args.label_smoothing, args.beta * (chosen - rejected) - args.simpo_gamma)
     h = chosen - rejected
+    if args.loss in ("slic", "slic_mean"):
+        return max(0.0, args.slic_delta - h) - args.slic_lambda * chosen
+    if args.loss == "simpo":
+        return -log_sigma(args.beta * h - args.simpo_gamma)
     if args.loss == "hinge":
-        loss = max(0.0, 1 - args.beta * h)
-    elif args.loss == "ipo":
-        loss = (h - 1 / (2 * args.beta)) ** 2
-    elif args.loss == "revkl":
-        loss = soft_label(1 / (1 + math.exp(args.margin_scale * reward_margin)), args.beta * h)
-    else:
-        loss = soft_label(args.label_smoothing, args.beta * h)
-    return loss - args.nll_weight * logps[0] / counts[0]
+        return max(0.0, 1 - args.beta * h)
+    if args.loss == "ipo":
+        return (h - 1 / (2 * args.beta)) ** 2
+    if args.loss == "revkl":
+        return soft_label(1 / (1 + math.exp(args.margin_scale * reward_margin)), args.beta * h)
+    if args.loss == "dpo_smoothed":
+        return soft_label(args.label_smoothing, args.beta * h)
+    if args.loss == "dpo_nll":
+        return -log_sigma(args.beta * h) - args.nll_weight * logps[0] / counts[0]
+    assert args.loss in ("dpo", "dpo_normalized")
+    return -log_sigma(args.beta * h)
 
 
 def slopes(args, logps, *rest, eps=1e-4):
@@ -179,15 +189,14 @@ def float64(folder):
 def plain_logps(model, pair):
     """Of every sequence of a pair alone, from full logits, summed in float64 over the trained tokens."""
     sums = []
-    for ids, trained in pair.sequences:
+    for ids, start in pair.sequences:
         logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        own = [logps[i - 1, token] for i, token in enumerate(ids) if trained[i]]
-        sums.append(torch.stack(own).sum())
+        sums.append(torch.stack([logps[i - 1, ids[i]] for i in range(start, len(ids))]).sum())
     return torch.stack(sums)
 
 
 def counts_of(pair):
-    return [sum(sequence.trained) for sequence in pair.sequences]
+    return [len(sequence.ids) - sequence.start for sequence in pair.sequences]
 
 
 def pull_back(args, model, pairs):
@@ -232,11 +241,7 @@ def mean_row(args, values):
         "margin_std": statistics.pstdev(margins),
         "diversity": mean(diversity),
         "diversity_std": statistics.pstdev(diversity),
-        "diversity_abs": mean(map(abs, diversity)),
-        "diversity_per_token": mean(v.logps[0] / v.counts[0] - v.logps[1] / v.counts[1] for v in values),
     }
-    if args.loss not in ("slic", "simpo"):
-        row["kl_proxy"] = mean((sum(v.logps) - sum(v.pair.reference_logps)) / sum(v.counts) for v in values)
     return row
 
 
