@@ -175,8 +175,8 @@ def check_output(out, inputs):
     for path in (out, meta_path(out)):
         if {os.path.realpath(path), os.path.realpath(f"{path}.tmp")} & protected:
             fail(f"--out {out}: this would overwrite an input file or its record")
-        if os.path.exists(path) and not os.path.isfile(path):
-            fail(f"--out {out}: {path} exists and is not a file")
+        if not os.path.isfile(path) and (os.path.exists(path) or not os.path.basename(path)):
+            fail(f"--out {out}: {path!r} is not a file")
 
 
 def write_output(args, inputs, lines, **facts):
