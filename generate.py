@@ -265,10 +265,12 @@ def vllm_sampler(args, tokens, longest):
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    cpu = {} if torch.cuda.is_available() else vllm_on_cpu(longest)
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, cached prefixes change the rounding
+    cpu = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False}
+    cpu["max_num_batched_tokens"] = max(8192, longest)
     # generation_config="vllm": the model's generation_config.json must not take part
     llm = LLM(
         args.model,
@@ -278,9 +280,9 @@ def vllm_sampler(args, tokens, longest):
         max_model_len=longest,
         tensor_parallel_size=args.tensor_parallel,
         skip_tokenizer_init=True,
-        **cpu,
+        **({} if torch.cuda.is_available() else cpu),
     )
-    # vllm samples token 0 from logits that are NaN: one token is sampled to see them
+    # vllm 0.32 writes token 0 without end where logits are NaN; a first token shows them in time
     probe = SamplingParams(max_tokens=1, logprobs=0, detokenize=False)
     (output,) = llm.generate({"prompt_token_ids": tokens.stop_ids[:1]}, probe, use_tqdm=False)
     if not all(math.isfinite(entry.logprob) for entry in output.outputs[0].logprobs[0].values()):
@@ -303,16 +305,6 @@ def vllm_sampler(args, tokens, longest):
                 yield running.pop(output.request_id), list(output.outputs[0].token_ids)
 
     return sample
-
-
-def vllm_on_cpu(longest):
-    """Arguments for vllm's engine on a CPU; what it reads from the environment is set."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: starts faster
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; the default is all memory
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")  # else a core is idle
-    # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, cached prefixes change the rounding
-    settings = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False}
-    return settings | {"max_num_batched_tokens": max(8192, longest)}
 
 
 # ----- prompts
@@ -370,13 +362,13 @@ def encode_prompts(rows, args, tokens):
         else:
             too_long.append(row["id"])
     if not fitting:
-        room = f"{args.max_tokens} tokens in the context of {args.model}, which is {tokens.context}"
-        fail(f"{', '.join(args.prompts)}: no prompt leaves room for {room}; use a smaller --max-tokens")
+        response = f"{args.max_tokens} tokens in the context of {args.model}, which is {tokens.context}"
+        fail(f"{', '.join(args.prompts)}: no prompt leaves room for {response}; use a smaller --max-tokens")
     if too_long:
         names = ", ".join(too_long[:20]) + (", ..." if len(too_long) > 20 else "")
         note(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}")
     prompts = shard_of(fitting[: args.limit], BLOCK, args.shard)
-    texts = ["\n".join(turn["content"] for turn in row["prompt"]) for row, _ in prompts]
+    texts = ["\n".join(message["content"] for message in row["prompt"]) for row, _ in prompts]
     n_special = count_special(texts, tokens.tokenizer)
     if n_special:
         note(f"{n_special} prompts contain special tokens as plain text, which the model reads as tokens")

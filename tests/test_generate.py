@@ -935,7 +935,6 @@ def vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(**parts))
     kinds = types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="final"))
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
-    monkeypatch.setattr(generate, "vllm_on_cpu", lambda max_length: {})
 
 
 def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, policy, vllm, monkeypatch):

@@ -2,23 +2,30 @@
 The vllm backend of generate.py on a CPU, against transformers. Skipped where vllm is not installed.
 
 Covers  greedy ids equal to those of transformers in float32; samples that do not depend on other requests,
-        nor on where a run was stopped.
-Run     python -m pytest tests/test_generate_vllm.py     (three engines start, in one process)
+        nor on where a run was stopped; weights that are not finite, from which vllm samples token 0.
+Run     python -m pytest tests/test_generate_vllm.py     (four engines start, in one process)
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import REPO, make_policy, read_rows, write_rows
+from test_generate import spoil_weights
 
 import generate
 
 pytest.importorskip("vllm")
 
 PROMPTS = [{"id": f"p{k}", "prompt": "Tell me " + "more " * (3 * k % 7) + str(k)} for k in range(6)]
+ON_CPU = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: starts faster
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB for each of the engines; the default is all memory
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}",  # the default leaves a core idle
+}
 DRIVER = """
 import json, os, sys, traceback
 import generate
@@ -48,10 +55,13 @@ def runs(tmp_path_factory):
     sampling = ["--prompts", prompts, "--dtype", "float32"]
     hot = "--max-tokens 150 --n 2 --temperature 2 --top-p 1".split()
     greedy = ["--model", policy, *sampling, "--max-tokens", "24", "--greedy"]
-    jobs = {"greedy": greedy, "hot": ["--model", policy, *sampling, *hot]}
+    shutil.copytree(policy, folder / "spoiled")
+    spoil_weights(folder / "spoiled", "nan")
+    spoiled = ["--model", str(folder / "spoiled"), *sampling, "--n", "1", "--max-tokens", "4"]
+    jobs = {"greedy": greedy, "hot": ["--model", policy, *sampling, *hot], "spoiled": spoiled}
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         command = [sys.executable, "-c", DRIVER, json.dumps([str(folder), list(jobs.items())])]
-        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        environment = os.environ | {"OMP_NUM_THREADS": "2", **ON_CPU}
         subprocess.run(command, cwd=REPO, stdout=out, stderr=err, env=environment)
     generate.main(generate.parse_args([*greedy, "--backend", "hf", "--out", f"{folder}/hf.jsonl"]))
     return folder
@@ -87,3 +97,9 @@ def test_a_run_goes_on_after_any_row(runs):
     printed = [json.loads(line) for line in (runs / "out").read_text().splitlines()]
     # nothing but the last lines of the runs is on standard output
     assert [line["resumed_rows"] for line in printed] == [0, 0, 2]
+
+
+def test_weights_that_are_not_finite_are_refused(runs):
+    err = (runs / "err").read_text()
+    assert f"{runs}/spoiled: the first logits are not finite: the weights are damaged" in err
+    assert "SystemExit: 2" in err and not list(runs.glob("spoiled.*"))
