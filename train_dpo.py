@@ -8,7 +8,7 @@ Writes  --out FOLDER    a model folder in the type of --model, with metrics.json
     L = -log sigma(beta h),  h = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x))    S1 eq. 1
 
     python train_dpo.py --model out/models/policy --pairs out/on50.pairs.jsonl --out out/dpo --batch-size 8
-    torchrun --nproc-per-node 8 train_dpo.py --model meta-llama/Llama-3.1-8B-Instruct --pairs uf.jsonl ...
+    torchrun --nproc-per-node 8 train_dpo.py --model Qwen/Qwen3-8B --pairs uf.pairs.jsonl --out uf/dpo
 
 The same command resumes a stopped run from its last checkpoint, to the same losses. The last line is a JSON
 object: pairs, what was dropped, steps, losses, speed. S1 is SimpleMix, S2 "Is On-Policy Data always the Best
