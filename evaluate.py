@@ -345,9 +345,9 @@ def adjusted_rates(wins, logits, equal_length, members):
         b = (low + high) / 2
         chances = 1 / (1 + odds * np.exp(-b)[group])  # sigmoid(logits + b), with fewer calls of exp
         below = np.bincount(group, chances, len(size)) / size < wins
-        low, high = np.where(below, (b, high), (low, b))
-    chances = sigmoid(equal_length[row] + b[group])
-    return np.bincount(group, chances, len(size)) / size
+        low = np.where(below, b, low)
+        high = np.where(below, high, b)
+    return np.bincount(group, sigmoid(equal_length[row] + b[group]), len(size)) / size
 
 
 def bootstrap(prompts, gamed, C, theta):

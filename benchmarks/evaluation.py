@@ -45,16 +45,13 @@ def fastest(call, repeats):
 
 def read_prompts(annotations, lc_data):
     """AlpacaEval's prompts as the arrays that evaluate.py fits, and the gamed rows."""
-    rows, model, baseline = evaluate.read_annotations(annotations)
-    places, gamma, gamed = evaluate.read_reference(lc_data)
-    keys = sorted(rows, key=places.get)
-    verdicts = evaluate.verdicts(rows, model, baseline, by_wins=True)
-    prompts = {name: np.array([verdicts[key][name] for key in keys]) for name in verdicts[keys[0]]}
-    prompts["place"] = np.array([places[key] for key in keys])
-    prompts["gamma"] = gamma[prompts["place"]]
-    groups = np.random.default_rng(0).random((len(keys), 20)) < 0.1
-    prompts["members"] = np.column_stack([np.ones(len(keys), bool), groups])
-    return prompts, gamed
+    prompts, _, _ = evaluate.read_annotations(annotations)
+    prompts, gamed, _ = evaluate.with_difficulty(prompts, lc_data, annotations)
+    columns = evaluate.as_columns(prompts)
+    del columns["category"]
+    groups = np.random.default_rng(0).random((len(prompts), 20)) < 0.1
+    columns["members"] = np.column_stack([np.ones(len(prompts), bool), groups])
+    return columns, gamed
 
 
 def compare_fits(prompts, gamed):
@@ -65,7 +62,7 @@ def compare_fits(prompts, gamed):
     n = len(prompts["p"])
     features, labels = np.concatenate([x, x]), np.repeat([1, 0], len(p))  # a soft target is two rows
     weights = np.concatenate([weight * p, weight * (1 - p)])
-    fold = np.tile(np.concatenate([prompts["place"], np.arange(len(p) - n)]) % 5, 2)
+    fold = np.tile(np.concatenate([prompts["index"], np.arange(len(p) - n)]) % 5, 2)
     folds = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(5)]
 
     def rate(theta):
@@ -138,7 +135,9 @@ def main():
     args = parser.parse_args()
     prompts, gamed = read_prompts(args.annotations, args.lc_data)
     result = compare_fits(prompts, gamed)
-    seconds, _ = fastest(lambda: evaluate.bootstrap(prompts, gamed, evaluate.MINIMAL_C), 1)
+    penalty = evaluate.MINIMAL_C
+    theta, _ = evaluate.rates(prompts, gamed, penalty)
+    seconds, _ = fastest(lambda: evaluate.bootstrap(prompts, gamed, penalty, theta), 1)
     result["bootstrap"] = {"seconds": seconds}
     print(json.dumps(result | {"report": report_seconds()}))
 
