@@ -75,6 +75,11 @@ def subplots(n, width, height):
     return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
+def errors_of(middle, low, high):
+    """Lengths of error bars (2, n). A bootstrap interval, or one of some runs, may miss the number."""
+    return np.maximum([middle - low, high - middle], 0)
+
+
 def bars(panels, rows):
     """Figure with panels (label, reference line, {series: [(middle, low, high) or None for each row]})."""
     all_points = [points for _, _, series in panels for points in series.values()]
@@ -106,7 +111,7 @@ def draw_bars(axis, points, shift, height, reference, style):
     heights = [row + shift for row, point in enumerate(points) if point]
     numbers = [point for point in points if point]
     middle, low, high = np.array(numbers).reshape(-1, 3).T
-    errors = np.array([middle - low, high - middle])
+    errors = errors_of(middle, low, high)
     axis.errorbar(middle, heights, xerr=errors, capsize=3, markersize=4, **style | {"linestyle": ""})
     if reference is not None:
         axis.barh(heights, middle, 0.6 * height, color=style["color"], alpha=0.3)
@@ -128,7 +133,7 @@ def curves(panels):
                 if len(series) <= 4:  # more bands are one grey
                     axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             else:
-                errors = np.array([middle - low, high - middle])
+                errors = errors_of(middle, low, high)
                 drawn = axis.errorbar(x, middle, yerr=errors, capsize=3, markersize=4, **style)
                 move_right(drawn, (k - (len(series) - 1) / 2) / 20, figure)
         axis.set(xlabel=x_label, ylabel=y_label)
@@ -199,12 +204,9 @@ def categories_figure(settings):
 
 def lengths_figure(settings):
     key, interval, label = rate_key(settings)
-    series = {}
-    for results in settings.values():
-        for name, run in results["winrate"].items():
-            points = bin_points(run, key, interval)
-            if points:
-                series[name] = points
+    runs = [run for results in settings.values() for run in results["winrate"].items()]
+    series = {name: bin_points(run, key, interval) for name, run in runs}
+    series = {name: points for name, points in series.items() if points}
     if not series:
         fail("expected length bins with intervals over prompts, found none")
     return curves([("characters of the answer", f"{label} (%)", series, False)])

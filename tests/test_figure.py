@@ -175,6 +175,16 @@ def test_settings_over_seeds_have_the_interval_over_prompts(tmp_path, capsys):
     assert all(reference(axis) is None for axis in drawn.axes)  # 50 is outside
 
 
+def test_an_interval_that_misses_the_number_ends_at_it(tmp_path, capsys):
+    """A percentile interval below its estimate; and two runs of which one has no interval."""
+    files = [put(tmp_path / "a.winrate.json", winrate(None, 30.0, ci=[20.0, 29.0]))]
+    files.append(put(tmp_path / "b_seed0.winrate.json", winrate(None, 40.0, ci=[39.0, 41.0])))
+    files.append(put(tmp_path / "b_seed1.winrate.json", winrate(None, 60.0, ci=None)))
+    drawn = draw(tmp_path, capsys, "settings", *files)
+    rates = rows_of(drawn.axes[0], row_names(drawn))[""]
+    assert rates == {"a n = 805": (30.0, 20.0, 30.0), "b n = 805": (50.0, 39.0, 50.0)}
+
+
 # ----- categories
 CATEGORIES = {
     "math": group(30.0, [21.0, 37.0], 31.0, [22.0, 39.0], 30),
