@@ -88,6 +88,7 @@ def bars(panels, rows):
     rows = ["\n".join(textwrap.fill(line, 30) for line in row.split("\n")) for row in rows]
     n_series = max(len(series) for _, _, series in panels)
     n_lines = max(row.count("\n") + 1 for row in rows)
+    ticks = range(len(rows))
     row_height = max(0.5, 0.15 * n_series, 0.17 * n_lines + 0.1)
     figure, axes = subplots(len(panels), 3, 1 + row_height * len(rows))
     for axis, (label, reference, series) in zip(axes, panels, strict=True):
@@ -101,8 +102,8 @@ def bars(panels, rows):
             axis.axvline(reference, color="grey", linestyle="--", linewidth=1, zorder=0)
         axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
         axis.grid(axis="x", alpha=0.3)
-        axis.set_yticks(range(len(rows)), [""] * len(rows))
-    axes[0].set_yticks(range(len(rows)), rows)
+        axis.set_yticks(ticks, [""] * len(rows))
+    axes[0].set_yticks(ticks, rows)
     return figure
 
 
