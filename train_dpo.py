@@ -164,8 +164,8 @@ def sft(batch):
 
 
 def pair_losses(args, batch):
-    function = LOSSES[args.loss]
-    return function(batch, **{name: getattr(args, name) for name in function.flags})
+    flags = {name: getattr(args, name) for name in LOSSES[args.loss].flags}
+    return LOSSES[args.loss](batch, **flags)
 
 
 # ----- flags
@@ -265,8 +265,8 @@ def head_logits(states, weight, bias):
 class TokenLogps(torch.autograd.Function):
     """log softmax(states @ weight.T + bias)[target], float32, with the logits of CHUNK tokens in memory.
 
-    states (C, d), weight (V, d), bias (V,) or None, targets (C,) -> (C,). Forward keeps each log-sum-exp.
-    Backward computes a chunk's logits again: d logits = grad * (one-hot(target) - softmax).
+    states (C, d), weight (V, d), bias (V,) or None, targets (C,) -> (C,). Backward computes a chunk's logits
+    again: d logits = grad * (one-hot(target) - softmax).
     """
 
     @staticmethod
@@ -335,8 +335,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, lengths
 class PolicyLogps(torch.nn.Module):
     """A causal language model whose forward gives log-probabilities of tokens, never logits.
 
-    The head is used within this forward, where FSDP2 holds its weight whole and in the compute type. Before
-    backward FSDP2 gathers it again into the same tensor, so TokenLogps may keep it.
+    The head is used here, where FSDP2 holds its weight whole and in the compute type. Before backward it is
+    gathered again into the same tensor, so TokenLogps may keep it.
     """
 
     def __init__(self, model):
@@ -471,8 +471,8 @@ def metrics_row(rows):
     """A row of metrics.jsonl: means over all pairs, and over those of each source if there are several."""
     sources = sorted({row["source"] for row in rows})
     by_source = {source: means([row for row in rows if row["source"] == source]) for source in sources}
-    by_source = by_source if len(sources) > 1 else None
-    return means(rows) | {"tokens": sum(row["tokens"] for row in rows), "by_source": by_source}
+    tokens = sum(row["tokens"] for row in rows)
+    return means(rows) | {"tokens": tokens, "by_source": by_source if len(sources) > 1 else None}
 
 
 # ----- reference
@@ -496,27 +496,21 @@ def with_reference(policy, pairs, cache, args):
             rows = read_jsonl(cache, CacheRow) if os.path.getsize(cache) else ()
             logps = {row["key"]: row["logp"] for _, row in rows}
     logps = from_all_processes([logps])[0]
-    sequences = {sequence_key(sequence): sequence for sequence in sequences_of(pairs)}
+    keys = [f"{stable_hash(*sequence):016x}" for sequence in sequences_of(pairs)]
+    sequences = dict(zip(keys, sequences_of(pairs), strict=True))
     missing = sorted(sequences.keys() - logps.keys(), key=lambda key: (len(sequences[key].ids), key))
     size = WINDOW * dist.get_world_size()
     for start in tqdm(range(0, len(missing), size), "reference", unit="window", disable=not first):
-        keys = missing[start : start + size]
-        values = all_logps(policy, [sequences[key] for key in keys], 4 * args.micro_tokens)
+        window = missing[start : start + size]
+        values = all_logps(policy, [sequences[key] for key in window], 4 * args.micro_tokens)
         if not all(map(math.isfinite, values)):
             fail(f"{args.reference}: the log-probability of a response is not finite")
-        logps |= zip(keys, values, strict=True)
+        logps |= zip(window, values, strict=True)
         if first:
             with lock_cache(cache) as file:
-                append_rows(file, [{"key": key, "logp": logps[key]} for key in keys])
-    scored = []
-    for pair in pairs:
-        values = [logps[sequence_key(sequence)] for sequence in pair.sequences]
-        scored.append(pair._replace(reference_logps=tuple(values)))
-    return scored
-
-
-def sequence_key(sequence):
-    return f"{stable_hash(*sequence):016x}"
+                append_rows(file, [{"key": key, "logp": logps[key]} for key in window])
+    values = iter([logps[key] for key in keys])
+    return [pair._replace(reference_logps=tuple(next(values) for _ in pair.sequences)) for pair in pairs]
 
 
 @contextmanager
@@ -583,9 +577,8 @@ def check_model(policy, pairs, args):
     sequences = sorted(sequences_of(pairs), key=lambda sequence: len(sequence.ids))
     longest, (ids, start) = sequences[-1], sequences[len(sequences) // 4]
     probe = Sequence(ids[-PROBE:], max(1, start - len(ids[:-PROBE])))
-    turned = Sequence(longest.ids[::-1], longest.start)
-    rows = [probe], [longest, probe], [turned, probe]
-    single, after, after_turned = (sequence_logps(policy, row)[0][-1].item() for row in rows)
+    rows = [probe], [longest, probe], [Sequence(longest.ids[::-1], longest.start), probe]
+    single, after, turned = (sequence_logps(policy, row)[0][-1].item() for row in rows)
     model, ids = policy.model, torch.tensor(probe.ids, device=policy.model.device)
     policy.unshard()  # embedding and head, which are the root's
     model.set_attn_implementation("sdpa")
@@ -593,17 +586,18 @@ def check_model(policy, pairs, args):
     model.set_attn_implementation("packed")
     exact = -F.cross_entropy(logits, ids[probe.start :], reduction="sum").item()
     release(policy)
-    name, kind = model.name_or_path, model.config.model_type
     scale = math.sqrt(len(logits))
+    rounding = ROUNDING[args.dtype] * scale
     if not math.isfinite(single):
-        fail(f"{name}: the log-probability of a response is not finite")
-    if not abs(single - exact) <= ROUNDING[args.dtype] * scale:
-        logps = f"{exact:.4f} by its logits, {single:.4f} without"
-        fail(f"{name}: {kind} models scale or cap their logits, which is not supported: {logps}")
-    same = abs(single - after) <= ROUNDING[args.dtype] * scale
-    if not (same and abs(after - after_turned) <= NEIGHBOUR * scale):
-        logps = f"a response has {single:.4f} alone, {after:.4f} or {after_turned:.4f} after others"
-        fail(f"{name}: its sequences cannot be packed into one row: {logps}")
+        fail(f"{model.name_or_path}: the log-probability of a response is not finite")
+    if not abs(single - exact) <= rounding:
+        problem = f"{model.config.model_type} models scale or cap their logits, which is not supported"
+    elif not (abs(single - after) <= rounding and abs(after - turned) <= NEIGHBOUR * scale):
+        problem = "its sequences cannot be packed into one row"
+    else:
+        return
+    logps = f"{exact:.4f} by its own logits, {single:.4f} in a row, {after:.4f} and {turned:.4f} after others"
+    fail(f"{model.name_or_path}: {problem}: the log-probability of a response is {logps}")
 
 
 def export(policy, tokenizer, args):
@@ -891,7 +885,6 @@ def summary(path):
         "eval_loss": rows[-1].get("eval", {}).get("loss"),
         "tokens_trained": tokens,
         "tokens_per_s": round(tokens / seconds, 1),
-        "peak_gb": round(max(row["peak_gb"] for row in rows), 3),
     }
 
 

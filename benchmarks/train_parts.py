@@ -64,13 +64,12 @@ def one_step(vocabulary, tokens):
     )
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
-        train_dpo.start_processes()
         args = train_dpo.parse_args(["--model", folder, "--pairs", "x", "--out", "x", "--dtype", "float32"])
+        train_dpo.start_processes(args)
         policy = train_dpo.load_policy(folder, None, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     ids = [i % vocabulary for i in range(1 + tokens // 2)]
-    trained = [False] + [True] * (tokens // 2)
-    sequences = [train_dpo.Sequence(ids, trained), train_dpo.Sequence(ids[::-1], trained)]
+    sequences = [train_dpo.Sequence(ids, 1), train_dpo.Sequence(ids[::-1], 1)]
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # the highest mark of memory begins anew
         logps, _ = train_dpo.sequence_logps(policy, sequences)
@@ -160,7 +159,7 @@ def ready(args):
         run = train_dpo.parse_args([*train_vs_trl.our_flags(args, path), "--out", "x"])
         tokenizer, config = train_dpo.load_tokenizer(args.model, None)
         pairs, _ = train_dpo.load_pairs(str(path), tokenizer, config, run)
-    train_dpo.start_processes()
+    train_dpo.start_processes(run)
     policy = train_dpo.load_policy(args.model, None, run)
     sequences = [sequence for pair in pairs for sequence in pair.sequences]
     logps = iter(train_dpo.all_logps(policy, sequences, run.micro_tokens))
@@ -261,13 +260,14 @@ def rank(args):
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
         run = train_dpo.parse_args(["--model", folder, "--pairs", "x", "--out", "x", *checkpointing])
+        run.dtype = "bfloat16" if device == "cuda" else "float32"
         policy = train_dpo.load_policy(folder, None, run)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     length = args.tokens // 8  # four pairs of equal lengths, a fifth of a sequence is the prompt
-    trained = [False] * (length // 5) + [True] * (length - length // 5)
-    sequences = [
-        train_dpo.Sequence([3 + (7 * i + j) % 250 for j in range(length)], trained) for i in range(8)
-    ]
+    sequences = []
+    for i in range(8):
+        ids = [3 + (7 * i + j) % 250 for j in range(length)]
+        sequences.append(train_dpo.Sequence(ids, length // 5))
     seconds = []
     for _ in range(4):
         started = now(device)

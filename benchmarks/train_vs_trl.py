@@ -18,8 +18,9 @@ the same, precomputed        its best; the pass that precomputes the reference i
 4 pairs a step, one epoch, at most 1,024 tokens a side, DPO with beta 0.1 and AdamW. All take the same pairs
 in the same order at the same learning rates, so their losses can be compared. Speed is in tokens of prompt +
 chosen and prompt + rejected, never padding, per second of the optimizer steps. TRL with a live reference has
-it in its steps. Ours is counted twice: the steps alone, and with loading the model and the reference pass,
-whose cache starts empty. Memory is the largest resident size of the process, on CUDA what torch allocated.
+it in its steps. Ours is counted twice: the steps alone, and the whole run, with loading and writing the model
+and the reference pass, whose cache starts empty. Memory is the largest resident size of the process, on CUDA
+what torch allocated.
 (TRL 1.16 too multiplies only tokens of responses with the head; what differs is padding, and see above.)
 
 Prints a Markdown table, medians with the smallest and largest of the rounds in brackets, and one JSON object
@@ -78,8 +79,8 @@ def read_responses(path, models):
 def read_pairs(path):
     import train_dpo
 
-    for where, row in train_dpo.read_jsonl(path, train_dpo.Row):
-        prompt, (chosen, rejected) = train_dpo.read_sides(row, where)
+    for line, row in train_dpo.read_jsonl(path, train_dpo.Row):
+        prompt, (chosen, rejected) = train_dpo.read_sides(row, line)
         yield prompt, chosen["text"], rejected["text"]
 
 
@@ -129,9 +130,9 @@ def run_ours(script, args, pairs):
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         record = json.loads((out / "metrics.meta.json").read_text())
     return {
-        "with_reference": said["tokens_per_s_with_reference"],
+        "with_reference": said["tokens_trained"] / said["seconds"],
         "steps_alone": said["tokens_per_s"],
-        "peak_gb": said["peak_gb"],
+        "peak_gb": max(row["peak_gb"] for row in rows),
         "losses": [row["loss"] for row in rows],
         "versions": record["versions"],
     }

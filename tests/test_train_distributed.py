@@ -1,5 +1,5 @@
 """
-train_dpo.py as processes: two against one, kill -9 and --resume, runs that share a cache.
+train_dpo.py as processes: two against one, kill -9 and the same command, runs that share a cache.
 
 Covers  two processes make the steps, the reference and the model of one: tied and untied, with small rows,
         with activation checkpointing, sft, a last step with fewer pairs than processes; in bfloat16 nearly. A
@@ -11,6 +11,7 @@ Run     python -m pytest tests/test_train_distributed.py     (one process: test_
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def by_torchrun(*flags):
 
 CASES = {  # model, flags of both, flags of the two processes
     "untied, accumulated": ("untied", (), ("--micro-tokens", 120)),
-    "tied, recomputed": ("tied", ("--length-normalize",), ("--activation-checkpointing",)),
+    "tied, recomputed": ("tied", ("--beta", 2), ("--activation-checkpointing",)),
     "sft": ("untied", ("--loss", "sft"), ("--micro-tokens", 90)),
 }
 
@@ -170,9 +171,11 @@ def checkpoints(out):
     return sorted(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
 
 
-def same_as_straight(straight, out, resumed_steps):
-    summary, _ = train(*straight.flags, "--out", out, "--resume")
+def same_as_straight(straight, out, resumed_steps, bitwise=True):
+    summary, _ = train(*straight.flags, "--out", out)
     assert summary["resumed_steps"] == resumed_steps
+    if not bitwise:
+        return same_run(read_rows(out / "metrics.jsonl"), straight.rows)
     assert without_noise(read_rows(out / "metrics.jsonl")) == without_noise(straight.rows)
     assert (out / "model.safetensors").read_bytes() == (straight.out / "model.safetensors").read_bytes()
     assert cached(out.parent) == cached(straight.out.parent)
@@ -249,7 +252,7 @@ def test_killed_in_the_reference_pass_and_resumed_is_the_same_run(straight, tmp_
 
 def test_a_checkpoint_of_two_processes_is_resumed_by_one(straight, killed_two, policy):
     out = killed_two()
-    summary, _ = train(*straight.flags, "--out", out, "--resume")
+    summary, _ = train(*straight.flags, "--out", out)
     assert summary["resumed_steps"] == RUN.every
     same_run(read_rows(out / "metrics.jsonl"), straight.rows)
     same_weights(out, straight.out, policy)
@@ -257,7 +260,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(straight, killed_two, p
 
 def test_a_checkpoint_of_one_process_is_resumed_by_two(straight, killed_late, policy):
     out = killed_late()
-    printed = two_processes(SCRIPT, *straight.flags, "--out", out, "--resume")
+    printed = two_processes(SCRIPT, *straight.flags, "--out", out)
     assert json.loads(printed.strip().splitlines()[-1])["resumed_steps"] == 3 * RUN.every
     same_run(read_rows(out / "metrics.jsonl"), straight.rows)
     same_weights(out, straight.out, policy)
@@ -272,32 +275,16 @@ def refused(flags):
     return str(stop.value)
 
 
-def test_an_unfinished_run_goes_on_only_when_asked_and_as_it_was(straight, killed_late, tmp_path):
+def test_an_unfinished_run_goes_on_only_as_it_was(straight, killed_late, tmp_path):
     out = killed_late()
     before = files_of(out)
     flags = [*straight.flags, "--out", out]
-    assert "a run was stopped here; --resume goes on" in refused(flags)
-    assert "other args: lr was 0.001 and is 0.005" in refused([*flags, "--resume", "--lr", 0.005])
-    assert "other args: beta was 0.1 and is 0.2" in refused([*flags, "--resume", "--beta", 0.2])
-    assert "other args: loss was 'dpo' and is 'ipo'" in refused([*flags, "--resume", "--loss", "ipo"])
+    assert "was written with lr = 0.001, not 0.005; use another --out" in refused([*flags, "--lr", 0.005])
+    assert "was written with beta = 0.1, not 0.2" in refused([*flags, "--beta", 0.2])
+    assert "was written with loss = 'dpo', not 'hinge'" in refused([*flags, "--loss", "hinge"])
     other = make_pairs(tmp_path / "other.jsonl", n=RUN.pairs, seed=2)
-    assert f"other args: pairs was {straight.pairs!r} and is {other!r}" in refused(
-        [*flags, "--resume", "--pairs", other]
-    )
-    assert files_of(out) == before
-
-
-def test_a_reference_that_was_tampered_with_stops_the_run(straight, killed_early):
-    out = killed_early()
-    (path,) = (out.parent / "reference_cache").iterdir()
-    kept = path.read_text()
-    write_rows(path, [{**row, "logp": row["logp"] + 1} for row in read_rows(path)])
-    before = files_of(out)
-    try:
-        said = refused([*straight.flags, "--out", out, "--resume"])
-    finally:
-        path.write_text(kept)
-    assert "the log-probability of a response is" in said and f"in {path}" in said
+    said = refused([*flags, "--pairs", other])
+    assert f"was written with pairs = {straight.pairs!r}, not {other!r}" in said
     assert files_of(out) == before
 
 
@@ -324,21 +311,21 @@ def finished(run):
 
 
 def test_two_runs_at_the_same_time_share_one_reference_cache(straight, tmp_path):
-    losses = ("dpo", "ipo")
+    losses = ("dpo", "hinge")
     runs = [Script(SCRIPT, *straight.flags, "--loss", loss, "--out", tmp_path / loss) for loss in losses]
     for run in runs:
         finished(run)
-    dpo, ipo = (read_rows(tmp_path / loss / "metrics.jsonl") for loss in losses)
+    dpo, hinge = (read_rows(tmp_path / loss / "metrics.jsonl") for loss in losses)
     same_run(dpo, straight.rows)
-    assert ipo[0]["loss"] == pytest.approx(25, abs=1e-3)  # (0 - 1 / (2 * 0.1))^2, at the reference
-    assert ipo[0]["chosen_logp"] == pytest.approx(dpo[0]["chosen_logp"], abs=1e-4)
-    assert len(ipo) == RUN.steps
+    assert hinge[0]["loss"] == pytest.approx(1, abs=1e-3)  # at the reference
+    assert hinge[0]["chosen_logp"] == pytest.approx(dpo[0]["chosen_logp"], abs=1e-4)
+    assert len(hinge) == RUN.steps
     (path,) = (tmp_path / "reference_cache").iterdir()
     found = {row["key"]: row["logp"] for row in read_rows(path)}  # both may have computed a sequence
     assert found == pytest.approx(cached(straight.out.parent), abs=1e-4)
-    before = path.stat().st_mtime_ns
-    train(*straight.flags, "--epochs", 1, "--loss", "hinge", "--out", tmp_path / "hinge")
-    assert path.stat().st_mtime_ns == before  # a third run computes nothing
+    before = path.read_bytes()
+    train(*straight.flags, "--epochs", 1, "--loss", "revkl", "--out", tmp_path / "revkl")
+    assert path.read_bytes() == before  # a third run computes nothing
 
 
 def test_a_second_process_on_the_same_out_is_refused(straight, tmp_path):
@@ -346,9 +333,36 @@ def test_a_second_process_on_the_same_out_is_refused(straight, tmp_path):
     run = Script(SCRIPT, *straight.flags, "--out", out)
     while run.poll() is None and lines(out / "metrics.jsonl") < 2:
         time.sleep(0.01)
-    for more in ([], ["--resume"], ["--overwrite"]):
-        assert "another process writes it" in refused([*straight.flags, "--out", out, *more])
+    for more in ([], ["--overwrite"]):
+        assert "another process is writing this file" in refused([*straight.flags, "--out", out, *more])
     assert run.poll() is None, "it ended before the others could be refused"
     finished(run)
     assert without_noise(read_rows(out / "metrics.jsonl")) == without_noise(straight.rows)
     assert files_of(out).keys() == files_of(straight.out).keys()
+
+
+def test_a_full_disk_ends_both_processes(straight, killed_two):
+    """The one that cannot write its part of a checkpoint, and the one that waits for it; then they go on."""
+    out = killed_two()
+    flags = [*straight.flags, "--out", out]
+    runs = start_two(SCRIPT, *flags)
+    kept = checkpoints(out)
+    while runs[0].poll() is None and checkpoints(out) == kept:
+        time.sleep(0.01)
+    resource.prlimit(runs[1].process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    for run in runs:
+        status, _, said = run.wait()
+        assert status == 2 and "saving cannot be written: " in said and "make space and run" in said
+    assert checkpoints(out) == [kept[0] + RUN.every] and not (out / "checkpoints" / "saving").exists()
+    same_as_straight(straight, out, kept[0] + RUN.every, bitwise=False)
+
+
+def test_a_first_process_that_ends_takes_the_other_along(straight, tmp_path):
+    """metrics.jsonl cannot be written, by the first process only, while the other waits for its gradients."""
+    out = tmp_path / "out"
+    runs = start_two(SCRIPT, *straight.flags, "--out", out)
+    while runs[0].poll() is None and lines(out / "metrics.jsonl") < 2:
+        time.sleep(0.01)
+    resource.prlimit(runs[0].process.pid, resource.RLIMIT_FSIZE, (100, 100))
+    (status, _, said), (other, _, _) = [run.wait(60) for run in runs]
+    assert status == 2 and "metrics.jsonl cannot be written: " in said and other != 0
