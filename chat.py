@@ -18,14 +18,16 @@ def load_tokenizer(name, revision=None):
     logging.disable_progress_bar()
     if not name:
         fail("--model is empty: expected a model folder, or OWNER/NAME on the hub")
-    files = set(os.listdir(name)) if os.path.isdir(name) else {"config.json", "a.safetensors"}
-    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
-        fail(f"{name}: not a model folder: config.json or *.safetensors is missing")
+    if os.path.isdir(name):
+        files = os.listdir(name)
+        if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
+            fail(f"{name}: not a model folder: config.json or *.safetensors is missing")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         return tokenizer, AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"{name}: {str(error).splitlines()[0]}")
+    except Exception as error:  # of damaged files, tokenizers' own Exception among others
+        reason = str(error).partition("\n")[0]
+        fail(f"{name}: its tokenizer or config cannot be loaded: {type(error).__name__}: {reason}")
 
 
 def prompt_ids(tokenizer, messages, **switches):
@@ -39,11 +41,11 @@ def prompt_ids(tokenizer, messages, **switches):
     try:
         ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
     except TemplateError as error:
-        system, *rest = messages
-        if system["role"] != "system" or not rest:
+        if messages[0]["role"] != "system" or len(messages) == 1:
             fail(f"{tokenizer.name_or_path}: the chat template rejects {messages!r:.100}: {error}")
-        first = {"role": rest[0]["role"], "content": f"{system['content']}\n\n{rest[0]['content']}"}
-        return prompt_ids(tokenizer, [first, *rest[1:]], **switches)
+        system, first, *rest = messages
+        first = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
+        return prompt_ids(tokenizer, [first, *rest], **switches)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
     return ids

@@ -229,7 +229,7 @@ def check_same_run(out, record, may_change):
     try:
         before = msgspec.json.decode(Path(path).read_bytes())
         msgspec.convert(before, Record)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         fail(f"--out {out} exists but its record {path} is missing or damaged; {START_OVER}")
     now = json.loads(json.dumps(record))
     for part in ("args", "inputs", "models"):
@@ -258,7 +258,7 @@ def keep_rows(path, n=None):
 
 
 def append_rows(file, rows):
-    """Append complete rows. A kill does not lose them: the operating system has them."""
+    """Append complete rows, arrays as lists. A kill does not lose them: the operating system has them."""
     try:
         data = "".join(json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows).encode()
         while data:
@@ -283,7 +283,7 @@ def load_model(auto_class, name, revision, dtype, unused=None, **options):
     try:
         model, info = auto_class.from_pretrained(name, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        fail(f"{name}: {str(error).splitlines()[0]}")
+        fail(f"{name}: {(str(error) or repr(error)).splitlines()[0]}")
     missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
     if missing:
         fail(f"{name}: missing weights: {', '.join(missing[:3])}")
