@@ -63,15 +63,15 @@ def make_parser(description):
     flag("--n", type=int, help="responses per prompt")
     flag("--temperature", type=float, help="above 0")
     flag("--top-p", type=float, help="size of the nucleus; 1 is off")
-    flag("--top-k", type=int, help="tokens that may be drawn; 0 is off")
+    flag("--top-k", type=int, help="draw from the K most likely tokens; 0 is off")
     flag("--max-tokens", type=int, help="longest response")
-    flag("--seed", type=int, default=0, help="of every draw (default %(default)s)")
+    flag("--seed", type=int, default=0, help="seed of every draw (default %(default)s)")
     flag("--greedy", action="store_true", help="one response, always the most probable token")
     flag("--backend", choices=["auto", "vllm", "hf"], default="auto", help="auto: vllm if installed")
     flag("--tensor-parallel", type=int, default=1, metavar="GPUS", help="for one model, backend vllm")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
     flag("--batch-size", type=int, help="sequences at once, backend hf (default 64)")
-    flag("--source", choices=["on", "off"], default="on", help="label: is this the model to be trained?")
+    flag("--source", choices=["on", "off"], default="on", help="on if --model is to be trained, else off")
     flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="switches of the template")
     flag("--revision", help="branch, tag or commit of a hub model")
     flag("--shard", default="0/1", metavar="I/N", help="every N-th block of 64 rows, from the I-th, from 0")
@@ -356,7 +356,9 @@ def encode_prompts(rows, args, tokens):
     for row in rows:
         ids = prompt_ids(tokens.tokenizer, row["prompt"], **args.template_kwargs)
         if max(ids) >= tokens.vocabulary:
-            fail(f"{args.model}: the tokenizer gives the id {max(ids)}, of {tokens.vocabulary} embeddings")
+            fail(
+                f"{args.model}: the tokenizer has the id {max(ids)}, the model {tokens.vocabulary} embeddings"
+            )
         if len(ids) <= room:
             fitting.append((row, ids))
         else:
@@ -418,8 +420,9 @@ def count_responses(args):
         counts["empty"] += sum(not text.strip() for text in texts)
         counts["prompts_with_equal_samples"] += len(texts) > 1 and len(set(texts)) == 1
         lengths += [response["tokens"] for response in responses]
-    if hasattr(args, "diverse"):  # recipes/sample_diverse.py ends rows early
-        counts["skipped_context_too_long"] = counts["rows"] * args.n - counts["responses"]
+    skipped = counts["rows"] * args.n - counts["responses"]
+    if skipped:  # of conversations that grow too long in recipes/sample_diverse.py
+        counts["skipped_context_too_long"] = skipped
     equal = counts["prompts_with_equal_samples"] / counts["rows"]
     if equal > 0.05:
         note(f"for {equal:.1%} of the prompts all responses are identical")

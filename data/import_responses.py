@@ -240,10 +240,10 @@ def read_table(args, shape, hub_files):
                 rows = ParquetFile(name).read().to_pylist()
             else:
                 os.environ.update(HF_HUB_VERBOSITY="critical", DATASETS_VERBOSITY="critical")
-                import datasets  # slow, and needed here alone
+                import datasets  # slow, and needed only here
 
                 rows = datasets.load_dataset(name, split=args.split or SPLITS.get(args.format, "train"))
-                hub_files[name] = rows.cache_files  # their path holds the commit
+                hub_files[name] = rows.cache_files  # their path contains the commit
             for number, row in enumerate(rows, 1):
                 row = msgspec.json.decode(msgspec.json.encode(row))  # dates become text, nan null
                 if name in hub_files and shape is Row:  # `datasets` gives all rows the keys of all others

@@ -675,7 +675,7 @@ def test_folders_that_are_no_model_and_models_that_do_not_fit(tmp_path, capsys, 
     config = json.loads((small / "config.json").read_text()) | {"vocab_size": 257}
     (small / "config.json").write_text(json.dumps(config))
     err = refused(tmp_path, capsys, str(small), PROMPTS[:2])
-    assert f"{small}: the tokenizer gives the id 257, of 257 embeddings" in err
+    assert f"{small}: the tokenizer has the id 257, the model 257 embeddings" in err
     config |= {"vocab_size": 259, "intermediate_size": 100}  # other sizes than those of the weights
     (small / "config.json").write_text(json.dumps(config))
     assert refused(tmp_path, capsys, str(small), PROMPTS[:2]).partition(": ")[2].startswith(f"{small}: ")

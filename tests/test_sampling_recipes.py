@@ -325,7 +325,7 @@ def test_diverse_responses_see_all_earlier_ones(tmp_path, sample):
     prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": chat}]
     model = tiny(tmp_path / "model", max_position_embeddings=2048)
     rows, printed = sample(model, DIVERSE, "--n", "3", prompts=prompts)
-    assert (printed["responses"], printed["skipped_context_too_long"]) == (6, 0)
+    assert printed["responses"] == 6 and "skipped_context_too_long" not in printed
     plain, _ = sample(model, "--n", "3", prompts=prompts, out="plain.jsonl")
     for row, plain_row in zip(rows, plain):
         texts = [response["text"] for response in row["responses"]]
