@@ -7,7 +7,7 @@ import json
 import os
 import re
 
-from common import fail
+from common import as_messages, fail, note
 
 
 def load_tokenizer(name, revision=None):
@@ -28,6 +28,26 @@ def load_tokenizer(name, revision=None):
     except Exception as error:  # of damaged files, tokenizers' own Exception among others
         reason = str(error).partition("\n")[0]
         fail(f"{name}: its tokenizer or config cannot be loaded: {type(error).__name__}: {reason}")
+
+
+def read_sides(row, line):
+    """The prompt's messages, and of chosen and rejected {"text", "finish", "token_ids", "tokenizer"}."""
+    prompts, responses = [], []
+    for side in ("chosen", "rejected"):
+        messages = row[side]
+        if isinstance(messages, str):
+            messages = [{"role": "assistant", "content": messages}]
+        if not messages or messages[-1]["role"] != "assistant":
+            fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
+        if not messages[-1]["content"].strip():
+            fail(f"{line}: the {side} response is empty")
+        prompts.append(messages[:-1] or row.get("prompt"))
+        details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
+        responses.append({"text": messages[-1]["content"], **details})
+    if prompts[0] != prompts[1]:
+        fail(f"{line}: chosen and rejected answer different prompts")
+    prompt = as_messages(prompts[0], line)  # in one order of keys, for the hash of the texts
+    return [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt], responses
 
 
 def prompt_ids(tokenizer, messages, **switches):
@@ -90,3 +110,8 @@ def count_special(texts, tokenizer):
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
     return sum(bool(pattern.search(text)) for text in texts)
+
+
+def show(tokenizer, ids, start):
+    """Log a sequence as a model reads it, with the response, which begins at `start`, in 【】."""
+    note(f"{tokenizer.decode(ids[:start])}【{tokenizer.decode(ids[start:])}】")

@@ -3,7 +3,7 @@ Stage 4 of the pipeline: preference pairs -> a trained model, by DPO and its rel
 
 Reads   --pairs FILE    a Row (below) per pair, as build_pairs.py writes it or as others ship it
 Writes  --out FOLDER    a model folder in the type of --model, with metrics.jsonl, a row per optimizer step,
-                        and metrics.meta.json, the record; beside it reference_cache, which other runs share
+                        and metrics.meta.json, the record; next to it reference_cache, for all runs there
 
     L = -log sigma(beta h),  h = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x))    S1 eq. 1
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
 
 import common
-from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids
+from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids, read_sides, show
 from common import Message, TokenIds, append_rows, fail, keep_rows, note, read_jsonl, stable_hash
 
 PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6; S3 section 5.1 and B.3
@@ -48,7 +48,6 @@ PROBE = 512  # tokens of the sequence that check_model compares with the model's
 ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # between rows of different lengths
 NEIGHBOUR = 0.01  # between rows of one length, measured 0 to 6e-4; with a convolution 0.05 to 0.08
 MAY_CHANGE = {"save_every", "micro_tokens", "activation_checkpointing"}  # when a run is resumed
-TRY_AGAIN = "make space and run the same command again to resume"
 CacheRow = TypedDict("CacheRow", {"key": str, "logp": float})  # of the reference cache
 
 
@@ -188,17 +187,17 @@ def make_parser(description):
     flag("--preset", choices=list(PRESETS), default="s1", help="sets --beta and the next five (default s1)")
     flag("--epochs", type=count, **preset)
     flag("--batch-size", type=count, **preset, help="pairs in an optimizer step, over all GPUs")
-    flag("--schedule", choices=["linear", "cosine"], **preset, help="of the learning rate after the warm-up")
+    flag("--schedule", choices=["linear", "cosine"], **preset, help="how the learning rate falls")
     flag("--max-length", type=count, **preset, help="longer pairs are dropped")
     flag("--adam-beta2", type=number(float, below=1), **preset, help="decay of Adam's second moment")
     flag("--lr", type=number(float), default=5e-7, help="highest learning rate (default 5e-7)")
-    flag("--seed", type=number(int, allow_0=True), default=0, help="of the order of the pairs (default 0)")
+    flag("--seed", type=int, default=0, help="seed of the order of the pairs (default 0)")
     flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="as given to generate.py")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
     flag("--micro-tokens", type=count, help="tokens in a row (default 4096 on CUDA, else 1024)")
     flag("--activation-checkpointing", action="store_true", help="less memory, a third slower")
     flag("--save-every", type=count, default=100, help="steps between checkpoints (default 100)")
-    flag("--overwrite", action="store_true", help="start over if --out holds a run")
+    flag("--overwrite", action="store_true", help="start over if --out contains a run")
     return parser
 
 
@@ -480,8 +479,7 @@ def metrics_row(rows):
 def all_logps(policy, sequences, budget):
     """Log-probabilities of sequences, a list on every process; the processes share the work."""
     mine = []
-    lengths = [len(sequence.ids) for sequence in sequences]
-    for indices in micro_batches(lengths, budget, *rank_and_world()):
+    for indices in micro_batches([len(ids) for ids, _ in sequences], budget, *rank_and_world()):
         logps, _ = sequence_logps(policy, [sequences[index] for index in indices] or [DUMMY])
         mine += zip(indices, logps.tolist(), strict=False)  # DUMMY belongs to no index
     release(policy)
@@ -559,10 +557,9 @@ def load_policy(name, revision, args):
 
 
 def release(policy):
-    """Free what a forward without backward gathered; else the optimizer would get copies, not the shards."""
+    """Free what a forward without backward gathered, or the optimizer would get copies, not the shards."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
-            # one process keeps what it gathers until backward: freeing it would save little
             module.set_reshard_after_forward(dist.get_world_size() > 1, recurse=False)
             module.reshard()
 
@@ -571,8 +568,7 @@ def release(policy):
 def check_model(policy, pairs, args):
     """Refuse a model whose log-probabilities are not those of its own logits, or depend on their row.
 
-    A response is measured in its row, after the longest sequence, over which attention must reach, and after
-    that one reversed: of it a short convolution may see less than ROUNDING allows in rows of two lengths.
+    What a short convolution sees of the sequence before can be below ROUNDING, so that one is also reversed.
     """
     sequences = sorted(sequences_of(pairs), key=lambda sequence: len(sequence.ids))
     longest, (ids, start) = sequences[-1], sequences[len(sequences) // 4]
@@ -602,10 +598,9 @@ def check_model(policy, pairs, args):
 
 def export(policy, tokenizer, args):
     """Write --out as a model folder in the type of --model. All processes gather, the first one writes."""
-    tied = policy.model.all_tied_weights_keys
     weights, folder = {}, Path(args.out, "checkpoints", "model")
     for name, value in policy.model.state_dict().items():
-        if name in tied:
+        if name in policy.model.all_tied_weights_keys:
             continue
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # never all in float32
         if dist.get_rank() == 0:  # a copy, since what was gathered may be a view of something padded
@@ -623,7 +618,7 @@ def export(policy, tokenizer, args):
                     shutil.copyfile(path, Path(args.out, name))
         except Exception as error:  # of a full disk: the libraries raise OSError, SafetensorError, Exception
             shutil.rmtree(folder, ignore_errors=True)
-            fail(f"--out {args.out} cannot be written: {error}; {TRY_AGAIN}")
+            fail(f"--out {args.out} cannot be written: {error}; run the same command again to resume")
     from_all_processes([])  # the others wait
 
 
@@ -640,9 +635,10 @@ def load_pairs(path, tokenizer, config, args):
         if pair_id is None:
             texts = [response["text"] for response in responses]
             pair_id = f"{stable_hash(json.dumps(prompt), *texts):016x}"
-        if str(pair_id) in pair_ids:
+        pair_id = str(pair_id)
+        if pair_id in pair_ids:
             fail(f"{line}: duplicate pair_id {pair_id} in this file")
-        pair_ids.add(str(pair_id))
+        pair_ids.add(pair_id)
         rewards = row.get("chosen_reward"), row.get("rejected_reward")
         if loss.rewards and None in rewards:
             fail(f"{line}: --loss {args.loss} needs chosen_reward and rejected_reward, found {rewards}")
@@ -667,7 +663,7 @@ def load_pairs(path, tokenizer, config, args):
         sequences = [Sequence(ids + completion, len(ids)) for completion in completions]
         if not loss.rejected:
             del sequences[1]
-        pairs.append(Pair(str(pair_id), source, sequences, margin, (0.0,) * len(sequences)))
+        pairs.append(Pair(pair_id, source, sequences, margin, (0.0,) * len(sequences)))
     if int(os.environ.get("RANK", 0)) == 0:
         if foreign:
             note(f"{path}: {foreign} responses came from a different tokenizer and were re-tokenized")
@@ -676,35 +672,9 @@ def load_pairs(path, tokenizer, config, args):
     return pairs or fail(f"{path}: no pair is left: {dropped}"), dropped
 
 
-def read_sides(row, line):
-    """The prompt's messages, and of chosen and rejected {"text", "finish", "token_ids", "tokenizer"}."""
-    prompts, responses = [], []
-    for side in ("chosen", "rejected"):
-        messages = row[side]
-        if isinstance(messages, str):
-            messages = [{"role": "assistant", "content": messages}]
-        if not messages or messages[-1]["role"] != "assistant":
-            fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
-        if not messages[-1]["content"].strip():
-            fail(f"{line}: the {side} response is empty")
-        prompts.append(messages[:-1] or row.get("prompt"))
-        details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
-        responses.append({"text": messages[-1]["content"], **details})
-    if prompts[0] != prompts[1]:
-        fail(f"{line}: chosen and rejected answer different prompts")
-    prompt = common.as_messages(prompts[0], line)  # in one order of keys, for the hash of the texts
-    return [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt], responses
-
-
 def epoch_order(pairs, seed, epoch):
     """The order of an epoch: it depends on seed, epoch and ids, not on the order in the file."""
     return sorted(pairs, key=lambda pair: (stable_hash(seed, "train", epoch, pair.pair_id), pair.pair_id))
-
-
-def show(tokenizer, pair):
-    """Log the sequences of a pair as the model reads them, what is trained in 【】."""
-    for ids, start in pair.sequences:
-        note(f"{pair.pair_id}: {tokenizer.decode(ids[:start])}【{tokenizer.decode(ids[start:])}】")
 
 
 # ----- the run
@@ -788,7 +758,7 @@ def save_checkpoint(folder, step, policy, optimizer):
     except dcp.CheckpointException as error:  # on all processes, if one of them could not write
         shutil.rmtree(folder / "saving", ignore_errors=True)
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        fail(f"{folder / 'saving'} cannot be written: {reason}; {TRY_AGAIN}")
+        fail(f"{folder / 'saving'} cannot be written: {reason}; run the same command again to resume")
     if dist.get_rank() == 0:
         os.replace(folder / "saving", folder / f"{step:08d}")
         for path in folder.glob("[0-9]*"):
@@ -823,7 +793,8 @@ def train(policy, pairs, held_out, args, steps, file, run_step):
         optimizer.zero_grad(set_to_none=True)
         row |= {"step": step, "epoch": epoch, "lr": lr, "grad_norm": norm, "peak_gb": peak_gb()}
         row["tokens_per_s"] = row["tokens"] / (time.time() - started)
-        save, last = (step + 1) % args.save_every == 0, step + 1 == steps.stop
+        done = step + 1
+        save, last = done % args.save_every == 0, done == steps.stop
         if held_out and (save or last):
             with torch.no_grad():  # of the plain loss, also where a recipe adds samples
                 row["eval"] = metrics_row(forward_backward(policy, held_out, args, step, train=False))
@@ -831,7 +802,7 @@ def train(policy, pairs, held_out, args, steps, file, run_step):
         if file:
             append_rows(file, [row])
         if save and not last:
-            save_checkpoint(checkpoints, step + 1, policy, optimizer)
+            save_checkpoint(checkpoints, done, policy, optimizer)
 
 
 def main(args, run_step=forward_backward):
@@ -847,15 +818,16 @@ def main(args, run_step=forward_backward):
     if args.eval_pairs:
         held_out, held_out_dropped = load_pairs(args.eval_pairs, tokenizer, config, args)
     record = common.make_record(args, files, models.items())
-    hashes = [stable_hash(*pair) for pair in pairs + held_out]  # a date in a chat template changes them
-    record["inputs"]["token ids of the pairs"] = f"{stable_hash(*hashes):016x}"
+    # a date in a chat template changes the ids
+    record["inputs"]["token ids of the pairs"] = stable_hash(*map(stable_hash, pairs + held_out))
     steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
     with open_run(args, record, steps) as (file, done, counts):
         if counts is None:
             policy, pairs, held_out = load_models(args, models, record, pairs, held_out)
             if file:
                 begin(args, file, record, done)
-                show(tokenizer, min(pairs, key=lambda pair: stable_hash(args.seed, "show", pair.pair_id)))
+                for sequence in epoch_order(pairs, args.seed, 0)[0].sequences:
+                    show(tokenizer, *sequence)
             train(policy, pairs, held_out, args, range(done, steps), file, run_step)
             export(policy, tokenizer, args)
             if file:
@@ -878,14 +850,9 @@ def summary(path):
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     tokens = sum(row["tokens"] for row in rows)
     seconds = sum(row["tokens"] / row["tokens_per_s"] for row in rows)
-    return {
-        "steps": len(rows),
-        "first_loss": rows[0]["loss"],
-        "last_loss": rows[-1]["loss"],
-        "eval_loss": rows[-1].get("eval", {}).get("loss"),
-        "tokens_trained": tokens,
-        "tokens_per_s": round(tokens / seconds, 1),
-    }
+    counts = {"steps": len(rows), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
+    counts["eval_loss"] = rows[-1].get("eval", {}).get("loss")
+    return counts | {"tokens_trained": tokens, "tokens_per_s": round(tokens / seconds, 1)}
 
 
 def peak_gb():

@@ -202,7 +202,6 @@ def test_a_flag_of_another_loss_is_refused(loss, flag, value, capsys):
         (["--max-length", "0"], "found 0"),
         (["--save-every", "0"], "found 0"),
         (["--adam-beta2", "1"], "must be above 0 and below 1, found 1"),
-        (["--seed", "-1"], "must be at least 0 and below inf, found -1"),
         (["--label-smoothing", "0.5", "--loss", "dpo_smoothed"], "must be at least 0 and below 0.5"),
         (["--margin-scale", "0", "--loss", "revkl"], "above 0"),
         (["--slic-lambda", "-1", "--loss", "slic"], "at least 0"),
@@ -751,8 +750,9 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_a_model_is_loaded(
 def test_show_marks_exactly_what_is_trained(whole_run, tmp_path, tokenizer, capsys):
     (pair,), _ = loaded(tmp_path, tokenizer, [{**BUILT, "rejected_finish": "length"}])  # that side was cut
     capsys.readouterr()
-    train_dpo.show(tokenizer, pair)
-    expected = [f"p: {HI}【yes<|im_end|>】", f"p: {HI}【no】"]
+    for sequence in pair.sequences:
+        train_dpo.show(tokenizer, *sequence)
+    expected = [f"{HI}【yes<|im_end|>】", f"{HI}【no】"]
     script = f"{Path(train_dpo.sys.argv[0]).name}: "
     assert capsys.readouterr().err == "".join(f"{script}{line}\n" for line in expected)
     assert whole_run.said.count("【") == whole_run.said.count("】") == 2
@@ -919,7 +919,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(whole_run, tmp_path, capsys):
     with files_of_at_most(100_000):  # a checkpoint has 600,000 bytes, its model alone 200,000
         said = refused_run(capsys, *flags)
     assert f"{out}/checkpoints/saving cannot be written: " in said and "Traceback" not in said
-    assert "; make space and run the same command again to resume\n" in said
+    assert "; run the same command again to resume\n" in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == []
     assert len(read_rows(out / "metrics.jsonl")) == 2 and not (out / "config.json").exists()
     summary, _ = train(*flags)
@@ -938,7 +938,7 @@ def test_a_disk_that_is_full_at_the_end(whole_run, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(train_dpo, "export", export_to_a_full_disk)
     said = refused_run(capsys, *flags)
-    assert f"--out {out} cannot be written: " in said and "make space and run the same command" in said
+    assert f"--out {out} cannot be written: " in said and "run the same command again" in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000004"]
     assert not list(out.glob("*.safetensors")) and not (out / "config.json").exists()
     monkeypatch.undo()
