@@ -8,7 +8,7 @@ Reads   --data FILE_OR_HUB_ID ...  JSONL, a .json list, .parquet or data sets of
             helpsteer2               nvidia/HelpSteer2: two answers to a prompt, rated by people
             oasst2                   OpenAssistant/oasst2: first turns with at least 3 answers (S3 5.1)
             alpaca_eval              the outputs of a model as AlpacaEval keeps them
-Writes  --out FILE  a row per prompt: id, prompt, responses; beside it x.meta.json, the record of the run
+Writes  --out FILE  a row per prompt: id, prompt, responses; and x.meta.json, the record of the run
 
 Rows of one prompt are merged, also those of several files, and their responses stay in order. A missing id
 becomes a hash of the prompt, and a score that is no number, such as "N/A", null. Prints one JSON object last,

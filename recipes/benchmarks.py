@@ -2,7 +2,7 @@
 A model -> the papers' benchmarks, by lm-eval (pip install "lm-eval[ifeval]==0.4.13").
 
 Reads   --model   a folder, or OWNER/NAME on the hub
-Writes  --out     JSON: {"average", "tasks": {task: {"score", "stderr", "n", ...}}, ...} in percent; beside it
+Writes  --out     JSON: {"average", "tasks": {task: {"score", "stderr", "n", ...}}, ...} in percent, and
                   the record of the run
 
 simplemix     S1 section 4.1, Tables 4, 5: 8 tasks and their mean, for IFEval the share of prompts whose
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     flag("--model", metavar="MODEL", help="a folder, or OWNER/NAME on the hub")
     flag("--suite", required=True, choices=list(SUITES))
     flag("--backend", choices=["hf", "vllm"], help="what lm-eval runs the model with (default hf)")
-    flag("--batch-size", metavar="N", help="of the backend hf (default 8)")
+    flag("--batch-size", metavar="N", help="for --backend hf (default 8)")
     flag("--limit", type=int, metavar="N", help="only the first N questions of each task")
     flag("--data", metavar="DIR", help="a folder that --write-data made, for machines without internet")
     flag("--write-data", metavar="SRC", help="make such a folder --out of the benchmarks' files in SRC")

@@ -71,7 +71,7 @@ def parse_args(argv=None):
     flag("--out", required=True, metavar="FILE", help="the pairs, JSONL")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--tiers", metavar="CHOSEN/REJECTED", help=f"two of {', '.join(TIERS)}")
-    rule.add_argument("--ranks", type=int, nargs=2, metavar=("CHOSEN", "REJECTED"), help="from 1")
+    rule.add_argument("--ranks", type=int, nargs=2, metavar=("CHOSEN", "REJECTED"), help="counted from 1")
     flag("--gap", type=float, nargs="+", metavar=("LOW", "HIGH"), help="window of the difference of rewards")
     flag("--reward", metavar="NAME", help='take "scores"[NAME] as the reward')
     flag("--disagree", metavar="NAME", help='only pairs that "scores"[NAME] orders the other way')

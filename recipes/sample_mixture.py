@@ -56,7 +56,7 @@ def mix_logits(policy, reference, weights, vocabulary):
 
 
 def mixer(reference, mask, weights, vocabulary):
-    """A logits processor that runs the reference beside the policy, with a cache of its own.
+    """A logits processor that runs the reference along with the policy, with its own cache.
 
     mask (B, T): 1 where the prompts, padded on the left, have a token.
     """

@@ -62,7 +62,7 @@ def rloo_advantages(log_ratios):
 def hypo_kl(logps, reference_logps):
     """(B, k) of samples from the policy -> (B,), whose expected gradient is that of KL(policy || reference).
 
-    S1 Table 1 prints -lambda log(y|x) sg(pi/pi_SFT): it lacks pi in the first logarithm and the logarithm
+    S1 Table 1 prints -lambda log(y|x) sg(pi/pi_SFT): pi is missing in the first logarithm, a logarithm
     in sg, and has the sign of an objective to maximise. The raw ratio would be the gradient of half the
     chi-squared divergence.
     """

@@ -100,7 +100,7 @@ def read_runs(args):
     n_unanswered = len(everything) - len(keys)
     if n_without == len(keys) or (n_without or n_unanswered) and not args.allow_missing:
         missing = f"{n_unanswered} are not in all runs and {n_without} have no verdict"
-        fail(f"of {len(everything)} prompts, {missing}; --allow-missing compares others, if there are any")
+        fail(f"of {len(everything)} prompts, {missing}; --allow-missing compares the remaining prompts")
     if args.allow_missing:
         facts |= {"n_without_verdict": n_without, "n_unanswered": n_unanswered}
     runs = []
@@ -168,7 +168,7 @@ def over_seeds(names, values):
         settings.setdefault(re.sub(r"seed\d+", "seed", name), []).append(value)
     counts = {len(runs) for runs in settings.values()}
     if len(counts) > 1:
-        fail(f"expected as many runs of each setting, found {' and '.join(map(str, sorted(counts)))}")
+        fail(f"expected equal numbers of runs, found {' and '.join(map(str, sorted(counts)))}")
     if counts == {1}:
         return []
     parts = []

@@ -8,7 +8,7 @@ Writes  --out FILE            as score.py, with "wins"[i][j] = p(m) / (p(m) + p(
 The server is any with OpenAI's chat completions: --base-url, else the environment's OPENAI_BASE_URL, else
 OpenAI's own, with the key in OPENAI_API_KEY. One token is asked for, and m and M are looked for among its
 five most likely ones. Which response is m is drawn per prompt as alpaca_eval draws it. Equal texts tie, and
-nothing is asked. --baseline NAME only asks for pairs with a response of that model; over 1 % of prompts
+no request is sent. --baseline NAME only asks for pairs with a response of that model; over 1 % of prompts
 without such a pair, or of verdicts missing, is then an error. The prompt is our own wording; --judge-prompt
 reads another, such as alpaca_eval's (in its package as
 evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt).

@@ -168,7 +168,7 @@ def test_refusals(tmp_path, capsys):
             f"of {N} prompts, 0 are not in all runs and 1 have no verdict; --allow-missing",
         ),
         (["--first", str(tmp_path / "none")], "none.judged: no rows"),
-        (["--first", first, *seeds], "expected as many runs of each setting, found 1 and 2"),
+        (["--first", first, *seeds], "expected equal numbers of runs, found 1 and 2"),
         (
             ["--first", first, "--group", "x=cooking"],
             "--group x: no prompt has one of the categories cooking",
