@@ -26,12 +26,7 @@ def parse_args(argv=None):
     flag("--baseline", metavar="NAME", help='"model" of the responses to compare with')
     flag("--annotations", metavar="FILE", help="AlpacaEval's verdicts, in place of the three flags above")
     flag("--lc-data", metavar="DIR", help="folder of AlpacaEval's difficulties, instructions and gamed rows")
-    flag(
-        "--lc-c",
-        type=float,
-        metavar="C",
-        help="inverse penalty of the LC fit (--lc-data: by cross-validation)",
-    )
+    flag("--lc-c", type=float, metavar="C", help="inverse penalty of the LC fit (--lc-data: cross-validated)")
     flag("--bins-of", nargs="+", default=[], metavar="CATEGORY", help="length bins of these categories only")
     flag("--allow-missing", action="store_true", help="continue when over 1 %% of prompts have no verdict")
     flag("--out", required=True, metavar="FILE", help="the result, JSON")
