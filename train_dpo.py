@@ -10,7 +10,7 @@ Writes  --out FOLDER    a model folder in the type of --model, with metrics.json
     python train_dpo.py --model out/models/policy --pairs out/on50.pairs.jsonl --out out/dpo --batch-size 8
     torchrun --nproc-per-node 8 train_dpo.py --model Qwen/Qwen3-8B --pairs uf.pairs.jsonl --out uf/dpo
 
-The same command resumes a stopped run from its last checkpoint, to the same losses. The last line is a JSON
+The same command, without --overwrite, resumes a stopped run from its last checkpoint. The last line is a JSON
 object: pairs, what was dropped, steps, losses, speed. S1 is SimpleMix, S2 "Is On-Policy Data always the Best
 Choice [...]?", S3 "What Matters in Data for DPO?".
 """
@@ -44,7 +44,7 @@ MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 PROBE = 512  # tokens of the sequence that check_model compares with the model's own logits
-# tolerances of check_model for the log-probability of a token; of T tokens sqrt(T) times
+# tolerances of check_model for the log-probability of a token; for a sum over T tokens, times sqrt(T)
 ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # between rows of different lengths
 NEIGHBOUR = 0.01  # between rows of one length, measured 0 to 6e-4; with a convolution 0.05 to 0.08
 MAY_CHANGE = {"save_every", "micro_tokens", "activation_checkpointing"}  # when a run is resumed
@@ -103,7 +103,7 @@ class Batch(NamedTuple):
     chosen: "torch.Tensor"  # (B,) log(pi(y_w|x) / pi_ref(y_w|x)), or log pi(y_w|x) without a reference
     rejected: "torch.Tensor | None"  # (B,) the same of y_l; None for a loss without a rejected side
     logps: "torch.Tensor"  # (B, 2) log pi of chosen and rejected; (B, 1) without a rejected side
-    tokens: "torch.Tensor"  # (B, 2) tokens of the responses
+    tokens: "torch.Tensor"  # the same shape: numbers of tokens of the responses
     reward_margins: "torch.Tensor"  # (B,) reward of chosen minus reward of rejected
 
 
@@ -111,7 +111,7 @@ LOSSES, LOSS_FLAGS = {}, {}  # {name: function}, {flag: [functions that have it]
 
 
 def loss(reference=True, rejected=True, rewards=False, per_token=False):
-    """Register a function of a Batch, which gives a loss per pair (B,), under its name as a --loss.
+    """Register a function from a Batch to a loss per pair (B,); its name becomes a --loss.
 
     reference: it compares log-ratios, not log-probabilities; rejected: it reads the rejected response;
     rewards: pairs must have them; per_token: it compares means over tokens. Its keyword parameters are flags,
@@ -171,7 +171,7 @@ def pair_losses(args, batch):
 def make_parser(description):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
-    flag, count, preset = parser.add_argument, number(int), {"default": argparse.SUPPRESS}
+    flag, count, unset = parser.add_argument, number(int), {"default": argparse.SUPPRESS}
     flag("--model", required=True, help="model folder, or OWNER/NAME on the hub, to start from")
     flag("--revision", help="branch, tag or commit of --model on the hub")
     flag("--reference", metavar="MODEL", help="model of the reference log-probabilities (default: --model)")
@@ -183,18 +183,18 @@ def make_parser(description):
         kind = users[0].__annotations__.get(name, number(float))
         text = ", ".join(f"{user.__name__} {user.flags[name]}" for user in users)
         text = "default: " + text.replace("None", "the preset's")
-        flag(f"--{name.replace('_', '-')}", type=kind, help=text, **preset)
+        flag(f"--{name.replace('_', '-')}", type=kind, help=text, **unset)
     flag("--preset", choices=list(PRESETS), default="s1", help="sets --beta and the next five (default s1)")
-    flag("--epochs", type=count, **preset)
-    flag("--batch-size", type=count, **preset, help="pairs in an optimizer step, over all GPUs")
-    flag("--schedule", choices=["linear", "cosine"], **preset, help="how the learning rate falls")
-    flag("--max-length", type=count, **preset, help="longer pairs are dropped")
-    flag("--adam-beta2", type=number(float, below=1), **preset, help="decay of Adam's second moment")
+    flag("--epochs", type=count, **unset)
+    flag("--batch-size", type=count, **unset, help="pairs in an optimizer step, over all GPUs")
+    flag("--schedule", choices=["linear", "cosine"], **unset, help="how the learning rate falls")
+    flag("--max-length", type=count, **unset, help="longer pairs are dropped")
+    flag("--adam-beta2", type=number(float, below=1), **unset, help="decay of Adam's second moment")
     flag("--lr", type=number(float), default=5e-7, help="highest learning rate (default 5e-7)")
     flag("--seed", type=int, default=0, help="seed of the order of the pairs (default 0)")
     flag("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="as given to generate.py")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
-    flag("--micro-tokens", type=count, help="tokens in a row (default 4096 on CUDA, else 1024)")
+    flag("--micro-tokens", type=count, help="tokens in a forward pass (default 4096 on CUDA, else 1024)")
     flag("--activation-checkpointing", action="store_true", help="less memory, a third slower")
     flag("--save-every", type=count, default=100, help="steps between checkpoints (default 100)")
     flag("--overwrite", action="store_true", help="start over if --out contains a run")
@@ -205,7 +205,7 @@ def parse_args(argv=None, parser=None):
     parser = parser or make_parser(__doc__)
     given = vars(parser.parse_args(argv))  # the preset's flags and those of losses only if they were given
     preset, loss = PRESETS[given["preset"]], LOSSES[given["loss"]]
-    defaults = preset | {"beta": 1.0}  # without a beta, rewards are what the loss compares
+    defaults = preset | {"beta": 1.0}  # of a loss without beta: its metrics' rewards are not scaled
     for name, default in loss.flags.items():
         defaults[name] = preset[name] if default is None else default
     for name in (LOSS_FLAGS.keys() - loss.flags.keys()) & given.keys():
@@ -343,7 +343,7 @@ class PolicyLogps(torch.nn.Module):
         self.model = model
 
     def forward(self, ids, positions, before, targets, **layout):
-        """ids, positions (1, T); before (C,): states that predict targets (C,) -> (C,) float32"""
+        """ids, positions (1, T); before (C,): indices of the states before targets (C,) -> (C,) float32"""
         output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **layout)
         head = self.model.get_output_embeddings()
         states = output.last_hidden_state[0, before]
@@ -359,16 +359,16 @@ def sequence_logps(policy, sequences):
     ends = [0, *itertools.accumulate(lengths)]
     trained = torch.cat([torch.arange(end - n, end) for end, n in zip(ends[1:], counts, strict=True)])  # (C,)
     # the state before a token predicts it; the first token of a sequence is never trained
-    row = [ids[None], positions[None], torch.tensor(ends, dtype=torch.int32), trained - 1, ids[trained]]
+    inputs = [ids[None], positions[None], torch.tensor(ends, dtype=torch.int32), trained - 1, ids[trained]]
     device = policy.model.device
-    ids, positions, ends, before, targets = (to_device(tensor, device) for tensor in row)
+    ids, positions, ends, before, targets = (to_device(tensor, device) for tensor in inputs)
     logps = policy(ids, positions, before, targets, lengths=lengths, ends=ends)
     sums = torch.stack([part.double().sum() for part in logps.split(counts)])
     return sums, to_device(torch.tensor(counts, dtype=torch.float64), device)
 
 
 def to_device(tensor, device):
-    """A copy that does not wait for a GPU to finish its work, so that the GPU need not wait for Python."""
+    """The tensor on the device; Python does not wait for a GPU to finish its work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -384,7 +384,7 @@ def micro_batches(lengths, budget, rank, world):
     """The batches of one of `world` processes: indices of `lengths`, at most `budget` tokens in a batch.
 
     Longest first, dealt to the processes in turn; what exceeds the budget is a batch of its own. FSDP2 needs
-    as many forward passes everywhere, so a process that has fewer gets empty batches.
+    equally many forward passes on all processes, so one that has fewer gets empty batches.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     shares = []
@@ -427,7 +427,7 @@ def forward_backward(policy, pairs, args, step, train=True):
         if train:
             (losses.sum() / len(pairs)).backward()  # over the pairs of the step, not of this row
     rows = []
-    for members, metrics in measured:  # which stay on the device until here, so that it need not wait
+    for members, metrics in measured:  # metrics stay on the device until here, so that it need not wait
         for pair, *values in zip(members, *[column.tolist() for column in metrics.values()], strict=True):
             row = {"pair_id": pair.pair_id, "source": pair.source, "tokens": pair.tokens()}
             rows.append(row | dict(zip(metrics, values, strict=True)))
@@ -439,7 +439,7 @@ def forward_backward(policy, pairs, args, step, train=True):
 
 
 def pair_metrics(batch, losses, beta):
-    """What metrics.jsonl has the means of, each (B,). The reward of the chosen response often falls too."""
+    """Metrics of each pair, (B,); metrics.jsonl has their means. The chosen reward often falls in DPO."""
     logps, per_token = batch.logps, batch.logps / batch.tokens
     metrics = {"loss": losses, "chosen_logp": logps[:, 0], "chosen_logp_per_token": per_token[:, 0]}
     if batch.rejected is not None:
@@ -457,7 +457,7 @@ def pair_metrics(batch, losses, beta):
 
 
 def means(rows):
-    """Means over pairs; of margin and diversity also the standard deviation."""
+    """Means over pairs, and the standard deviations of margin and diversity."""
     names = [name for name in rows[0] if name not in ("pair_id", "source", "tokens")]
     mean = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
     for name in {"margin", "diversity"} & mean.keys():
@@ -557,7 +557,7 @@ def load_policy(name, revision, args):
 
 
 def release(policy):
-    """Free what a forward without backward gathered, or the optimizer would get copies, not the shards."""
+    """Back to shards, on which the optimizer steps; with several processes also after later forwards."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(dist.get_world_size() > 1, recurse=False)
@@ -568,7 +568,7 @@ def release(policy):
 def check_model(policy, pairs, args):
     """Refuse a model whose log-probabilities are not those of its own logits, or depend on their row.
 
-    What a short convolution sees of the sequence before can be below ROUNDING, so that one is also reversed.
+    A short convolution may leak less than ROUNDING over a boundary: what is before it is also reversed.
     """
     sequences = sorted(sequences_of(pairs), key=lambda sequence: len(sequence.ids))
     longest, (ids, start) = sequences[-1], sequences[len(sequences) // 4]
@@ -584,7 +584,7 @@ def check_model(policy, pairs, args):
     release(policy)
     scale = math.sqrt(len(logits))
     rounding = ROUNDING[args.dtype] * scale
-    if not math.isfinite(single):
+    if not math.isfinite(single + exact):
         fail(f"{model.name_or_path}: the log-probability of a response is not finite")
     if not abs(single - exact) <= rounding:
         problem = f"{model.config.model_type} models scale or cap their logits, which is not supported"
@@ -602,7 +602,7 @@ def export(policy, tokenizer, args):
     for name, value in policy.model.state_dict().items():
         if name in policy.model.all_tied_weights_keys:
             continue
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # never all in float32
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # one at a time
         if dist.get_rank() == 0:  # a copy, since what was gathered may be a view of something padded
             weights[name] = value.detach().to("cpu", policy.dtypes[name], copy=True)
     if dist.get_rank() == 0:
@@ -611,7 +611,7 @@ def export(policy, tokenizer, args):
             tokenizer.save_pretrained(args.out)
             for path in folder.glob("*.safetensors*"):
                 os.replace(path, Path(args.out, path.name))
-            for name in ("generation_config.json", "config.json"):  # unchanged; config.json is the last file
+            for name in ("generation_config.json", "config.json"):  # config.json last: the model is complete
                 options = {"revision": args.revision, "_raise_exceptions_for_missing_entries": False}
                 path = cached_file(args.model, name, **options)
                 if path:
@@ -743,7 +743,7 @@ def load_models(args, models, record, pairs, held_out):
         check_model(policy, pairs + held_out, args)
         if name == args.reference:
             state = json.dumps(record["models"][name])
-            key = stable_hash(name, state, args.dtype, torch.cuda.is_available(), torch.__version__)
+            key = stable_hash(name, state, args.dtype, torch.cuda.is_available(), record["versions"])
             cache = f"{Path(args.out).parent}/reference_cache/{key:016x}.jsonl"
             pairs, held_out = (with_reference(policy, part, cache, args) for part in (pairs, held_out))
     return policy, pairs, held_out
@@ -768,7 +768,7 @@ def save_checkpoint(folder, step, policy, optimizer):
 
 
 def train(policy, pairs, held_out, args, steps, file, run_step):
-    """The range of `steps` of a run; the first process has `file` and appends a row per step."""
+    """Train the range of `steps`, whose stop is the run's total; the first process appends a row per step."""
     betas = (0.9, args.adam_beta2)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=betas, weight_decay=0.0, fused=True)
     checkpoints = Path(args.out, "checkpoints")
@@ -796,7 +796,7 @@ def train(policy, pairs, held_out, args, steps, file, run_step):
         done = step + 1
         save, last = done % args.save_every == 0, done == steps.stop
         if held_out and (save or last):
-            with torch.no_grad():  # of the plain loss, also where a recipe adds samples
+            with torch.no_grad():  # the loss of the pairs only, whatever run_step adds
                 row["eval"] = metrics_row(forward_backward(policy, held_out, args, step, train=False))
             release(policy)
         if file:
