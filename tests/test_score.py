@@ -830,7 +830,7 @@ def test_rows_of_another_run_in_out(tmp_path, capsys):
     for number, foreign, sentence in (
         (1, '{"id": "x"}\n', "this is not the row 'p1' of this run"),
         (2, lines[0], "this is not the row 'p2' of this run"),
-        (1, '{"a": 1}\n', "missing required field `id`"),
+        (1, '{"a": 1}\n', "scored.jsonl:2: "),
         (3, lines[0], "already has more rows than the 3 requested"),
     ):
         path.write_text("".join([*lines[:number], foreign, *lines[number + 1 :]]))
