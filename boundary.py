@@ -10,7 +10,7 @@ This is section 5.3, Algorithm 1, of S2, "Is On-Policy Data always the Best Choi
 response meets every off-policy response of its prompt (in S2 two meet two) under a preference model: by
 "wins" if the rows have them, else by reward. V_on counts the comparisons that the on-policy response wins,
 V_off those it loses and, unless --tie says otherwise, ties; equal texts tie. The boundary score is V_on /
-(V_on + V_off); the caption of S2's Table 3 gives the inverse, but its numbers follow this definition. If
+(V_on + V_off); the caption of S2's Table 3 gives the complement; its numbers follow this definition. If
 V_off > V_on, the model is in the preference injection stage and learns more from off-policy data, else in the
 fine-tuning stage and learns more from on-policy data. Ours are "ci", a 95 % interval over prompts, and
 "length_matched", the same over texts of similar length: a preference model may like long texts.
@@ -153,7 +153,7 @@ def shares(comparisons, condition):
 def distinctness(comparisons):
     """F.1: how often the on-policy response has the higher probability, by sums and by means per token.
 
-    S2 Table 8 has 84 to 97 %. Algorithm 1 needs it: below 80 % of sums (ours) it is doubtful.
+    S2 Table 8 has 84 to 97 %. Algorithm 1 needs it: we doubt it if the share by sums is below 80 %.
     """
     if len(comparisons) == 0:
         return None
@@ -192,8 +192,8 @@ def advice(result):
         doubt = f"the {n} comparisons of texts of similar length say {matched['stage']}"
         doubts.append(f"{doubt} (score {matched['score']:.3f}, {low:.3f} to {high:.3f})")
     if agreement and agreement["stage"] != result["stage"]:
-        doubt = f"the exact consistencies say {agreement['stage']}"
-        doubts.append(f"{doubt} (eq. 10 {agreement['on']:.3f}, eq. 11 {agreement['off']:.3f})")
+        doubt = f"eqs. 10 and 11 say {agreement['stage']}"
+        doubts.append(f"{doubt} ({agreement['on']:.3f} and {agreement['off']:.3f})")
     if distinct and distinct["sum"] < 0.8:
         doubt = f"the model gives its own response the higher probability in only {distinct['sum']:.0%}"
         doubts.append(f"{doubt} (F.1: 84 to 97 %)")

@@ -8,7 +8,8 @@ Writes  --out FILE         a pair per line, as `datasets` and TRL's DPOTrainer r
 
 Each prompt gives a pair of each source by a rule (RULES below), and `mix` takes one of them: SimpleMix (S1
 sections 4.1, 5.2). If the files have both sources, only prompts with a pair of each take part, so that every
---on-ratio uses the same prompts. --filter keeps the best share of the off-policy pairs (FILTERS below).
+--on-ratio uses the same prompts. --filter (FILTERS below) keeps the best share of the off-policy pairs or, if
+--on-ratio is 1, of the on-policy pairs.
 
     python build_pairs.py --scored out/scored.jsonl --out out/on50.pairs.jsonl --on-ratio 0.5
 
@@ -102,7 +103,7 @@ def use_scores(rows, name):
 
 # ----- selection: the responses of one prompt and source -> a pair
 def best_worst(responses, usable):
-    """The highest against the lowest reward, the first of equals (S1 section 3.1, S2 section 4)."""
+    """The highest against the lowest reward, the first of equals (S1 section 3.1)."""
     best = max(usable, key=lambda i: responses[i]["reward"])
     others = [i for i in usable if i != best]
     return best, min(others, key=lambda i: responses[i]["reward"])
@@ -168,7 +169,7 @@ FILTERS = {
     "similarity": lambda pair, seed: -pair["cosine"],  # the least similar are kept
     "random": lambda pair, seed: stable_hash(seed, "filter", pair["id"], ""),  # the control
 }
-SCORERS = {"onpolicy": "scorers/logp.py", "similarity": "scorers/embed.py"}  # for the others score.py
+SCORER_SCRIPTS = {"onpolicy": "scorers/logp.py", "similarity": "scorers/embed.py"}  # for the others score.py
 
 
 def keep_best(pairs, name, share, seed):
@@ -184,9 +185,9 @@ def keep_best(pairs, name, share, seed):
 def mix_filtered(candidates, kept, ratio):
     """({id: {source: pair}} as `mix` takes it, total number of pairs) after a filter.
 
-    With 0 < R < 1 (S1 Fig. 6) the off-policy pairs that were kept meet on-policy pairs of other prompts, and
-    all of them are used: off = N - round(R N) = kept. As halves are rounded up, N is the first number with
-    N (1 - R) > kept - 1/2.
+    With 0 < R < 1 (S1 Fig. 6) the off-policy pairs that were kept meet on-policy pairs, of other prompts
+    (ours), and all of them are used: off = N - round(R N) = kept. As halves are rounded up, N is the first
+    number with N (1 - R) > kept - 1/2.
     """
     if ratio in (0, 1):
         return {prompt_id: candidates[prompt_id] for prompt_id in kept}, len(kept)
@@ -270,7 +271,7 @@ def main(args):
         pairs = [by_source[source] for by_source in candidates.values()]
         kept, n = keep_best(pairs, *args.filter, args.seed)
         if pairs and n == 0:
-            scorer = SCORERS.get(args.filter[0], "score.py")
+            scorer = SCORER_SCRIPTS.get(args.filter[0], "score.py")
             fail(f"{files}: no pair has the values for --filter {args.filter[0]}; run {scorer} first")
         counts["filter"] = {"kept": len(kept), "of": n, "without_value": len(pairs) - n}
         candidates, total = mix_filtered(candidates, kept, ratio)

@@ -25,7 +25,7 @@ def load_tokenizer(name, revision=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         return tokenizer, AutoConfig.from_pretrained(name, revision=revision)
-    except Exception as error:  # of damaged files, tokenizers' own Exception among others
+    except Exception as error:  # damaged files raise many kinds, even a bare Exception
         reason = str(error).partition("\n")[0]
         fail(f"{name}: its tokenizer or config cannot be loaded: {type(error).__name__}: {reason}")
 
@@ -46,7 +46,7 @@ def read_sides(row, line):
         responses.append({"text": messages[-1]["content"], **details})
     if prompts[0] != prompts[1]:
         fail(f"{line}: chosen and rejected answer different prompts")
-    prompt = as_messages(prompts[0], line)  # in one order of keys, for the hash of the texts
+    prompt = as_messages(prompts[0], line)  # role first: train_dpo.py hashes this as JSON
     return [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt], responses
 
 
@@ -113,5 +113,5 @@ def count_special(texts, tokenizer):
 
 
 def show(tokenizer, ids, start):
-    """Log a sequence as a model reads it, with the response, which begins at `start`, in 【】."""
+    """Log a sequence as a model reads it, with the response, which begins at `start`, between 【 and 】."""
     note(f"{tokenizer.decode(ids[:start])}【{tokenizer.decode(ids[start:])}】")

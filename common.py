@@ -1,7 +1,6 @@
-"""
-What the six scripts share: rows in and out, outputs that resume, loading a model.
+"""What the six scripts share: rows in and out, outputs that resume, loading a model; nothing of a paper.
 
-No paper, no flag, no torch at the top. Who takes a script elsewhere takes this file and chat.py along.
+To use a script elsewhere, take this file and chat.py along.
 """
 
 import fcntl
@@ -27,7 +26,7 @@ START_OVER = "use another --out, or --overwrite to start over"
 
 
 def fail(message):
-    """End the run because of a mistake in what was given: one sentence, exit status 2."""
+    """End the run with one sentence and exit status 2: what was given, or the machine, does not allow it."""
     note(message)
     raise SystemExit(2)
 
@@ -86,7 +85,7 @@ def read_responses(paths, shape):
             for response in row["responses"]:
                 if response.get("reward") is not None:
                     labelers.add(str(row.get("labeler")))
-                if response.get("token_ids") is not None:  # a tenth of a list's memory
+                if response.get("token_ids") is not None:  # an array takes a tenth of the memory
                     response["token_ids"] = array("I", response["token_ids"])
             first = rows.get(row["id"])
             if first and first["prompt"] != row["prompt"]:
@@ -98,7 +97,7 @@ def read_responses(paths, shape):
 
 
 def merged(first, second):
-    """Two rows of one prompt as one. Of pairs of responses of different files nothing is known: null."""
+    """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null."""
     row = second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
     n, m = len(first["responses"]), len(second["responses"])
@@ -190,7 +189,7 @@ def write_output(args, inputs, lines, **facts):
 def open_output(args, record, may_change, ids, window=1, key="id"):
     """Lock --out to append rows. Yields (file, number of rows that stay, counts of a finished run or None).
 
-    `ids`: the `key` of every row that --out will have. A resumed run works on the same windows of rows.
+    `ids`: the `key` of every row that --out will have. A resumed run starts at a whole window of rows.
     """
     check_output(args.out, record["inputs"])
     try:
@@ -203,17 +202,18 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
         fail(f"--out {args.out}: {error.strerror}")
     try:
         done, counts = 0, None
-        if file.tell() > 0 and not args.overwrite:
+        if file.seek(0, os.SEEK_END) > 0 and not args.overwrite:
             counts = check_same_run(args.out, record, may_change).get("counts")
             done = keep_rows(args.out)
             if done > 0:
                 check_rows(args.out, ids, key)
             if done < len(ids):
                 done, counts = keep_rows(args.out, done - done % window), None
+                write_record(args.out, record)  # without the counts, which were of fewer rows
         yield file, done, counts
     finally:
-        if os.path.getsize(args.out) == 0:  # the run ended before its first row
-            os.unlink(args.out)
+        if file.seek(0, os.SEEK_END) == 0:  # the run ended before its first row
+            Path(args.out).unlink(missing_ok=True)
         file.close()
 
 
@@ -229,7 +229,7 @@ def check_same_run(out, record, may_change):
     try:
         before = msgspec.json.decode(Path(path).read_bytes())
         msgspec.convert(before, Record)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         fail(f"--out {out} exists but its record {path} is missing or damaged; {START_OVER}")
     now = json.loads(json.dumps(record))
     for part in ("args", "inputs", "models"):
@@ -241,7 +241,7 @@ def check_same_run(out, record, may_change):
 
 
 def check_rows(out, ids, key):
-    """The run ends if a row of --out is not the one that it would write there."""
+    """The run ends if a row of --out is not the one that this run would write there."""
     for number, (line, row) in enumerate(read_jsonl(out, TypedDict("Row", {key: str | int})), 1):
         if number > len(ids):
             fail(f"--out {out} already has more rows than the {len(ids)} requested; {START_OVER}")

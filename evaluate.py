@@ -55,7 +55,7 @@ from common import Message, TokenIds, Wins, fail, note, read_responses, write_ou
 
 CS = np.logspace(-4, 4, 10)  # alpaca_eval: scikit-learn's LogisticRegressionCV(Cs=10)
 MINIMAL_C = CS[6]  # without gamma: on few prompts cross-validation shrinks every rate to 50
-GAMED_WEIGHT = 0.1  # alpaca_eval: a fifth, shared by the two gamed models
+GAMED_WEIGHT = 0.1  # alpaca_eval: a fifth of a model's weight, shared by the two gamed models
 MIN_VERDICTS = 5  # of fewer there is nothing to fit
 LC_FILES = ("alpaca_eval_gpt4_baseline.json", "df_gamed.csv")  # of --lc-data
 OFFICIAL_BASELINE = "gpt4_1106_preview"
@@ -278,7 +278,7 @@ def training_rows(prompts, gamed):
     columns = [lengths, ones] if gamed is None else [lengths, prompts["gamma"], ones]
     x = np.stack(columns, axis=1)
     weight = ones
-    if gamed is not None and (difference.any() or (p != 0.5).any()):  # the baseline has 50 by construction
+    if gamed is not None and (difference.any() or (p != 0.5).any()):  # else the model is the baseline: 50
         x = np.concatenate([x, gamed["x"]])
         p = np.concatenate([p, gamed["p"]])
         weight = np.concatenate([weight, np.full(len(gamed["p"]), GAMED_WEIGHT)])
@@ -331,7 +331,7 @@ def group_means(values, members):
 
 
 def adjusted_rates(wins, logits, equal_length, members):
-    """(g,) the length-controlled rates of groups with win rates (g,), in [0, 1].
+    """(g,) the length-controlled rates of groups with win rates (g,), in [0, 1]; the method is ours.
 
     The fit knows no groups. A number b (g,) is added to its logits (n,), so that a group's mean chance is its
     win rate; the group's mean chance at equal lengths, with the same b, is the result.
@@ -351,7 +351,7 @@ def adjusted_rates(wins, logits, equal_length, members):
 
 
 def bootstrap(prompts, gamed, C, theta):
-    """(1000, 3, g) rates of prompts drawn with replacement, the same for every model; fits start at theta."""
+    """(1000, 3, g) rates of prompts drawn with replacement, the same for equal n; fits start at theta."""
     n = len(prompts["p"])
     draws = []
     for counts in np.random.default_rng(0).multinomial(n, [1 / n] * n, 1000):

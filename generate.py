@@ -13,9 +13,10 @@ Sampling follows SimpleMix (S1, section 3.1 footnote 2 and section 5.1): four re
 temperature 0.7 and top-p 0.9. --preset s2 and s3 are Table 7 of S2 and Table 6 of S3. --greedy is how a model
 answers the prompts of an evaluation (S1, Appendix D).
 
-If a run is stopped, the same command resumes it. On a CPU in float32 the rows are then equal byte for byte;
-on a GPU numbers differ slightly with what else is in a batch. Prints one JSON object last: rows, responses,
-tokens and their quantiles, and how many responses were truncated, empty or equal.
+If a run is stopped, the same command, without --overwrite, resumes it. With backend hf on a CPU in float32
+the rows are then equal byte for byte; on a GPU numbers differ slightly with what else is in a batch. Prints
+one JSON object last: rows, responses, tokens and their quantiles, how many responses were truncated or empty,
+and for how many prompts all are equal.
 """
 
 import argparse
@@ -42,7 +43,7 @@ BLOCK = 64  # rows that a shard takes at once, and that backend hf works on befo
 CANDIDATES = 1024  # these best tokens are tried first; all are sorted if they do not reach top-p
 MAY_CHANGE = {"limit", "batch_size", "tensor_parallel"}  # in a resumed run
 NOT_FINITE = "the first logits are not finite: the weights are damaged, or too large for --dtype"
-# keys that later stages add; they describe responses that are being replaced
+# keys of an earlier run and of later stages, about responses that are being replaced
 EARLIER = ("responses", "wins", "cosine", "labeler")
 
 
@@ -259,7 +260,7 @@ def vllm_sampler(args, tokens, longest):
     """
     from transformers import AutoModelForCausalLM
 
-    # vllm would compute with what is in memory if the files lack a weight
+    # vllm would leave a missing weight as it is in memory
     load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype, device_map="meta")
     # vllm reads these on import: CUDA does not survive a fork, and standard output is ours
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

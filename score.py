@@ -4,7 +4,7 @@ Stage 2 of the pipeline: responses -> scored responses, one row per prompt.
 Reads   --responses FILE ...  a Row (below) per prompt, as generate.py, data/import_responses.py and scorers
                               write it; several files are merged by id, responses in the files' order
 Writes  --out FILE            the same rows. Every response gains "reward", null where "reward_error" tells
-                              why, and "scores": {NAME: reward}; the row gains "labeler", what made them.
+                              why, and "scores": {NAME: reward}; the row gains "labeler", their scorer.
                               For x.jsonl also the record x.meta.json: arguments, hashes, versions, counts
 
 The reward is the raw logit of any AutoModelForSequenceClassification with one label (S1 section 3.1, S3
@@ -13,9 +13,9 @@ cross-encoder). scorers/ has other labels, in the same rows; "reward" is always 
 
     python score.py --model out/models/reward --responses out/on.jsonl out/off.jsonl --out out/scored.jsonl
 
-If it is stopped, the same command resumes it. Prints one JSON object last: rows, responses, how many have no
-score and why, the mean score by source; tokens and padding are of this run. S1 is the paper SimpleMix, S3
-"What Matters in Data for DPO?".
+If a run is stopped, the same command, without --overwrite, resumes it. Prints one JSON object last: rows,
+responses, how many have no score and why, the mean score by source; tokens and padding are of this run. S1 is
+the paper SimpleMix, S3 "What Matters in Data for DPO?".
 """
 
 import argparse
@@ -211,7 +211,7 @@ class Scorer:
 # ----- batches of token ids
 def longest_input(args, config, tokenizer):
     """--max-length, or what the model reads."""
-    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     limit = min(limit, tokenizer.model_max_length)
     if args.max_length and args.max_length > limit:
         fail(f"--max-length {args.max_length}: {args.model} reads at most {limit} tokens")
@@ -254,7 +254,7 @@ def as_text(prompt):
 
 
 class RewardModel(Scorer):
-    """The raw logit of a model with one label; what is longer than --max-length gets no reward."""
+    """The raw logit of a model with one label; an input longer than --max-length gets no reward."""
 
     kind = "rm"
 
@@ -326,7 +326,9 @@ class RewardModel(Scorer):
         token; here its index is known. A decoder needs no mask: no token sees the padding after it.
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
-        last = hidden[torch.arange(len(ids), device=hidden.device), mask.sum(1) - 1]  # (B, d)
+        last = hidden[
+            torch.arange(len(ids), device=hidden.device), mask.sum(1).to(hidden.device) - 1
+        ]  # (B, d)
         return last.float() @ self.model.score.weight[0].float().to(hidden.device)
 
     def encoder_logits(self, ids, mask, types):

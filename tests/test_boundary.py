@@ -394,7 +394,7 @@ def test_ties_agree_with_the_off_policy_source(tmp_path, capsys):
     assert (result["v_on"], result["v_off"], result["stage"]) == (1, 2, "injection")
     result = run(tmp_path, capsys, [row], "--tie", "skip")
     assert result["stage"] == "fine-tuning" and result["consistency"]["stage"] == "injection"
-    assert "the exact consistencies say injection (eq. 10 0.333, eq. 11 0.667)" in result["advice"]
+    assert "eqs. 10 and 11 say injection (0.333 and 0.667)" in result["advice"]
 
 
 def test_consistency_is_of_the_whole_response(tmp_path, capsys):
@@ -446,7 +446,7 @@ def test_advice_where_the_exact_consistency_disagrees(tmp_path, capsys):
     assert (result["stage"], result["consistency"]["stage"]) == ("injection", "fine-tuning")
     assert (result["consistency"]["on"], result["consistency"]["off"]) == (1.0, 0.75)
     assert result["advice"].endswith(
-        "Take it with care: the exact consistencies say fine-tuning (eq. 10 1.000, eq. 11 0.750); "
+        "Take it with care: eqs. 10 and 11 say fine-tuning (1.000 and 0.750); "
         "the model gives its own response the higher probability in only 25% (F.1: 84 to 97 %)."
     )
 
