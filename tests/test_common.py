@@ -244,17 +244,17 @@ import argparse, resource, sys, common
 out, ids = sys.argv[1], sys.argv[2]
 args = argparse.Namespace(out=out, overwrite=False, n=1)
 record = common.make_record(args, [])
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file can grow further, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # no file can grow further, as on a full disk
 if not ids:
-    common.replace_file(out, ["x" * 200])
+    common.replace_file(out, ["x" * 5000])
 with common.open_output(args, record, (), list(ids)) as (file, done, _):
     for row_id in ids[done:]:
-        common.append_rows(file, [{"id": row_id, "text": "x" * 20}])
+        common.append_rows(file, [{"id": row_id, "text": "x" * 1000}])
 """
 
 
 def on_a_full_disk(path, ids):
-    """Standard error of a process that writes rows of 35 bytes, or replaces the file if there are none."""
+    """Standard error of a process that writes rows of 1,030 bytes, or replaces the file if there are none."""
     words = [sys.executable, "-c", FULL_DISK, path, "".join(ids)]
     done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -266,13 +266,13 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(tmp_path):
     record = common.make_record(output(path), [])
     common.write_record(path, record)
     with open(path, "wb", buffering=0) as file:
-        common.append_rows(file, [{"id": "a", "text": "x" * 20}])
+        common.append_rows(file, [{"id": "a", "text": "x" * 1000}])
     err = on_a_full_disk(path, ids)
     assert f"{path} cannot be written: " in err and "run the same command again to resume" in err
     with common.open_output(output(path), record, (), ids) as (file, done, _):
         assert done == 2  # the third did not fit
         for row_id in ids[done:]:
-            common.append_rows(file, [{"id": row_id, "text": "x" * 20}])
+            common.append_rows(file, [{"id": row_id, "text": "x" * 1000}])
     assert ids_of(path) == ids
 
 
@@ -296,3 +296,11 @@ def test_no_torch_is_imported():
     code = "import sys, common, chat; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+def test_counts_of_fewer_rows_are_not_those_of_a_finished_run(tmp_path):
+    args = output(tmp_path / "out.jsonl")
+    run(args, list("ab"))  # as with --limit 2
+    assert run(args, list("abcd"), stop=4) == (2, None)  # killed after the last row, before the counts
+    assert run(args, list("abcd")) == (4, None)
+    assert run(args, list("abcd")) == (4, {"rows": 4})
