@@ -1,5 +1,5 @@
 """
-A model -> the papers' benchmarks, by lm-eval (pip install "lm-eval[ifeval]==0.4.13").
+A model -> the papers' benchmarks, by lm-eval (pip install -c constraints.txt "lm-eval[ifeval]==0.4.13").
 
 Reads   --model   a folder, or OWNER/NAME on the hub
 Writes  --out     JSON: {"average", "tasks": {task: {"score", "stderr", "n", ...}}, ...} in percent, and
@@ -56,7 +56,9 @@ FILES = {  # {task: (how the name of its file in SRC begins, columns of its rows
 }  # in the short forms choices are texts, and the label counts from 0
 LOCAL = {"dataset_path": "json", "dataset_name": None, "test_split": "test"}  # how a task reads local rows
 LOCAL |= {"training_split": None, "validation_split": None}
-INSTALL = 'pip install "lm-eval[ifeval]==0.4.13"; without internet NLTK_DATA=DIR with punkt_tab'
+INSTALL = (
+    'pip install -c constraints.txt "lm-eval[ifeval]==0.4.13"; without internet NLTK_DATA=DIR with punkt_tab'
+)
 PROBE = "import lm_eval.tasks.ifeval.utils, nltk; nltk.data.find('tokenizers/punkt_tab')"
 
 

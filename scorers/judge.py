@@ -101,7 +101,7 @@ class Server:
         try:
             import openai
         except ImportError:
-            fail("this scorer needs the package openai: pip install openai")
+            fail("this scorer needs the package openai: pip install -c constraints.txt openai")
         key = os.environ.get("OPENAI_API_KEY")
         if args.base_url.startswith(OPENAI) and not key:
             fail(f"{args.base_url} needs a key in the environment variable OPENAI_API_KEY")

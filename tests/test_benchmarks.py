@@ -438,7 +438,7 @@ def test_lm_eval_that_does_not_start(policy, tmp_path, fake):
         utils.write_text(f"raise {name}({message!r})")
         sentence = run(*flags, env=fake)
         assert f"lm-eval does not start ({error})" in sentence
-        assert 'pip install "lm-eval[ifeval]==0.4.13"' in sentence
+        assert 'pip install -c constraints.txt "lm-eval[ifeval]==0.4.13"' in sentence
         assert "without internet NLTK_DATA=DIR with punkt_tab" in sentence
     assert not (tmp_path / "r.json").exists()
 
