@@ -219,9 +219,7 @@ def main(args):
     packages = ("torch", "transformers", "accelerate", "gguf", "onnx")
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
-        fail(
-            f"not installed: {' '.join(missing)}; pip install -c constraints.txt -r requirements-cpu.txt gguf onnx"
-        )
+        fail(f"not installed: {' '.join(missing)}; pip install -c constraints.txt gguf onnx, or run demo.sh")
     out = Path(args.out)
     try:
         answer = make(out / "policy", make_policy, check_policy)
