@@ -18,7 +18,9 @@ def load_tokenizer(name, revision=None):
     logging.disable_progress_bar()
     if not name:
         fail("--model is empty: expected a model folder, or OWNER/NAME on the hub")
+    problem = "no such folder, and not available from the hub"
     if os.path.isdir(name):
+        problem = "its tokenizer or config cannot be loaded"
         files = os.listdir(name)
         if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
             fail(f"{name}: not a model folder: config.json or *.safetensors is missing")
@@ -27,7 +29,7 @@ def load_tokenizer(name, revision=None):
         return tokenizer, AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # damaged files raise many kinds, even a bare Exception
         reason = str(error).partition("\n")[0]
-        fail(f"{name}: its tokenizer or config cannot be loaded: {type(error).__name__}: {reason}")
+        fail(f"{name}: {problem}: {type(error).__name__}: {reason}")
 
 
 def read_sides(row, line):
