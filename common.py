@@ -181,8 +181,9 @@ def check_output(out, inputs):
 def write_output(args, inputs, lines, **facts):
     """The output of a quick script, which replaces an older one as a whole, and its record."""
     check_output(args.out, inputs)
+    record = make_record(args, inputs) | facts
     replace_file(args.out, lines)
-    write_record(args.out, make_record(args, inputs) | facts)
+    write_record(args.out, record)
 
 
 @contextmanager
@@ -208,8 +209,7 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
             if done > 0:
                 check_rows(args.out, ids, key)
             if done < len(ids):
-                done, counts = keep_rows(args.out, done - done % window), None
-                write_record(args.out, record)  # without the counts, which were of fewer rows
+                done, counts = done - done % window, None
         yield file, done, counts
     finally:
         if file.seek(0, os.SEEK_END) == 0:  # the run ended before its first row
@@ -217,9 +217,9 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
         file.close()
 
 
-def begin_output(file, record):
-    """Empty the file for a new run; the record comes before the first row, which needs it to be resumed."""
-    file.truncate(0)
+def begin_output(file, record, done):
+    """Before the first new row: cut the file after `done` rows; the record has no counts until the end."""
+    keep_rows(file.name, done)
     write_record(file.name, record)
 
 

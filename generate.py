@@ -460,8 +460,8 @@ def main(args, make_sampler=None, make_rows=sample_rows, other_models=()):
         with tqdm(total=total, initial=done * args.n, unit="response", desc=args.backend) as progress:
             for start in range(done, len(prompts), block):
                 for row in make_rows(prompts[start : start + block], sample, args, tokens, progress):
-                    if n_rows == 0:  # only now is it clear that the model can be sampled from
-                        begin_output(file, record)
+                    if n_rows == done:  # only now is it clear that the model can be sampled from
+                        begin_output(file, record, done)
                     append_rows(file, [row])
                     n_rows += 1
         counts |= count_responses(args)

@@ -354,7 +354,8 @@ def score_rows(scorer, rows, ids, done, file, record):
             scorer.score(window, progress.update)
             if start == 0:
                 scorer.check_first(window)
-                begin_output(file, record)
+            if start == done:
+                begin_output(file, record, done)
             append_rows(file, window)
 
 

@@ -526,7 +526,8 @@ def load_policy(name, revision, args):
     """The model in float32 (bfloat16 weights would lose a step of 5e-7), sharded; it computes in --dtype."""
     AttentionInterface.register("packed", packed_attention)
     config = AutoConfig.from_pretrained(name, revision=revision)
-    kind, text_config = config.model_type, config.get_text_config()
+    kind = config.model_type
+    text_config = config.get_text_config()
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(architecture, "_supports_attention_backend", False):
         fail(f"{name}: {kind} models cannot be trained: their sequences cannot be packed into one row")
@@ -725,10 +726,9 @@ def open_run(args, record, steps):
 
 def begin(args, file, record, done):
     """Prepare --out. A new run empties metrics.jsonl first: a kill leaves no old run that looks complete."""
+    common.begin_output(file, record, done)
     if done:
-        keep_rows(file.name, done)
         return
-    common.begin_output(file, record)
     for path in [Path(args.out, "config.json"), *Path(args.out).glob("*.safetensors*")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)

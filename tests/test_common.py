@@ -121,8 +121,8 @@ def run(args, ids, stop=None, window=1, may_change=()):
     with common.open_output(args, record, may_change, ids, window) as (file, done, counts):
         if counts is not None:
             return done, counts
-        if not done:
-            common.begin_output(file, record)
+        if done < len(ids):
+            common.begin_output(file, record, done)
         for row_id in ids[done:stop]:
             common.append_rows(file, [{"id": row_id}])
         if stop is None:
@@ -201,7 +201,7 @@ def lock(path, ready, stop):
     args = output(path)
     record = common.make_record(args, [])
     with common.open_output(args, record, (), ["a"]) as (file, _, _):
-        common.begin_output(file, record)
+        common.begin_output(file, record, 0)
         common.append_rows(file, [{"id": "a"}])
         ready.set()
         stop.wait(60)
