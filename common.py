@@ -200,7 +200,7 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
     except BlockingIOError:
         fail(f"--out {args.out}: another process is writing this file")
     except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
+        fail(f"--out {args.out}: {error.strerror}: {error.filename}")
     try:
         done, counts = 0, None
         if file.seek(0, os.SEEK_END) > 0 and not args.overwrite:

@@ -266,6 +266,7 @@ def vllm_sampler(args, tokens, longest):
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB on a CPU; the default is 92 % of all
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -700,8 +700,8 @@ def check_paths(args, models, tokenizer):
             fail(f"--reference {name}: its tokenizer differs from that of --model {args.model}")
     if os.path.realpath(args.out) in map(os.path.realpath, models):
         fail(f"--out {args.out} is the model being read")
-    made_here = Path(args.out, "metrics.jsonl").exists()
-    if Path(args.out, "config.json").exists() and not (made_here or args.overwrite):
+    made_here = os.path.exists(f"{args.out}/metrics.jsonl")
+    if os.path.exists(f"{args.out}/config.json") and not (made_here or args.overwrite):
         fail(f"--out {args.out} contains a model that this script did not write; --overwrite replaces it")
 
 
@@ -758,7 +758,7 @@ def save_checkpoint(folder, step, policy, optimizer):
     except dcp.CheckpointException as error:  # on all processes, if one of them could not write
         shutil.rmtree(folder / "saving", ignore_errors=True)
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        fail(f"{folder / 'saving'} cannot be written: {reason}; run the same command again to resume")
+        fail(f"{folder}/saving cannot be written: full disk? {reason}; run the same command again to resume")
     if dist.get_rank() == 0:
         os.replace(folder / "saving", folder / f"{step:08d}")
         for path in folder.glob("[0-9]*"):

@@ -747,6 +747,11 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_out_of_300_letters(whole_run, tmp_path, capsys):
+    said = refused_run(capsys, *whole_run.flags, "--out", tmp_path / ("x" * 300))
+    assert "File name too long" in said
+
+
 def test_show_marks_exactly_what_is_trained(whole_run, tmp_path, tokenizer, capsys):
     (pair,), _ = loaded(tmp_path, tokenizer, [{**BUILT, "rejected_finish": "length"}])  # that side was cut
     capsys.readouterr()
