@@ -241,7 +241,7 @@ def check_same_run(out, record, may_change):
 
 
 def check_rows(out, ids, key):
-    """The run ends if a row of --out is not the one that this run would write there."""
+    """The run ends if a line of --out, a blank one too, is not the row that this run would write there."""
     for number, (line, row) in enumerate(read_jsonl(out, TypedDict("Row", {key: str | int})), 1):
         if number > len(ids):
             fail(f"--out {out} already has more rows than the {len(ids)} requested; {START_OVER}")
