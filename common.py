@@ -22,6 +22,7 @@ Message = TypedDict("Message", {"role": str, "content": str})
 TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]  # as sampled, without the end-of-turn token
 Wins = list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]]  # [i][j]: P(response i beats j)
 Record = TypedDict("Record", {"args": dict, "inputs": dict, "models": dict})
+ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # of the log-probability of a token; of T tokens, times sqrt(T)
 START_OVER = "use another --out, or --overwrite to start over"
 
 
@@ -274,10 +275,12 @@ def load_model(auto_class, name, revision, dtype, unused=None, **options):
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if getattr(config, "quantization_config", None):
+        fail(f"{name}: its weights are quantised; use the model that they were made from")
     if torch.cuda.is_available():
         options.setdefault("device_map", "auto" if torch.cuda.device_count() > 1 else "cuda")
-    if getattr(config, "attn_logit_softcapping", None):
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options.setdefault("attn_implementation", "eager")  # Gemma-2: sdpa leaves the soft cap out
     options |= {"revision": revision, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
@@ -287,4 +290,43 @@ def load_model(auto_class, name, revision, dtype, unused=None, **options):
     missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
     if missing:
         fail(f"{name}: missing weights: {', '.join(missing[:3])}")
+    head = model.get_output_embeddings()
+    tied = head is not None and config.tie_word_embeddings
+    if tied and head.weight is not model.get_input_embeddings().weight:
+        if head.weight.is_meta:  # transformers ties what is equal, and reads neither of them there
+            return load_model(auto_class, name, revision, dtype, unused, device_map="cpu")
+        fail(f"{name}: its config ties head and embedding (tie_word_embeddings), but their weights differ")
     return model.eval()
+
+
+def output_head(model):
+    """(weight (V, d), bias, scale, cap): logits are cap tanh((weight (scale h) + bias) / cap) of states h."""
+    head = model.get_output_embeddings()
+    config = vars(model.config.get_text_config())
+    scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
+    scale /= config.get("logits_scaling") or 1.0
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next((config[name] for name in caps if config.get(name)), None)
+    return head.weight, getattr(head, "bias", None), scale, cap
+
+
+def check_logps(model, ids, start, logps, dtype):
+    """Refuse logps of the tokens from `start` of ids (T,) whose sum is not that of the model's own logits."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1].float()
+    targets = ids[start:, None].to(logits.device)
+    own_logps = logits.log_softmax(-1).gather(1, targets)
+    exact, found = own_logps.double().sum().item(), logps.double().sum().item()
+    if abs(found - exact) > ROUNDING[dtype] * len(logits) ** 0.5:  # NaN is for the caller
+        problem = f"a text has log-probability {exact:.4f} by its own logits, {found:.4f} by its head"
+        fail(f"{model.name_or_path}: {model.config.model_type} models are not supported: {problem}")
+    return exact
+
+
+def context_length(config):
+    """Tokens that a model reads; of longrope so many that no factor depends on the rest of the batch."""
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limit = min(limit, rope["original_max_position_embeddings"])
+    return limit

@@ -116,7 +116,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from chat import count_special, end_of_turn, fingerprint, load_tokenizer, prompt_ids  # noqa: E402
-from common import open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
+from common import context_length, open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
@@ -347,7 +347,7 @@ def read_tokens(args):
         stop_ids=sorted(stop_ids),
         pad_id=end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         vocabulary=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", None) or sys.maxsize,
+        context=context_length(config),
     )
 
 

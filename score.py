@@ -34,6 +34,7 @@ from common import (
     Wins,
     append_rows,
     begin_output,
+    context_length,
     fail,
     load_model,
     make_record,
@@ -211,7 +212,12 @@ class Scorer:
 # ----- batches of token ids
 def longest_input(args, config, tokenizer):
     """--max-length, or what the model reads."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        embeddings = getattr(AutoModel.from_config(config), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    limit = context_length(config) - (0 if padding is None else padding + 1)  # RoBERTa's positions follow it
     limit = min(limit, tokenizer.model_max_length)
     if args.max_length and args.max_length > limit:
         fail(f"--max-length {args.max_length}: {args.model} reads at most {limit} tokens")

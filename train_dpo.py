@@ -44,9 +44,9 @@ MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 PROBE = 512  # tokens of the sequence that check_model compares with the model's own logits
-# tolerances of check_model for the log-probability of a token; for a sum over T tokens, times sqrt(T)
-ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # between rows of different lengths
-NEIGHBOUR = 0.01  # between rows of one length, measured 0 to 6e-4; with a convolution 0.05 to 0.08
+NEIGHBOUR = (
+    0.01  # as common.ROUNDING, between rows of one length; measured 0 to 6e-4, with a convolution 0.05
+)
 MAY_CHANGE = {"save_every", "micro_tokens", "activation_checkpointing"}  # when a run is resumed
 CacheRow = TypedDict("CacheRow", {"key": str, "logp": float})  # of the reference cache
 
@@ -252,28 +252,30 @@ def learning_rate(step, steps, highest, schedule):
 
 
 # ----- log-probabilities without the logits
-def head_logits(states, weight, bias):
+def head_logits(states, weight, bias, cap):
     """Float32 logits (C, V) of states (C, d). On CUDA bfloat16 is multiplied on tensor cores."""
     if weight.is_cuda and weight.dtype != torch.float32:
         logits = torch.mm(states, weight.T, out_dtype=torch.float32)
     else:
         logits = states.float() @ weight.T.float()
-    return logits if bias is None else logits.add_(bias)
+    logits = logits if bias is None else logits.add_(bias)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 class TokenLogps(torch.autograd.Function):
     """log softmax(states @ weight.T + bias)[target], float32, with the logits of CHUNK tokens in memory.
 
-    states (C, d), weight (V, d), bias (V,) or None, targets (C,) -> (C,). Backward computes a chunk's logits
-    again: d logits = grad * (one-hot(target) - softmax).
+    states (C, d), weight (V, d), bias (V,) or None, targets (C,) -> (C,); with a cap the logits are
+    cap tanh(logits / cap). Backward computes a chunk's logits again: d logits = grad * (one-hot(target) -
+    softmax), times the slope of the cap.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, targets):
+    def forward(ctx, states, weight, bias, targets, cap=None):
         chunk = CHUNK[states.device.type]
         logps, lses = [], []
         for part, ids in zip(states.split(chunk), targets.split(chunk), strict=True):
-            logits = head_logits(part, weight, bias)  # (CHUNK, V)
+            logits = head_logits(part, weight, bias, cap)  # (CHUNK, V)
             target_logits = logits.gather(1, ids[:, None])[:, 0]
             highest = logits.amax(-1, keepdim=True)
             lse = logits.sub_(highest).exp_().sum(-1).log_() + highest[:, 0]  # in place: no second (CHUNK, V)
@@ -281,6 +283,7 @@ class TokenLogps(torch.autograd.Function):
             logps.append(target_logits - lse)
             del logits
         ctx.save_for_backward(states, weight, bias, targets, torch.cat(lses))
+        ctx.cap = cap
         return torch.cat(logps)
 
     @staticmethod
@@ -293,16 +296,19 @@ class TokenLogps(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            d_logits = head_logits(states[rows], weight, bias)  # (CHUNK, V)
+            d_logits = head_logits(states[rows], weight, bias, ctx.cap)  # (CHUNK, V)
+            slope = None if ctx.cap is None else 1 - (d_logits / ctx.cap).square_()
             d_logits.sub_(lse[rows, None]).exp_()  # softmax
             d_logits.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
+            if slope is not None:
+                d_logits.mul_(slope)
             if bias is not None:
                 grad_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             grad_states[rows] = d_logits @ weight
             grad_weight += torch.mm(d_logits.T, states[rows], **options)
             del d_logits
-        return grad_states, grad_weight, grad_bias, None
+        return grad_states, grad_weight, grad_bias, None, None
 
 
 # ----- the model on rows of sequences
@@ -310,13 +316,17 @@ def packed_attention(module, query, key, value, attention_mask, scaling, lengths
     """Causal attention within each sequence of a row, for transformers' AttentionInterface.
 
     query (1, H, T, D), key and value (1, H_kv, T, D); lengths of the S sequences, which sum to T, and their
-    boundaries `ends`, int32 (S + 1,), 0 first -> (1, T, H, D)
+    boundaries `ends`, int32 (S + 1,), 0 first -> (1, T, H, D). What it cannot do is a NotImplementedError.
     """
     if lengths is None:
-        fail("this architecture does not pass on where sequences begin, so they cannot be packed into a row")
-    window = kwargs.get("sliding_window") or math.inf
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or window < max(lengths):
-        fail("attention with a soft cap, sinks or a window shorter than a sequence is not supported")
+        raise NotImplementedError("its layers are not told where they begin")
+    for name, problem in (("softcap", "a soft cap"), ("s_aux", "sinks")):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{problem} in attention")
+    if (kwargs.get("sliding_window") or math.inf) < max(lengths):
+        raise NotImplementedError(
+            f"a window of {kwargs['sliding_window']} tokens is shorter than the longest"
+        )
     if query.is_cuda and query.dtype == torch.bfloat16:  # one kernel for all sequences
         options = {"scale": scaling, "window_size": (-1, 0)}  # causal
         options |= {"enable_gqa": True} if VARLEN_GROUPS_HEADS else {}
@@ -340,18 +350,29 @@ class PolicyLogps(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.attention = model, model.config._attn_implementation
+        self.pack(model._supports_attention_backend)
 
-    def forward(self, ids, positions, before, targets, **layout):
-        """ids, positions (1, T); before (C,): indices of the states before targets (C,) -> (C,) float32"""
-        output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **layout)
-        head = self.model.get_output_embeddings()
-        states = output.last_hidden_state[0, before]
-        return TokenLogps.apply(states, head.weight, getattr(head, "bias", None), targets)
+    def pack(self, packed):
+        """Whether sequences share a row, with packed_attention; else the model's own attention runs."""
+        self.packed = packed
+        self.model.set_attn_implementation("packed" if packed else self.attention)
+
+    def forward(self, ids, before, targets, **layout):
+        """ids (1, T); before (C,): indices of the states before targets (C,) -> (C,) float32"""
+        output = self.model.base_model(input_ids=ids, use_cache=False, **layout)
+        weight, bias, scale, cap = common.output_head(self.model)
+        return TokenLogps.apply(scale * output.last_hidden_state[0, before], weight, bias, targets, cap)
 
 
 def sequence_logps(policy, sequences):
-    """Summed log-probabilities of the responses of S sequences, and their numbers of tokens; (S,) float64."""
+    """Summed log-probabilities of the responses of S sequences, and their numbers of tokens; (S,) float64.
+
+    The sequences are one row, or each a row of its own if the model cannot be packed.
+    """
+    if len(sequences) > 1 and not policy.packed:
+        rows = [sequence_logps(policy, [sequence]) for sequence in sequences]
+        return [torch.cat(parts) for parts in zip(*rows, strict=True)]
     lengths = [len(sequence.ids) for sequence in sequences]
     counts = [len(sequence.ids) - sequence.start for sequence in sequences]
     ids = torch.tensor([token for sequence in sequences for token in sequence.ids])  # (T,)
@@ -362,7 +383,8 @@ def sequence_logps(policy, sequences):
     inputs = [ids[None], positions[None], torch.tensor(ends, dtype=torch.int32), trained - 1, ids[trained]]
     device = policy.model.device
     ids, positions, ends, before, targets = (to_device(tensor, device) for tensor in inputs)
-    logps = policy(ids, positions, before, targets, lengths=lengths, ends=ends)
+    layout = {"position_ids": positions, "lengths": lengths, "ends": ends} if policy.packed else {}
+    logps = policy(ids, before, targets, **layout)
     sums = torch.stack([part.double().sum() for part in logps.split(counts)])
     return sums, to_device(torch.tensor(counts, dtype=torch.float64), device)
 
@@ -373,7 +395,7 @@ def to_device(tensor, device):
 
 
 # ----- a step
-DUMMY = Sequence([0, 0], 1)  # for a process that has no pair left, while others have
+DUMMY = Sequence([0, 0], 1)  # for a process that has nothing left, while others have; as many as they have
 
 
 def sequences_of(pairs):
@@ -383,8 +405,8 @@ def sequences_of(pairs):
 def micro_batches(lengths, budget, rank, world):
     """The batches of one of `world` processes: indices of `lengths`, at most `budget` tokens in a batch.
 
-    Longest first, dealt to the processes in turn; what exceeds the budget is a batch of its own. FSDP2 needs
-    equally many forward passes on all processes, so one that has fewer gets empty batches.
+    Longest first, dealt to the processes in turn; what exceeds the budget is a batch of its own (0: all are).
+    FSDP2 needs equally many forward passes on all processes, so one that has fewer gets empty batches.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     shares = []
@@ -415,10 +437,11 @@ def make_batch(pairs, logps, counts, args):
 
 def forward_backward(policy, pairs, args, step, train=True):
     """Metrics of every pair, on all processes; with `train` also the gradient of the pairs' mean loss."""
-    measured = []
-    for indices in micro_batches([pair.tokens() for pair in pairs], args.micro_tokens, *rank_and_world()):
+    measured, lengths = [], [pair.tokens() for pair in pairs]
+    for indices in micro_batches(lengths, policy.packed * args.micro_tokens, *rank_and_world()):
         members = [pairs[index] for index in indices]
-        logps, counts = sequence_logps(policy, sequences_of(members) or [DUMMY])
+        dummies = [DUMMY] * len(pairs[0].sequences)
+        logps, counts = sequence_logps(policy, sequences_of(members) or dummies)
         losses = 0 * logps  # of DUMMY: the others wait for this process to reduce gradients
         if members:
             batch = make_batch(members, logps, counts, args)
@@ -478,8 +501,8 @@ def metrics_row(rows):
 @torch.no_grad()
 def all_logps(policy, sequences, budget):
     """Log-probabilities of sequences, a list on every process; the processes share the work."""
-    mine = []
-    for indices in micro_batches([len(ids) for ids, _ in sequences], budget, *rank_and_world()):
+    mine, lengths = [], [len(ids) for ids, _ in sequences]
+    for indices in micro_batches(lengths, policy.packed * budget, *rank_and_world()):
         logps, _ = sequence_logps(policy, [sequences[index] for index in indices] or [DUMMY])
         mine += zip(indices, logps.tolist(), strict=False)  # DUMMY belongs to no index
     release(policy)
@@ -526,15 +549,11 @@ def load_policy(name, revision, args):
     """The model in float32 (bfloat16 weights would lose a step of 5e-7), sharded; it computes in --dtype."""
     AttentionInterface.register("packed", packed_attention)
     config = AutoConfig.from_pretrained(name, revision=revision)
-    kind = config.model_type
     text_config = config.get_text_config()
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if not getattr(architecture, "_supports_attention_backend", False):
-        fail(f"{name}: {kind} models cannot be trained: their sequences cannot be packed into one row")
     for key, value in vars(text_config).items():
         if isinstance(value, float) and ("drop" in key or "jitter" in key):
             setattr(text_config, key, 0.0)  # policy and reference must be the same function
-    options = {"device_map": None, "config": config, "attn_implementation": "packed"}
+    options = {"device_map": None, "config": config}
     model = common.load_model(AutoModelForCausalLM, name, revision, "auto", **options)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -546,6 +565,7 @@ def load_policy(name, revision, args):
     policy.dtypes = {key: value.dtype for key, value in model.state_dict().items()}  # of --model, for export
     layers = [part for part in model.modules() if type(part).__name__ in (model._no_split_modules or ())]
     if not layers:
+        kind = config.model_type
         fail(f"{name}: transformers does not name the layer class of {kind} models (_no_split_modules)")
     # embedding, last norm and head stay in the root's group: they may be tied
     for module in [*reversed(layers), policy]:
@@ -567,34 +587,39 @@ def release(policy):
 
 @torch.no_grad()
 def check_model(policy, pairs, args):
-    """Refuse a model whose log-probabilities are not those of its own logits, or depend on their row.
+    """Decide whether sequences share rows; refuse a model whose numbers are not those of its own logits.
 
     A short convolution may leak less than ROUNDING over a boundary: what is before it is also reversed.
     """
     sequences = sorted(sequences_of(pairs), key=lambda sequence: len(sequence.ids))
-    longest, (ids, start) = sequences[-1], sequences[len(sequences) // 4]
-    probe = Sequence(ids[-PROBE:], max(1, start - len(ids[:-PROBE])))
+    # all tokens of the probe count, also the first ones, which see most of what leaks over a boundary
+    longest, probe = sequences[-1], Sequence(sequences[len(sequences) // 4].ids[:PROBE], 1)
     rows = [probe], [longest, probe], [Sequence(longest.ids[::-1], longest.start), probe]
-    single, after, turned = (sequence_logps(policy, row)[0][-1].item() for row in rows)
     model, ids = policy.model, torch.tensor(probe.ids, device=policy.model.device)
+    packed, problem = policy.packed, "its layers are not told where they begin"
+    policy.pack(False)
+    alone = sequence_logps(policy, [probe])[0]
     policy.unshard()  # embedding and head, which are the root's
-    model.set_attn_implementation("sdpa")
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, probe.start - 1 : -1].float()
-    model.set_attn_implementation("packed")
-    exact = -F.cross_entropy(logits, ids[probe.start :], reduction="sum").item()
+    exact = common.check_logps(model, ids, 1, alone, args.dtype)
     release(policy)
-    scale = math.sqrt(len(logits))
-    rounding = ROUNDING[args.dtype] * scale
-    if not math.isfinite(single + exact):
+    if not math.isfinite(exact + alone.item()):
         fail(f"{model.name_or_path}: the log-probability of a response is not finite")
-    if not abs(single - exact) <= rounding:
-        problem = f"{model.config.model_type} models scale or cap their logits, which is not supported"
-    elif not (abs(single - after) <= rounding and abs(after - turned) <= NEIGHBOUR * scale):
-        problem = "its sequences cannot be packed into one row"
-    else:
-        return
-    logps = f"{exact:.4f} by its own logits, {single:.4f} in a row, {after:.4f} and {turned:.4f} after others"
-    fail(f"{model.name_or_path}: {problem}: the log-probability of a response is {logps}")
+    rounding, neighbour = (bound * math.sqrt(len(ids)) for bound in (common.ROUNDING[args.dtype], NEIGHBOUR))
+    if packed:
+        policy.pack(True)
+        try:
+            single, after, turned = (sequence_logps(policy, row)[0][-1].item() for row in rows)
+            logps = f"{single:.4f} in one, {after:.4f} and {turned:.4f} after others, exactly {exact:.4f}"
+            same = abs(single - exact) <= rounding and abs(single - after) <= rounding
+            problem = None if same and abs(after - turned) <= neighbour else f"a log-probability is {logps}"
+        except NotImplementedError as error:
+            problem = str(error)
+        release(policy)
+    if problem:
+        policy.pack(False)
+    if problem and dist.get_rank() == 0:
+        cannot = f"{model.config.model_type} sequences cannot be packed into one row ({problem})"
+        note(f"{model.name_or_path}: {cannot}; each is a row of its own, which is slower")
 
 
 def export(policy, tokenizer, args):
@@ -628,7 +653,7 @@ def load_pairs(path, tokenizer, config, args):
     """All pairs as token ids, and how many were dropped by reason and source: the same with every loss."""
     vocabulary, end_id, loss = fingerprint(tokenizer), end_of_turn(tokenizer), LOSSES[args.loss]
     text_config = config.get_text_config()
-    longest = min(args.max_length, getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
+    longest = min(args.max_length, common.context_length(config))
     pairs, pair_ids, dropped, foreign = [], set(), {}, 0
     for line, row in read_jsonl(path, Row):
         prompt, responses = read_sides(row, line)

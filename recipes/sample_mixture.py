@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import generate
 from chat import fingerprint, load_tokenizer
-from common import fail, load_model, stable_hash
+from common import context_length, fail, load_model, stable_hash
 
 PRESET = {"n": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
 
@@ -86,7 +86,7 @@ def mixture_sampler(args, tokens, longest):
     tokenizer, config = load_tokenizer(args.reference, None)
     if fingerprint(tokenizer) != tokens.fingerprint:
         fail(f"{args.reference}: its tokenizer has another vocabulary than that of {args.model}")
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    context = context_length(config)
     if context < tokens.context:
         fail(f"{args.reference}: its context of {context} is shorter than that of {args.model}")
     reference = load_model(AutoModelForCausalLM, args.reference, None, args.dtype)

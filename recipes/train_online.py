@@ -30,7 +30,7 @@ import torch.distributed as dist  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 
 from chat import end_of_turn, load_tokenizer  # noqa: E402
-from common import stable_hash  # noqa: E402
+from common import fail, stable_hash  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -87,7 +87,7 @@ def sample(policy, prompts, seeds, longest, end_id):
     wanted = len(prompts)
     if not prompts:  # FSDP2 plans backward by the forwards it has seen, and all processes need one plan
         prompts, seeds, longest = [[end_id]], [0], 1
-    model, width = policy.model, max(map(len, prompts))
+    model, width, packed = policy.model, max(map(len, prompts)), policy.packed
     noise = [torch.Generator(model.device).manual_seed(seed % 2**63) for seed in seeds]
 
     def disturbed(ids, logits):
@@ -99,7 +99,7 @@ def sample(policy, prompts, seeds, longest, end_id):
     ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     policy.eval()  # activation checkpointing would forbid the cache of keys and values
-    model.set_attn_implementation("sdpa")
+    policy.pack(False)  # the model's own attention
     kept = model.generation_config  # none of the model's own settings may act
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=longest, eos_token_id=end_id, pad_token_id=end_id
@@ -108,7 +108,7 @@ def sample(policy, prompts, seeds, longest, end_id):
     with torch.no_grad():  # without synced_gpus=False, transformers waits in every token for other processes
         output = model.generate(ids.to(model.device), synced_gpus=False, **options)
     model.generation_config = kept
-    model.set_attn_implementation("packed")
+    policy.pack(packed)
     policy.train()
     responses = []
     for row in output[:wanted, width:].tolist():
@@ -128,6 +128,7 @@ class Online:
         if self.reference is None:
             revision = args.revision if args.reference == args.model else None
             self.reference = train_dpo.load_policy(args.reference, revision, args).requires_grad_(False)
+            train_dpo.check_model(self.reference, pairs, args)
         samples = self.draw(policy, pairs, args, step)  # k for each pair
         flat = [sequence for sequences in samples for sequence in sequences]
         flat_logps = train_dpo.all_logps(self.reference, flat, 4 * args.micro_tokens)
@@ -175,10 +176,10 @@ class Online:
 def add_divergence(policy, pairs, samples, reference_logps, args, rows):
     """Add the gradient of lambda times the mean divergence, and its metrics and loss to the rows."""
     lengths = [sum(len(sequence.ids) for sequence in sequences) for sequences in samples]
-    mine = []
-    for batch in train_dpo.micro_batches(lengths, args.micro_tokens, *train_dpo.rank_and_world()):
+    mine, budget = [], policy.packed * args.micro_tokens
+    for batch in train_dpo.micro_batches(lengths, budget, *train_dpo.rank_and_world()):
         sequences = [sequence for index in batch for sequence in samples[index]]
-        logps, _ = train_dpo.sequence_logps(policy, sequences or [train_dpo.DUMMY])
+        logps, _ = train_dpo.sequence_logps(policy, sequences or [train_dpo.DUMMY] * args.samples)
         if not batch:
             (0 * logps.sum()).backward()
             continue
@@ -207,5 +208,7 @@ if __name__ == "__main__":
     try:
         args = parse_args()
         train_dpo.main(args, Online(args))
+    except NotImplementedError as error:  # of packed_attention: samples may be longer than all pairs
+        fail(f"prompt and sample cannot be packed into a row: {error}; use a smaller --max-new")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to resume from the last checkpoint")

@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import score  # noqa: E402
 from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids  # noqa: E402
-from common import fail, load_model  # noqa: E402
+from common import check_logps, fail, load_model, output_head  # noqa: E402
 
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once
 
@@ -49,28 +49,19 @@ def check_token_ids(rows, vocabulary, config, model):
                 fail(f"the row {row_id} has the token id {largest}, but the vocabulary of {model} has {size}")
 
 
-def output_head(model):
-    """The head's weight (V, d) and bias; a model that changes its logits after the head is refused."""
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1.0):
-            kind = model.config.model_type
-            fail(f"{kind} models scale or cap their logits ({name}), which is not supported")
-    head = model.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None)
-
-
-def token_logps(states, targets, weight, bias):
-    """log softmax(states @ weight.T + bias)[target], float32 (C,). states (C, d), targets (C,), weight (V, d)
+def token_logps(states, targets, weight, bias, scale=1.0, cap=None):
+    """log softmax(logits)[target], float32 (C,). states (C, d), targets (C,), the rest by output_head
 
     The logits are in float32, and of CHUNK tokens at a time. On CUDA bfloat16 is multiplied on tensor cores.
     """
-    logps = []
+    logps, states = [], scale * states
     for chunk, ids in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
         if weight.is_cuda and weight.dtype != torch.float32:
             logits = torch.mm(chunk, weight.T, out_dtype=torch.float32)  # (CHUNK, V)
         else:
             logits = F.linear(chunk.float(), weight.float())
         logits = logits if bias is None else logits + bias.float()
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         logps.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(logps)
 
@@ -93,7 +84,7 @@ class LogProbability(score.Scorer):
         from transformers import AutoModelForCausalLM
 
         self.model = load_model(AutoModelForCausalLM, self.args.model, self.args.revision, self.args.dtype)
-        self.weight, self.bias = output_head(self.model)
+        self.head, self.checked = output_head(self.model), False
 
     def values(self, row):
         return [response[self.key] for response in row["responses"]]
@@ -129,8 +120,13 @@ class LogProbability(score.Scorer):
             states.append(hidden[row, start - 1 : end - 1])  # the state before a token predicts it
             targets.append(ids[row, start:end])
         states, sizes = torch.cat(states), [len(target) for target in targets]
-        targets, weight = torch.cat(targets).to(states.device), self.weight.to(states.device)
-        return token_logps(states, targets, weight, self.bias).split(sizes)
+        weight, *rest = self.head
+        logps = token_logps(states, torch.cat(targets).to(states.device), weight.to(states.device), *rest)
+        if not self.checked:
+            start, end = spans[0]
+            check_logps(self.model, ids[0, :end], start, logps[: sizes[0]], self.args.dtype)
+            self.checked = True
+        return logps.split(sizes)
 
 
 if __name__ == "__main__":
