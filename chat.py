@@ -1,18 +1,51 @@
 """
-From a chat to token ids: what the stages that run a model need of its tokenizer and chat template.
+From a chat to token ids: what a model reads is what its chat template renders, or a sentence says why not.
+
+`read_chat` measures what a template does to a chat of its own; `prompt_ids` and `response_ids` follow it.
 """
 
-import hashlib
 import json
 import os
 import re
+from contextlib import suppress
+from datetime import date, datetime
+from itertools import product
+from os.path import commonprefix
+from pathlib import Path
+from typing import NamedTuple
 
-from common import as_messages, fail, note
+from common import fail, meta_path, note, stable_hash
+
+SYSTEM, QUESTION, ANSWER = "Vebmy", "Zuvqo", "Kwimab"  # no template has these words
+SAMPLE = "It was  a café:\n\n\tin 2024, 100 km away.\n"  # tokenizers differ in spaces, lines, digits
+OPEN = re.compile(r"(?i)(?<!/)(?<!end_)think(ing)?\W*$")  # a think block that nothing has closed
+
+
+class Chat(NamedTuple):
+    """A model's tokenizer and what its chat template does."""
+
+    tokenizer: object
+    vocabulary: int  # number of embeddings
+    fingerprint: str  # of the tokenizer: models that have the same share the ids of responses
+    template: str  # of tokenizer and template: models that have the same share the ids of prompts
+    switches: dict  # --template-kwargs
+    day: str | None  # of the run, if the template asks for it
+    parts: bool = False  # contents are lists of parts, as where a template has pictures
+    folds: bool = False  # a system turn opens the first user turn, as in Gemma-2, which has no such role
+    generation: str = ""  # what is rendered before a response that is to be sampled
+    answer: str = ""  # before a response that is given: perhaps with an empty think block, or a channel
+    ending: str = ""  # after a response
+    end_id: int = -1  # the token that ends a response
 
 
 def load_tokenizer(name, revision=None):
-    """(tokenizer, config) of a local model folder or of OWNER/NAME on the hub."""
-    from transformers import AutoConfig, AutoTokenizer, logging
+    """(tokenizer, config) of a local model folder or of OWNER/NAME on the hub.
+
+    transformers chooses a class by names in the configs, which may be wrong: tokenizer.json decides.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, logging
+    from transformers.utils import cached_file
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -24,96 +57,222 @@ def load_tokenizer(name, revision=None):
         files = os.listdir(name)
         if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
             fail(f"{name}: not a model folder: config.json or *.safetensors is missing")
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        return tokenizer, AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        path = cached_file(name, "tokenizer.json", **options)
+        ids = Tokenizer.from_file(path).encode(SAMPLE, add_special_tokens=False).ids if path else None
+        for loader in AutoTokenizer, PreTrainedTokenizerFast:
+            tokenizer = loader.from_pretrained(name, revision=revision)
+            if ids in (None, tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]):
+                return tokenizer, config
+            note(f"{name}: transformers' {type(tokenizer).__name__} is not the tokenizer of tokenizer.json")
+        raise ValueError("no class of transformers reads as tokenizer.json does")
     except Exception as error:  # damaged files raise many kinds, even a bare Exception
         reason = str(error).partition("\n")[0]
         fail(f"{name}: {problem}: {type(error).__name__}: {reason}")
 
 
-def read_sides(row, line):
-    """The prompt's messages, and of chosen and rejected {"text", "finish", "token_ids", "tokenizer"}."""
-    prompts, responses = [], []
-    for side in ("chosen", "rejected"):
-        messages = row[side]
-        if isinstance(messages, str):
-            messages = [{"role": "assistant", "content": messages}]
-        if not messages or messages[-1]["role"] != "assistant":
-            fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
-        if not messages[-1]["content"].strip():
-            fail(f"{line}: the {side} response is empty")
-        prompts.append(messages[:-1] or row.get("prompt"))
-        details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
-        responses.append({"text": messages[-1]["content"], **details})
-    if prompts[0] != prompts[1]:
-        fail(f"{line}: chosen and rejected answer different prompts")
-    prompt = as_messages(prompts[0], line)  # role first: train_dpo.py hashes this as JSON
-    return [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt], responses
-
-
-def prompt_ids(tokenizer, messages, **switches):
-    """Ids of a chat as its template renders it, with no other special tokens.
-
-    Where a template has no system role (Gemma-2), the system's text opens the first user turn.
-    """
-    from jinja2 import TemplateError
-
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | switches
-    try:
-        ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
-    except TemplateError as error:
-        if messages[0]["role"] != "system" or len(messages) == 1:
-            fail(f"{tokenizer.name_or_path}: the chat template rejects {messages!r:.100}: {error}")
-        system, first, *rest = messages
-        first = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
-        return prompt_ids(tokenizer, [first, *rest], **switches)
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        fail(f"{tokenizer.name_or_path}: the rendered prompt begins with two beginning-of-text tokens")
-    return ids
-
-
-def end_of_turn(tokenizer):
-    """The token that ends an assistant's turn: what the chat template renders right after the response."""
-    from jinja2 import TemplateError
-
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        fail(f"{name}: no chat template; save one in the model folder as chat_template.jinja")
-    chat = [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": "RESPONSE"}]
-    try:
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("RESPONSE")[2].lstrip()
-    except TemplateError as error:
-        fail(f"{name}: the chat template cannot be rendered: {error}")
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    if ids[0] not in tokenizer.added_tokens_decoder:
-        fail(f"{name}: the chat template ends a turn with {tail[:20]!r}, which is not a special token")
-    return ids[0]
-
-
 def fingerprint(tokenizer):
-    """Identifies a vocabulary. Token ids are valid for every model with the same fingerprint."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    """Identifies a tokenizer: models that have the same share the ids of texts."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return f"{stable_hash(backend.to_str()):016x}"
 
 
-def completion_ids(tokenizer, vocabulary, end_id, response):
-    """Ids of a response as a model is trained on it, with the end-of-turn token unless it was truncated.
-
-    They are those sampled if their tokenizer has the fingerprint `vocabulary`, else those of the text.
-    """
-    ids = response.get("token_ids")
-    if ids is None or response.get("tokenizer") != vocabulary:
-        ids = tokenizer(response["text"], add_special_tokens=False)["input_ids"]
-    return list(ids) if response.get("finish") == "length" else [*ids, end_id]
-
-
-def count_special(texts, tokenizer):
-    """How many texts hold one of the tokenizer's special tokens, which a model would read as that token."""
+def special_tokens(tokenizer):
+    """A pattern that finds a tokenizer's special tokens in a text, which a model would read as tokens."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
-    return sum(bool(pattern.search(text)) for text in texts)
+    return re.compile("|".join(map(re.escape, special)) or "(?!)")
 
 
-def show(tokenizer, ids, start):
-    """Log a sequence as a model reads it, with the response, which begins at `start`, between 【 and 】."""
-    note(f"{tokenizer.decode(ids[:start])}【{tokenizer.decode(ids[start:])}】")
+def encode(chat, texts):
+    """Token ids of texts, without special tokens that the tokenizer would add."""
+    backend = chat.tokenizer.backend_tokenizer
+    return [entry.ids for entry in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+# ----- what a template does
+def read_chat(name, revision=None, switches=None, day=None):
+    """(Chat, config) of a model that is sampled from or trained."""
+    tokenizer, config = load_tokenizer(name, revision)
+    return measured(chat_of(tokenizer, config, switches or {}, day)), config
+
+
+def chat_of(tokenizer, config, switches, day):
+    """The Chat of a model that only reads, as a reward model; a template that loses a text is refused."""
+    name, template = tokenizer.name_or_path, tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        fail(f"{name}: no chat template; save one in the model folder as chat_template.jinja")
+    for switch in switches:
+        if switch not in template:
+            fail(f"--template-kwargs: the chat template of {name} has no variable {switch!r}")
+    if not tokenizer.is_fast:
+        fail(f"{name}: expected a tokenizer.json, found a {type(tokenizer).__name__} without one")
+    ids = fingerprint(tokenizer)
+    ids = ids, f"{stable_hash(ids, template, tokenizer.special_tokens_map):016x}"
+    day = day if "strftime_now" in template else None
+    chat = Chat(tokenizer, config.get_text_config().vocab_size, *ids, switches, day)
+    problems = []
+    for parts, folds in product((False, True), repeat=2):
+        chat = chat._replace(parts=parts, folds=folds)
+        try:
+            text = render(chat, conversation(SYSTEM, QUESTION, ANSWER))
+        except ValueError as error:
+            problems.append(error)
+            continue
+        if encode(chat, [text])[0][:2] == [tokenizer.bos_token_id] * 2:
+            fail(f"{name}: a rendered chat begins with two tokens that begin a text")
+        if "'type'" not in text:  # a list of parts that was printed
+            return chat
+    fail(f"{name}: the chat template {problems[1]}")
+
+
+def measured(chat):
+    """The Chat with what its template does before and after an answer."""
+    name, question = chat.tokenizer.name_or_path, conversation(SYSTEM, QUESTION)
+    generation = render(chat, question, generation=True)
+    answer, _, ending = render(chat, conversation(SYSTEM, QUESTION, ANSWER)).partition(ANSWER)
+    answer = answer.rstrip(" ")  # " Kwimab" may begin with one token
+    shared = len(commonprefix([generation, answer]))
+    opened, closing = generation[shared:].strip(), answer[shared:].strip()
+    if closing and generation == render(chat, question):
+        fail(f"{name}: the chat template has no add_generation_prompt, but begins an answer with {closing!r}")
+    if opened and "think" not in opened.lower():
+        fail(f"{name}: the chat template begins a response with {opened!r}, but not an answer")
+    longer = conversation(SYSTEM, QUESTION, ANSWER, QUESTION)
+    rest = ending.strip() or render(chat, longer).partition(ANSWER)[2].strip()
+    end_id = (encode(chat, [rest])[0] or [chat.tokenizer.eos_token_id])[0]
+    if end_id not in chat.tokenizer.added_tokens_decoder:
+        fail(f"{name}: the chat template ends a turn with {rest[:20]!r}, which is not a special token")
+    return chat._replace(generation=generation, answer=answer, ending=ending, end_id=end_id)
+
+
+def conversation(*texts):
+    """Messages of these texts, the first of which is the system's."""
+    roles = "system", "user", "assistant", "user"
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def render(chat, messages, generation=False):
+    """A chat as text, up to a response if `generation`; ValueError if a turn is rejected or lost."""
+    if chat.folds and messages[0]["role"] == "system" and len(messages) > 1:
+        system, first, *others = messages
+        messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
+    given, end = messages, 0
+    if chat.parts:
+        given = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+    options = {"tokenize": False, "add_generation_prompt": generation, **chat.switches}
+    if chat.day:
+        options["strftime_now"] = datetime.fromisoformat(chat.day).strftime
+    try:
+        text = chat.tokenizer.apply_chat_template(given, **options)
+    except Exception as error:  # a template is a program, which raises any kind
+        raise ValueError(f"rejects it: {error}") from error
+    for turn in messages:
+        content = turn["content"].strip()
+        if turn["role"] == "assistant":  # an earlier answer may be without its reasoning
+            content = content.rpartition("</think>")[2].strip()
+        start = text.find(content, end)
+        end = start + len(content)
+        if start < 0:
+            raise ValueError(f"loses the {turn['role']}'s {content[:50]!r}")
+    return text
+
+
+def run_date(out, overwrite):
+    """The day that chat templates see: that of the run in --out, which may go on, or today."""
+    with suppress(OSError, ValueError, KeyError):
+        if not overwrite:
+            return json.loads(Path(meta_path(out)).read_text())["args"]["date"] or str(date.today())
+    return str(date.today())
+
+
+# ----- token ids
+def prompt_ids(chat, rows, counts):
+    """([ids of each row's prompt, or None], {index: why it has none}).
+
+    A row's prompt_token_ids stay if this template made them; others are rendered anew, and counted.
+    """
+    prompts, texts, problems = [None] * len(rows), {}, {}
+    for index, row in enumerate(rows):
+        ids = row.get("prompt_token_ids")
+        if ids and row.get("prompt_tokenizer") == chat.template and max(ids) < chat.vocabulary:
+            prompts[index] = list(ids)
+        else:
+            counts["prompts_rendered_anew"] += ids is not None
+        if prompts[index] is None or chat.switches:
+            try:
+                texts[index] = render(chat, row["prompt"], generation=True)
+            except ValueError as error:
+                problems[index] = f"the chat template {error}"
+    for index, ids in zip(texts, encode(chat, texts.values()), strict=True):
+        if prompts[index] not in (None, ids):
+            fail(f"--template-kwargs {chat.switches}: prompts were sampled without these; leave out the flag")
+        prompts[index] = ids
+    return prompts, problems
+
+
+def answer(response):
+    """What a response says after its reasoning; rewards, judges, win rates and lengths are of this."""
+    text = response["text"]
+    before, end, final = text.rpartition("</think>")
+    if response.get("final") is not None:
+        return response["final"]
+    if text.lstrip().startswith("<think>") or end and "<think>" not in text:
+        return final.strip() if end else ""
+    return text
+
+
+def sampled_ids(chat, response):
+    """The ids of a response that was sampled with this tokenizer; None of another."""
+    return response.get("token_ids") if response.get("tokenizer") == chat.fingerprint else None
+
+
+def response_ids(chat, prompts, responses, counts):
+    """[(ids of the prompt, ids of the response)]; None for a response that the template loses.
+
+    A text has the form that the template gives to an answer, and is tokenized after what stands before it:
+    SentencePiece puts a space before the first word of a text.
+    """
+    sequences, texts = [], {}
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = sampled_ids(chat, response)
+        sequences.append(None if None in (prompt, ids) else (prompt, list(ids)))
+        if ids is None and prompt is not None:
+            counts["responses_of_another_tokenizer"] += response.get("token_ids") is not None
+            with suppress(ValueError):
+                turns = conversation(SYSTEM, QUESTION, response["text"])
+                texts[index] = render(chat, turns).removesuffix(chat.ending)
+    generation, answer = encode(chat, [chat.generation, chat.answer])
+    for (index, text), ids in zip(texts.items(), encode(chat, texts.values()), strict=True):
+        header, header_ids, prompt = chat.generation, generation, prompts[index]
+        if text.startswith(chat.answer):  # else it has reasoning
+            header, header_ids, prompt = chat.answer, answer, before_answer(chat, prompt, generation, answer)
+        n = len(header_ids)
+        if ids[:n] != header_ids:
+            counts["responses_tokenized_without_header"] += 1
+            (ids,), n = encode(chat, [text.removeprefix(header)]), 0
+        sequences[index] = prompt, ids[n:]
+    for sequence, response in zip(sequences, responses, strict=True):
+        if sequence and response.get("finish") != "length":
+            sequence[1].append(chat.end_id)
+    return sequences
+
+
+def before_answer(chat, prompt, generation, answer):
+    """The ids of a prompt before an answer that is given: there it may end with an empty think block."""
+    shared = len(commonprefix([generation, answer]))
+    closing, kept = answer[shared:], len(prompt) - len(generation) + shared
+    if closing and prompt[-len(closing) :] != closing and prompt[-1] == generation[-1]:
+        prompt = prompt[:kept] + closing
+    end = chat.tokenizer.decode(prompt[-9:])
+    if OPEN.search(end):
+        switch = (
+            """--template-kwargs '{"enable_thinking": false}' closes it if the template has this switch"""
+        )
+        fail(f"{chat.tokenizer.name_or_path}: an answer without reasoning would come after {end!r}; {switch}")
+    return prompt

@@ -71,7 +71,7 @@ def as_messages(prompt, line):
 
 def read_responses(paths, shape):
     """{id: row} of files of responses; rows of one id are merged. All rewards must be of one labeler."""
-    rows, labelers, ids = {}, set(), set()
+    rows, lines, labelers, ids = {}, {}, set(), set()
     for path in paths:
         file = os.path.realpath(path)
         for line, row in read_jsonl(path, shape):
@@ -86,21 +86,37 @@ def read_responses(paths, shape):
             for response in row["responses"]:
                 if response.get("reward") is not None:
                     labelers.add(str(row.get("labeler")))
-                if response.get("token_ids") is not None:  # an array takes a tenth of the memory
-                    response["token_ids"] = array("I", response["token_ids"])
+            for entry, name in [(row, "prompt_token_ids"), *((r, "token_ids") for r in row["responses"])]:
+                if entry.get(name) is not None:  # an array takes a tenth of the memory
+                    entry[name] = array("I", entry[name])
             first = rows.get(row["id"])
             if first and first["prompt"] != row["prompt"]:
                 fail(f"{line}: the id {row['id']} has another prompt in an earlier file")
-            rows[row["id"]] = merged(first, row) if first else row
+            rows[row["id"]] = merged(first, row, f"{lines.get(row['id'])} and {line}") if first else row
+            lines[row["id"]] = line
     if len(labelers) > 1:
         fail(f"{', '.join(paths)}: rewards of different labelers: {' and '.join(sorted(labelers))}")
     return rows
 
 
-def merged(first, second):
-    """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null."""
+def merged(first, second, lines):
+    """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null.
+
+    The prompt's token ids are those that on-policy responses answer; if there are two, they must be equal.
+    """
     row = second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
+    names = ("prompt_tokenizer", "prompt_token_ids")
+    sampled = [each for each in (first, second) if each.get("prompt_token_ids") is not None]
+    on_policy = [each for each in sampled if any(r["source"] == "on" for r in each["responses"])]
+    kinds = [[each.get(name) for name in names] for each in on_policy or sampled]
+    if kinds:
+        differ = kinds[0] != kinds[-1]
+        if differ and on_policy and kinds[0][0] == kinds[-1][0]:
+            fail(
+                f"{lines}: prompt_token_ids differ: were they sampled on two days, or with other --template-kwargs?"
+            )
+        row |= dict.fromkeys(names) if differ else zip(names, kinds[0], strict=True)
     n, m = len(first["responses"]), len(second["responses"])
     for name in ("wins", "cosine"):
         if first.get(name) is not None or second.get(name) is not None:

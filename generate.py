@@ -4,8 +4,10 @@ Stage 1: prompts -> responses, sampled from a model.
 Reads   --prompts FILE ...  a Row (below) per prompt; other keys are passed on
 Writes  --out FILE          the same rows in their order, each with "responses": [{"text", "source", "model",
                             "finish": "stop" | "length", "tokens", "token_ids", "tokenizer"}, ...]. token_ids
-                            are as sampled, without the end-of-turn token; tokenizer is a fingerprint. For
-                            x.jsonl also the record x.meta.json: arguments, hashes, versions, counts
+                            are as sampled, without the end-of-turn token; tokenizer is a fingerprint. After
+                            reasoning "final" is the answer. prompt_token_ids are the prompt as sampled,
+                            prompt_tokenizer the fingerprint of tokenizer and chat template. For x.jsonl
+                            also the record x.meta.json: arguments, hashes, versions, counts
 
     python generate.py --model out/models/policy --prompts data/train.jsonl --out out/on.jsonl
 
@@ -25,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -44,7 +47,9 @@ CANDIDATES = 1024  # these best tokens are tried first; all are sorted if they d
 MAY_CHANGE = {"limit", "batch_size", "tensor_parallel"}  # in a resumed run
 NOT_FINITE = "the first logits are not finite: the weights are damaged, or too large for --dtype"
 # keys of an earlier run and of later stages, about responses that are being replaced
-EARLIER = ("responses", "wins", "cosine", "labeler")
+EARLIER = ("responses", "wins", "cosine", "labeler", "prompt_token_ids", "prompt_tokenizer")
+REASONING = {"</think>": "<think>", "</seed:think>": "<seed:think>", "[/THINK]": "[THINK]"}  # end: beginning
+REASONING |= {"<|END_THINKING|>": "<|START_THINKING|>", "<channel|>": "<|channel>"}
 
 
 class Row(TypedDict, total=False):
@@ -100,8 +105,10 @@ def parse_args(argv=None, parser=None):
         parser.error(f"--template-kwargs: expected a JSON object, found {args.template_kwargs}")
     if args.backend == "auto":
         args.backend = "vllm" if importlib.util.find_spec("vllm") else "hf"
-    if args.backend == "vllm" and (args.batch_size or args.temperature > 2):
-        parser.error("--backend vllm has no --batch-size and no temperature above 2; use --backend hf")
+    extreme = not (args.greedy or 0.01 <= args.temperature <= 2)  # vllm would raise 0.001 to 0.01
+    if args.backend == "vllm" and (args.batch_size or extreme):
+        only_hf = "no --batch-size and no --temperature below 0.01 or above 2"
+        parser.error(f"--backend vllm has {only_hf}; use --backend hf")
     if args.backend == "hf" and args.tensor_parallel > 1:
         parser.error("--tensor-parallel needs --backend vllm")
     return args
@@ -115,7 +122,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from chat import count_special, end_of_turn, fingerprint, load_tokenizer, prompt_ids  # noqa: E402
+from chat import Chat, answer, prompt_ids, read_chat, run_date, special_tokens  # noqa: E402
 from common import context_length, open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
@@ -131,13 +138,12 @@ class Request(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A model's tokenizer, and what its configuration says about tokens."""
+    """A model's chat, and what its configuration says about tokens."""
 
-    tokenizer: object
-    fingerprint: str
+    chat: Chat
+    special: re.Pattern  # finds special tokens in a text
     stop_ids: list[int]  # each ends a response
     pad_id: int
-    vocabulary: int  # rows of the embedding
     context: int  # longest prompt and response together
 
 
@@ -311,8 +317,8 @@ def vllm_sampler(args, tokens, longest):
 
 # ----- prompts
 def read_prompts(paths):
-    """The rows of all files, with messages as prompts and without earlier responses."""
-    rows = {}
+    """{"file:line": row} of all files, with messages as prompts and without earlier responses."""
+    rows, ids = {}, set()
     for path in paths:
         for line, row in read_jsonl(path, Row):
             row["prompt"] = as_messages(row["prompt"], line)
@@ -320,51 +326,48 @@ def read_prompts(paths):
                 text = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
                 row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16]
             row["id"] = str(row["id"])
-            if row["id"] in rows:
+            if row["id"] in ids:
                 fail(f"{line}: duplicate id {row['id']}")
-            rows[row["id"]] = {key: value for key, value in row.items() if key not in EARLIER}
-    return list(rows.values())
+            ids.add(row["id"])
+            rows[line] = {key: value for key, value in row.items() if key not in EARLIER}
+    return rows
 
 
 def read_tokens(args):
-    """Tokenizer and config of the model; a model that cannot be sampled from ends the run here."""
+    """The model's Tokens; a model that cannot be sampled from ends the run here."""
     from transformers import GenerationConfig
 
-    tokenizer, config = load_tokenizer(args.model, args.revision)
-    config = config.get_text_config()
-    end_id = end_of_turn(tokenizer)
-    for name in args.template_kwargs:
-        if name not in tokenizer.chat_template:
-            fail(f"--template-kwargs: the chat template of {args.model} has no variable {name!r}")
+    day = run_date(args.out, args.overwrite)
+    chat, config = read_chat(args.model, args.revision, args.template_kwargs, day)
+    args.date = chat.day  # in the record, for a run that goes on tomorrow
+    tokenizer = chat.tokenizer
     try:
         eos = GenerationConfig.from_pretrained(args.model, revision=args.revision).eos_token_id
     except OSError:  # generation_config.json is optional
-        eos = config.eos_token_id
-    stop_ids = {end_id, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    return Tokens(
-        tokenizer=tokenizer,
-        fingerprint=fingerprint(tokenizer),
-        stop_ids=sorted(stop_ids),
-        pad_id=end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        vocabulary=config.vocab_size,
-        context=context_length(config),
-    )
+        eos = config.get_text_config().eos_token_id
+    stop_ids = {chat.end_id, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    pad_id = chat.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Tokens(chat, special_tokens(tokenizer), sorted(stop_ids), pad_id, context_length(config))
 
 
 def encode_prompts(rows, args, tokens):
-    """([(row, ids of its prompt), ...] of this shard, counts), without prompts that leave no room."""
-    room = tokens.context - args.max_tokens
-    fitting, too_long = [], []
-    for row in rows:
-        ids = prompt_ids(tokens.tokenizer, row["prompt"], **args.template_kwargs)
-        if max(ids) >= tokens.vocabulary:
-            fail(
-                f"{args.model}: the tokenizer has the id {max(ids)}, the model {tokens.vocabulary} embeddings"
-            )
-        if len(ids) <= room:
-            fitting.append((row, ids))
-        else:
+    """([(row, ids of its prompt), ...] of this shard, counts), without prompts that cannot be answered."""
+    chat, room = tokens.chat, tokens.context - args.max_tokens
+    fitting, too_long, rejected = [], [], []
+    prompts, problems = prompt_ids(chat, list(rows.values()), Counter())
+    for index, (line, row) in enumerate(rows.items()):
+        ids = prompts[index]
+        if index in problems:
+            rejected.append(row["id"])
+            note(f"{line}: skipped the prompt {row['id']}: {problems[index]}")
+        elif max(ids) >= chat.vocabulary:
+            fail(f"{args.model}: the id {max(ids)} is beyond the model's {chat.vocabulary} embeddings")
+        elif len(ids) > room:
             too_long.append(row["id"])
+        else:
+            fitting.append((row | {"prompt_token_ids": ids, "prompt_tokenizer": chat.template}, ids))
+    if len(rejected) == len(rows):
+        fail(f"{', '.join(args.prompts)}: the chat template of {args.model} rejects all prompts")
     if not fitting:
         response = f"{args.max_tokens} tokens in the context of {args.model}, which is {tokens.context}"
         fail(f"{', '.join(args.prompts)}: no prompt leaves room for {response}; use a smaller --max-tokens")
@@ -373,10 +376,11 @@ def encode_prompts(rows, args, tokens):
         note(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}")
     prompts = shard_of(fitting[: args.limit], BLOCK, args.shard)
     texts = ["\n".join(message["content"] for message in row["prompt"]) for row, _ in prompts]
-    n_special = count_special(texts, tokens.tokenizer)
+    n_special = sum(bool(tokens.special.search(text)) for text in texts)
     if n_special:
         note(f"{n_special} prompts contain special tokens as plain text, which the model reads as tokens")
-    return prompts, {"skipped_too_long": len(too_long), "prompts_with_special_tokens": n_special}
+    counts = {"skipped_too_long": len(too_long), "skipped_by_template": len(rejected)}
+    return prompts, counts | {"prompts_with_special_tokens": n_special}
 
 
 # ----- rows
@@ -399,15 +403,30 @@ def make_response(sampled, args, tokens):
     """A response of the sampled tokens, up to the first that ends a response."""
     ends = [position for position, token in enumerate(sampled) if token in tokens.stop_ids]
     token_ids = sampled[: ends[0]] if ends else sampled
-    return {
-        "text": tokens.tokenizer.decode(token_ids, skip_special_tokens=True),
+    response = {
+        "text": tokens.chat.tokenizer.decode(token_ids, skip_special_tokens=True),
         "source": args.source,
         "model": args.model,
         "finish": "stop" if ends else "length",
         "tokens": len(token_ids),
         "token_ids": token_ids,
-        "tokenizer": tokens.fingerprint,
+        "tokenizer": tokens.chat.fingerprint,
     }
+    final = final_text(token_ids, tokens)
+    return response if final is None else response | {"final": final}
+
+
+def final_text(token_ids, tokens):
+    """What follows a response's reasoning, "" if that does not end; None if there is no reasoning."""
+    chat, text = tokens.chat, tokens.chat.tokenizer.decode(token_ids)
+    channel = chat.answer.removeprefix(chat.generation).strip()  # as of gpt-oss, which always has one
+    template = chat.tokenizer.get_chat_template()
+    end = next((end for end in REASONING if end in template), channel)
+    begin = REASONING.get(end, "")
+    if end and end in text:
+        return tokens.special.sub("", text.rpartition(end)[2]).strip()
+    begun = text.lstrip().startswith(begin) or chat.generation.rstrip().endswith(begin)
+    return "" if end and begun else None
 
 
 def count_responses(args):
@@ -415,11 +434,12 @@ def count_responses(args):
     counts, lengths = Counter(), []
     for _, row in read_jsonl(args.out, Row):
         responses = row["responses"]
-        texts = [response["text"] for response in responses]
+        texts = [answer(response) for response in responses]
         counts["rows"] += 1
         counts["responses"] += len(texts)
         counts["truncated"] += sum(response["finish"] == "length" for response in responses)
         counts["empty"] += sum(not text.strip() for text in texts)
+        counts["with_reasoning"] += sum(response.get("final") is not None for response in responses)
         counts["prompts_with_equal_samples"] += len(texts) > 1 and len(set(texts)) == 1
         lengths += [response["tokens"] for response in responses]
     skipped = counts["rows"] * args.n - counts["responses"]

@@ -27,7 +27,7 @@ import time
 from collections import Counter, defaultdict
 from typing import Literal, Required, TypedDict
 
-from chat import count_special, load_tokenizer, prompt_ids
+from chat import answer, chat_of, encode, load_tokenizer, render, run_date, special_tokens
 from common import (
     Message,
     TokenIds,
@@ -271,14 +271,18 @@ class RewardModel(Scorer):
         if config.num_labels != 1 or not architecture.endswith("ForSequenceClassification"):
             given = f"{architecture} with {config.num_labels} labels"
             fail(f"{args.model}: expected a ...ForSequenceClassification with one label, found {given}")
-        self.chat = bool(self.tokenizer.chat_template)
-        if not self.chat and not self.tokenizer.sep_token:
+        self.chat = None
+        if self.tokenizer.chat_template:
+            self.chat = chat_of(self.tokenizer, config, {}, run_date(args.out, args.overwrite))
+            args.date = self.chat.day  # in the record, for a run that goes on tomorrow
+        elif not self.tokenizer.sep_token:
             fail(f"{args.model}: the tokenizer has no chat template and no separator for pairs of texts")
         self.max_length = longest_input(args, config, self.tokenizer)
-        texts = (response["text"] for row in rows.values() for response in row["responses"])
-        self.counts["responses_with_special_tokens"] = count_special(texts, self.tokenizer)
         prompts = ("\n".join(turn["content"] for turn in row["prompt"]) for row in rows.values())
-        self.counts["prompts_with_special_tokens"] = count_special(prompts, self.tokenizer)
+        texts = (answer(response) for row in rows.values() for response in row["responses"])
+        special = special_tokens(self.tokenizer)
+        self.counts["prompts_with_special_tokens"] = sum(bool(special.search(text)) for text in prompts)
+        self.counts["responses_with_special_tokens"] = sum(bool(special.search(text)) for text in texts)
 
     def load(self):
         from transformers import AutoModelForSequenceClassification
@@ -286,21 +290,27 @@ class RewardModel(Scorer):
         args = self.args
         self.model = load_model(AutoModelForSequenceClassification, args.model, args.revision, args.dtype)
 
-    def encode(self, prompt, text):
-        """(token ids, token types or None) of a prompt and a response."""
+    def encode(self, row, response):
+        """(token ids, token types or None) of a prompt and an answer; ValueError if there are none."""
+        text = answer(response)
+        if response["text"] and not text:
+            raise ValueError("empty after its reasoning")
         if self.chat:
-            turns = [*prompt, {"role": "assistant", "content": text}]
-            return prompt_ids(self.tokenizer, turns, add_generation_prompt=False), None
-        encoded = self.tokenizer(as_text(prompt), text)
+            turns = [*row["prompt"], {"role": "assistant", "content": text}]
+            return encode(self.chat, [render(self.chat, turns)])[0], None
+        encoded = self.tokenizer(as_text(row["prompt"]), text)
         return encoded["input_ids"], encoded.get("token_type_ids")
 
     def score(self, rows, update):
         responses, sequences, types = [], [], []
         for row in rows:
             for response in row["responses"]:
-                ids, token_types = self.encode(row["prompt"], response["text"])
-                if len(ids) > self.max_length:
-                    self.set_reward(response, None, f"longer than {self.max_length} tokens")
+                try:
+                    ids, token_types = self.encode(row, response)
+                    if len(ids) > self.max_length:
+                        raise ValueError(f"longer than {self.max_length} tokens")
+                except ValueError as error:
+                    self.set_reward(response, None, str(error))
                     update(1)
                     continue
                 responses.append(response)

@@ -26,13 +26,25 @@ import resource
 import shutil
 import sys
 import time
+from array import array
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
 
 import common
-from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids, read_sides, show
-from common import Message, TokenIds, append_rows, fail, keep_rows, note, read_jsonl, stable_hash
+from chat import (
+    answer,
+    fingerprint,
+    load_tokenizer,
+    prompt_ids,
+    read_chat,
+    response_ids,
+    run_date,
+    sampled_ids,
+    special_tokens,
+)
+from common import Message, TokenIds, append_rows, as_messages, fail, keep_rows, note, read_jsonl, stable_hash
 
 PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6; S3 section 5.1 and B.3
     "s1": dict(beta=0.1, epochs=1, batch_size=256, schedule="linear", max_length=4096, adam_beta2=0.999),
@@ -41,6 +53,10 @@ PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6
 }
 WARMUP = 0.1  # of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
+COPIED = (  # from --model, config.json last: what transformers 5 would write, transformers 4 cannot read
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model "
+    "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json generation_config.json config.json"
+).split()
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 PROBE = 512  # tokens of the sequence that check_model compares with the model's own logits
@@ -54,6 +70,8 @@ CacheRow = TypedDict("CacheRow", {"key": str, "logp": float})  # of the referenc
 class Row(TypedDict, total=False):
     pair_id: str | int | None  # unique; without it a hash of the texts
     prompt: str | list[Message] | None  # text is one user turn; None: chosen and rejected begin with it
+    prompt_token_ids: TokenIds | None  # as the model saw it that sampled responses to it
+    prompt_tokenizer: str | None  # fingerprint of the tokenizer and chat template that made them
     chosen: Required[str | list[Message]]
     rejected: Required[str | list[Message]]
     source: str | None  # "on", "off", "cross"
@@ -78,6 +96,7 @@ class Pair(NamedTuple):
     sequences: list[Sequence]  # chosen and rejected; only chosen for a loss without a rejected side
     reward_margin: float  # reward of chosen minus reward of rejected
     reference_logps: tuple[float, ...]  # of the sequences under the reference model; 0 without one
+    keys: tuple[str, ...] = ()  # of the sequences in the reference cache
 
     def tokens(self):
         return sum(len(sequence.ids) for sequence in self.sequences)
@@ -517,7 +536,7 @@ def with_reference(policy, pairs, cache, args):
             rows = read_jsonl(cache, CacheRow) if os.path.getsize(cache) else ()
             logps = {row["key"]: row["logp"] for _, row in rows}
     logps = from_all_processes([logps])[0]
-    keys = [f"{stable_hash(*sequence):016x}" for sequence in sequences_of(pairs)]
+    keys = [key for pair in pairs for key in pair.keys]
     sequences = dict(zip(keys, sequences_of(pairs), strict=True))
     missing = sorted(sequences.keys() - logps.keys(), key=lambda key: (len(sequences[key].ids), key))
     size = WINDOW * dist.get_world_size()
@@ -622,7 +641,7 @@ def check_model(policy, pairs, args):
         note(f"{model.name_or_path}: {cannot}; each is a row of its own, which is slower")
 
 
-def export(policy, tokenizer, args):
+def export(policy, args):
     """Write --out as a model folder in the type of --model. All processes gather, the first one writes."""
     weights, folder = {}, Path(args.out, "checkpoints", "model")
     for name, value in policy.model.state_dict().items():
@@ -634,13 +653,13 @@ def export(policy, tokenizer, args):
     if dist.get_rank() == 0:
         try:
             policy.model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(args.out)
             for path in folder.glob("*.safetensors*"):
                 os.replace(path, Path(args.out, path.name))
-            for name in ("generation_config.json", "config.json"):  # config.json last: the model is complete
+            for name in COPIED:
                 options = {"revision": args.revision, "_raise_exceptions_for_missing_entries": False}
                 path = cached_file(args.model, name, **options)
                 if path:
+                    Path(args.out, name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, Path(args.out, name))
         except Exception as error:  # of a full disk: the libraries raise OSError, SafetensorError, Exception
             shutil.rmtree(folder, ignore_errors=True)
@@ -649,53 +668,96 @@ def export(policy, tokenizer, args):
 
 
 # ----- pairs
-def load_pairs(path, tokenizer, config, args):
+def read_sides(row, line):
+    """The prompt's messages, and of chosen and rejected {"text", "finish", "token_ids", "tokenizer"}."""
+    prompts, responses = [], []
+    for side in ("chosen", "rejected"):
+        messages = row[side]
+        if isinstance(messages, str):
+            messages = [{"role": "assistant", "content": messages}]
+        if not messages or messages[-1]["role"] != "assistant":
+            fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
+        if not messages[-1]["content"].strip():
+            fail(f"{line}: the {side} response is empty")
+        prompts.append(messages[:-1] or row.get("prompt"))
+        details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
+        responses.append({"text": messages[-1]["content"], **details})
+    if prompts[0] != prompts[1]:
+        fail(f"{line}: chosen and rejected answer different prompts")
+    prompt = as_messages(prompts[0], line)  # role first: a missing pair_id is a hash of this as JSON
+    return [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt], responses
+
+
+def load_pairs(path, chat, config, args):
     """All pairs as token ids, and how many were dropped by reason and source: the same with every loss."""
-    vocabulary, end_id, loss = fingerprint(tokenizer), end_of_turn(tokenizer), LOSSES[args.loss]
-    text_config = config.get_text_config()
-    longest = min(args.max_length, common.context_length(config))
-    pairs, pair_ids, dropped, foreign = [], set(), {}, 0
-    for line, row in read_jsonl(path, Row):
-        prompt, responses = read_sides(row, line)
-        pair_id = row.get("pair_id")
-        if pair_id is None:
-            texts = [response["text"] for response in responses]
-            pair_id = f"{stable_hash(json.dumps(prompt), *texts):016x}"
-        pair_id = str(pair_id)
-        if pair_id in pair_ids:
-            fail(f"{line}: duplicate pair_id {pair_id} in this file")
-        pair_ids.add(pair_id)
-        rewards = row.get("chosen_reward"), row.get("rejected_reward")
-        if loss.rewards and None in rewards:
-            fail(f"{line}: --loss {args.loss} needs chosen_reward and rejected_reward, found {rewards}")
-        for response in responses:
-            foreign += response["token_ids"] is not None and response["tokenizer"] != vocabulary
-        completions = [completion_ids(tokenizer, vocabulary, end_id, response) for response in responses]
-        if not all(completions):
-            fail(f"{line}: a response has no tokens")
-        ids = prompt_ids(tokenizer, prompt, **args.template_kwargs)
-        if max(ids + completions[0] + completions[1]) >= text_config.vocab_size:
-            fail(f"{line}: a token id is beyond the vocabulary of {args.model}")
-        source, reason = row.get("source") or "", ""
-        if completions[0] == completions[1]:
-            reason = "identical"
-        elif len(ids) + max(map(len, completions)) > longest:
-            reason = "too long"
-        if reason:
-            reason = f"{reason} ({source})" if source else reason
-            dropped[reason] = dropped.get(reason, 0) + 1
-            continue
-        margin = 0.0 if None in rewards else rewards[0] - rewards[1]
-        sequences = [Sequence(ids + completion, len(ids)) for completion in completions]
-        if not loss.rejected:
-            del sequences[1]
-        pairs.append(Pair(pair_id, source, sequences, margin, (0.0,) * len(sequences)))
+    loss, longest = LOSSES[args.loss], min(args.max_length, common.context_length(config))
+    pairs, pair_ids, dropped, counts = [], set(), Counter(), Counter()
+    rows = read_jsonl(path, Row)
+    while window := list(itertools.islice(rows, 8 * WINDOW)):
+        for line, row, sequences, reason in encoded(window, chat, counts):
+            if row["pair_id"] in pair_ids:
+                fail(f"{line}: duplicate pair_id {row['pair_id']} in this file")
+            pair_ids.add(row["pair_id"])
+            rewards = row.get("chosen_reward"), row.get("rejected_reward")
+            if loss.rewards and None in rewards:
+                fail(f"{line}: --loss {args.loss} needs chosen_reward and rejected_reward, found {rewards}")
+            if not reason and max(len(ids) for ids, _ in sequences) > longest:
+                reason = "too long"
+            source = row.get("source") or ""
+            if reason:
+                dropped[f"{reason} ({source})" if source else reason] += 1
+                continue
+            if not loss.rejected:
+                del sequences[1]
+            margin = 0.0 if None in rewards else rewards[0] - rewards[1]
+            keys = tuple(f"{stable_hash(start, array('I', ids).tobytes()):016x}" for ids, start in sequences)
+            pairs.append(Pair(row["pair_id"], source, sequences, margin, (0.0,) * len(sequences), keys))
     if int(os.environ.get("RANK", 0)) == 0:
-        if foreign:
-            note(f"{path}: {foreign} responses came from a different tokenizer and were re-tokenized")
+        for name, count in (+counts).items():
+            note(f"{path}: {count} {name.replace('_', ' ')}")
         if dropped:
-            note(f"{path}: {len(pairs)} pairs; dropped: {dropped}")
-    return pairs or fail(f"{path}: no pair is left: {dropped}"), dropped
+            note(f"{path}: {len(pairs)} pairs; dropped: {dict(dropped)}")
+    return pairs or fail(f"{path}: no pair is left: {dict(dropped)}"), dropped
+
+
+def check_ids(pair, line, chat):
+    if not all(completion for _, completion in pair):
+        fail(f"{line}: a response has no tokens")
+    if max(max(ids + completion) for ids, completion in pair) >= chat.vocabulary:
+        fail(f"{line}: a token id is beyond the vocabulary of {chat.tokenizer.name_or_path}")
+
+
+def encoded(window, chat, counts):
+    """Yield ("file:line", row, [chosen, rejected], why not) of rows, which are tokenized together."""
+    sides = [read_sides(row, line) for line, row in window]
+    rows = [row | {"prompt": prompt} for (_, row), (prompt, _) in zip(window, sides, strict=True)]
+    prompts, problems = prompt_ids(chat, rows, counts)
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    parts = response_ids(chat, twice, [response for side in sides for response in side[1]], counts)
+    special = special_tokens(chat.tokenizer)
+    for i, ((line, row), (prompt, responses)) in enumerate(zip(window, sides, strict=True)):
+        pair = parts[2 * i : 2 * i + 2]
+        texts = [response["text"] for response in responses]
+        unsampled = [response["text"] for response in responses if not sampled_ids(chat, response)]
+        reason = None
+        if i in problems:
+            reason = "rejected by the chat template"
+            note(f"{line}: {problems[i]}")
+        elif None in pair:
+            reason = "lost by the chat template"
+        elif any(map(special.search, unsampled)):
+            reason = "special tokens"  # the model would learn to go on after an end of turn
+        elif not all(answer(response).strip() for response in responses):
+            reason = "empty after its reasoning"
+        elif pair[0][1] == pair[1][1]:
+            reason = "identical"
+        else:
+            check_ids(pair, line, chat)
+            pair = [Sequence(ids + completion, len(ids)) for ids, completion in pair]
+        if row.get("pair_id") is None:
+            row["pair_id"] = f"{stable_hash(json.dumps(prompt), *texts):016x}"
+        row["pair_id"] = str(row["pair_id"])
+        yield line, row, pair, reason
 
 
 def epoch_order(pairs, seed, epoch):
@@ -718,10 +780,10 @@ def start_processes(args):
     args.micro_tokens = args.micro_tokens or (4096 if on_cuda else 1024)
 
 
-def check_paths(args, models, tokenizer):
+def check_paths(args, models, chat):
     """Refuse a reference with another tokenizer, and an --out that is a model in use or not made here."""
     for name in models.keys() - {args.model}:
-        if fingerprint(load_tokenizer(name)[0]) != fingerprint(tokenizer):
+        if fingerprint(load_tokenizer(name)[0]) != chat.fingerprint:
             fail(f"--reference {name}: its tokenizer differs from that of --model {args.model}")
     if os.path.realpath(args.out) in map(os.path.realpath, models):
         fail(f"--out {args.out} is the model being read")
@@ -834,17 +896,19 @@ def main(args, run_step=forward_backward):
     """Train; recipes/train_online.py brings its own run_step."""
     started = time.time()
     start_processes(args)
-    tokenizer, config = load_tokenizer(args.model, args.revision)
+    args.date = run_date(f"{args.out}/metrics.jsonl", args.overwrite)
+    chat, config = read_chat(args.model, args.revision, args.template_kwargs, args.date)
+    args.date = chat.day
     models = {args.reference or args.model: None, args.model: args.revision}  # the reference is the first
-    check_paths(args, models, tokenizer)
+    check_paths(args, models, chat)
     files = [path for path in (args.pairs, args.eval_pairs) if path]
-    pairs, dropped = load_pairs(args.pairs, tokenizer, config, args)
+    pairs, dropped = load_pairs(args.pairs, chat, config, args)
     held_out, held_out_dropped = [], {}
     if args.eval_pairs:
-        held_out, held_out_dropped = load_pairs(args.eval_pairs, tokenizer, config, args)
+        held_out, held_out_dropped = load_pairs(args.eval_pairs, chat, config, args)
     record = common.make_record(args, files, models.items())
-    # a date in a chat template changes the ids
-    record["inputs"]["token ids of the pairs"] = stable_hash(*map(stable_hash, pairs + held_out))
+    keys = [(pair.pair_id, pair.source, pair.reward_margin, *pair.keys) for pair in pairs + held_out]
+    record["inputs"]["token ids of the pairs"] = stable_hash(*keys)
     steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
     with open_run(args, record, steps) as (file, done, counts):
         if counts is None:
@@ -852,9 +916,9 @@ def main(args, run_step=forward_backward):
             if file:
                 begin(args, file, record, done)
                 for sequence in epoch_order(pairs, args.seed, 0)[0].sequences:
-                    show(tokenizer, *sequence)
+                    show(chat.tokenizer, *sequence)
             train(policy, pairs, held_out, args, range(done, steps), file, run_step)
-            export(policy, tokenizer, args)
+            export(policy, args)
             if file:
                 counts = {"pairs": len(pairs), "dropped": dropped}
                 counts |= {"eval_pairs": len(held_out), "eval_dropped": held_out_dropped}
@@ -869,6 +933,11 @@ def main(args, run_step=forward_backward):
     policy = run_step = None
     gc.collect()  # sharded tensors must be gone before the process group is
     dist.destroy_process_group()
+
+
+def show(tokenizer, ids, start):
+    """Log a sequence as a model reads it, with the response, which begins at `start`, between 【 and 】."""
+    note(f"{tokenizer.decode(ids[:start])}【{tokenizer.decode(ids[start:])}】")
 
 
 def summary(path):

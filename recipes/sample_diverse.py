@@ -10,6 +10,7 @@ skipped.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,8 +66,9 @@ def next_requests(rows, k, args, tokens):
     requests = []
     for index, row in enumerate(rows):
         texts = [response["text"] for response in row["responses"]]
-        ids = prompt_ids(tokens.tokenizer, ask_again(row["prompt"], texts), **args.template_kwargs)
-        if len(texts) == k and len(ids) <= tokens.context - args.max_tokens:
+        conversation = {"prompt": ask_again(row["prompt"], texts)}
+        (ids,), _ = prompt_ids(tokens.chat, [conversation], Counter())
+        if len(texts) == k and ids and len(ids) <= tokens.context - args.max_tokens:
             requests.append(generate.Request(index, row["id"], k, ids))
     return requests
 

@@ -84,13 +84,13 @@ def mixture_sampler(args, tokens, longest):
     from transformers import AutoModelForCausalLM
 
     tokenizer, config = load_tokenizer(args.reference, None)
-    if fingerprint(tokenizer) != tokens.fingerprint:
-        fail(f"{args.reference}: its tokenizer has another vocabulary than that of {args.model}")
+    if fingerprint(tokenizer) != tokens.chat.fingerprint:
+        fail(f"{args.reference}: its tokenizer differs from that of {args.model}")
     context = context_length(config)
     if context < tokens.context:
         fail(f"{args.reference}: its context of {context} is shorter than that of {args.model}")
     reference = load_model(AutoModelForCausalLM, args.reference, None, args.dtype)
-    vocabulary = max(tokens.tokenizer.get_vocab().values()) + 1
+    vocabulary = max(tokens.chat.tokenizer.get_vocab().values()) + 1
 
     def processors(mask):
         check = generate.check_logits(args.reference, mask.shape[1])  # the policy's own logits were checked

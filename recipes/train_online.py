@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 
-from chat import end_of_turn, load_tokenizer  # noqa: E402
+from chat import read_chat  # noqa: E402
 from common import fail, stable_hash  # noqa: E402
 
 
@@ -121,7 +121,7 @@ class Online:
     """forward_backward of train_dpo.py with samples; keeps the reference model."""
 
     def __init__(self, args):
-        self.end_id = end_of_turn(load_tokenizer(args.model, args.revision)[0])
+        self.end_id = read_chat(args.model, args.revision, args.template_kwargs)[0].end_id
         self.reference = None
 
     def __call__(self, policy, pairs, args, step):

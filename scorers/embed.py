@@ -6,7 +6,7 @@ Writes  --out FILE            the same rows, each with "cosine": a matrix over i
 
 S1 says "last layer sentence embedding", and names no model and no pooling. Of a causal language model this is
 the last hidden state, mean over the response's tokens, which follow the prompt; of an encoder, the response
-alone, pooled as its 1_Pooling/config.json says (mean if there is none).
+alone, pooled as its 1_Pooling/config.json says (mean if there is none). Reasoning is left out.
 
     python scorers/embed.py --model sentence-transformers/all-MiniLM-L6-v2 --responses on.jsonl --out c.jsonl
 
@@ -21,7 +21,7 @@ import logp
 import torch
 import torch.nn.functional as F
 
-from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids
+from chat import answer, load_tokenizer, read_chat, run_date
 from common import fail, load_model
 
 score = logp.score  # the stage that both vary
@@ -50,9 +50,9 @@ class Embed(score.Scorer):
         self.causal = (config.architectures or [""])[0].endswith("ForCausalLM")
         self.pooling = "mean"
         if self.causal:
-            self.vocabulary = fingerprint(self.tokenizer)
-            self.end_id = end_of_turn(self.tokenizer)
-            logp.check_token_ids(rows, self.vocabulary, config, args.model)
+            self.chat, _ = read_chat(args.model, args.revision, day=run_date(args.out, args.overwrite))
+            args.date = self.chat.day  # in the record, for a run that goes on tomorrow
+            logp.check_token_ids(rows, self.chat)
         else:
             self.read_pooling()
 
@@ -74,30 +74,31 @@ class Embed(score.Scorer):
         name, revision, dtype = self.args.model, self.args.revision, self.args.dtype
         self.model = load_model(AutoModel, name, revision, dtype, unused="pooler")
 
-    def encode(self, row, response):
-        """(ids of the prompt, ids of the response); the prompt has none for an encoder."""
-        if not self.causal and not response["text"].strip():
-            return [], []
-        if not self.causal:
-            return [], self.tokenizer(response["text"])["input_ids"]
-        cut = {**response, "finish": "length"}  # without the end-of-turn token
-        completion = completion_ids(self.tokenizer, self.vocabulary, self.end_id, cut)
-        return prompt_ids(self.tokenizer, row["prompt"]), completion
+    def encode(self, rows):
+        """[(ids of the prompt, ids of the response) or None, for each response]; an encoder reads no prompt."""
+        answers = []
+        for row in rows:
+            responses = [without_reasoning(response) for response in row["responses"]]
+            answers.append({**row, "responses": responses})
+        if self.causal:
+            return logp.tokenized(self.chat, answers, self.counts)[1]
+        texts = [response["text"] for row in answers for response in row["responses"]]
+        return [([], self.tokenizer(text)["input_ids"]) if text.strip() else None for text in texts]
 
     @torch.inference_mode()
     def score(self, rows, update):
         targets, starts, sequences = [], [], []
         vectors = [[None] * len(row["responses"]) for row in rows]
-        for k, row in enumerate(rows):
-            for i, response in enumerate(row["responses"]):
-                prompt, completion = self.encode(row, response)
-                if not completion or len(prompt) + len(completion) > self.max_length:
-                    self.counts["responses_too_long" if completion else "responses_empty"] += 1
-                    update(1)
-                    continue
-                targets.append((k, i))
-                starts.append(len(prompt))
-                sequences.append(prompt + completion)
+        indices = [(k, i) for k, row in enumerate(rows) for i in range(len(row["responses"]))]
+        for target, pair in zip(indices, self.encode(rows), strict=True):
+            prompt, completion = pair or ([], [])
+            if not completion or len(prompt) + len(completion) > self.max_length:
+                self.counts["responses_too_long" if completion else "responses_empty"] += 1
+                update(1)
+                continue
+            targets.append(target)
+            starts.append(len(prompt))
+            sequences.append(prompt + completion)
         for batch, ids, mask in score.token_batches(sequences, self.args, self.counts):
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, T, d)
             for states, index in zip(hidden, batch, strict=True):
@@ -121,6 +122,14 @@ class Embed(score.Scorer):
             others = [x for j, x in enumerate(line) if x is not None and (j != i or len(line) == 1)]
             means.append(sum(others) / len(others) if others else None)
         return means
+
+
+def without_reasoning(response):
+    """The response as it is embedded: its answer, without an end-of-turn token."""
+    text = answer(response)
+    return (
+        {**response, "finish": "length"} if text == response["text"] else {"text": text, "finish": "length"}
+    )
 
 
 def cosine(a, b):

@@ -6,8 +6,8 @@ Writes  --out FILE            the same rows. Every response gains "logp", the su
                               end-of-turn token, which a truncated response does not have, and "logp_tokens",
                               their number; null where it is empty, too long or not finite. Rewards stay
 
-Sampled token ids are read as they are if they are of the model's tokenizer; other responses are tokenized.
-With --name N the keys are logp_N and logp_N_tokens.
+Sampled token ids, of prompts too, are read as they are if they are of the model's tokenizer and template;
+others are made as train_dpo.py makes them. With --name N the keys are logp_N and logp_N_tokens.
 
     python scorers/logp.py --model out/models/policy --responses out/scored.jsonl --out out/logp.jsonl
 
@@ -15,6 +15,7 @@ Resumes and prints as score.py does; "mean" is that of the log-probabilities. S1
 "Is On-Policy Data always the Best Choice [...]?".
 """
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import score  # noqa: E402
-from chat import completion_ids, end_of_turn, fingerprint, load_tokenizer, prompt_ids  # noqa: E402
-from common import check_logps, fail, load_model, output_head  # noqa: E402
+from chat import prompt_ids, read_chat, response_ids, run_date, sampled_ids, special_tokens  # noqa: E402
+from common import check_logps, fail, load_model, note, output_head  # noqa: E402
 
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once
 
@@ -36,17 +37,36 @@ def parse_args(argv=None):
     score.add_length_flag(parser)
     score.add_batch_flag(parser)
     parser.add_argument("--name", help='end of the keys, "logp_NAME" (default: none, "logp")')
-    return parser.parse_args(argv)
+    text = "as given to generate.py; only for prompts without token ids"
+    parser.add_argument("--template-kwargs", type=json.loads, default={}, metavar="JSON", help=text)
+    args = parser.parse_args(argv)
+    if not isinstance(args.template_kwargs, dict):
+        parser.error(f"--template-kwargs: expected a JSON object, found {args.template_kwargs}")
+    return args
 
 
-def check_token_ids(rows, vocabulary, config, model):
+def check_token_ids(rows, chat):
     """Refuse sampled ids that claim to be of this tokenizer and are not in the model's vocabulary."""
-    size = config.get_text_config().vocab_size
+    name, size = chat.tokenizer.name_or_path, chat.vocabulary
     for row_id, row in rows.items():
         for response in row["responses"]:
-            largest = max(response.get("token_ids") or [0])
-            if response.get("tokenizer") == vocabulary and largest >= size:
-                fail(f"the row {row_id} has the token id {largest}, but the vocabulary of {model} has {size}")
+            largest = max(sampled_ids(chat, response) or [0])
+            if largest >= size:
+                fail(f"the row {row_id} has the token id {largest}, but the vocabulary of {name} has {size}")
+
+
+def tokenized(chat, rows, counts):
+    """(the responses of all rows, [(ids of the prompt, ids of the response), or None, for each])"""
+    prompts, problems = prompt_ids(chat, rows, counts)
+    for index, problem in problems.items():
+        note(f"the row {rows[index]['id']}: {problem}")
+    special = special_tokens(chat.tokenizer)
+    responses = [response for row in rows for response in row["responses"]]
+    for response in responses:
+        is_text = sampled_ids(chat, response) is None
+        counts["responses_with_special_tokens"] += bool(is_text and special.search(response["text"]))
+    each = [prompt for prompt, row in zip(prompts, rows, strict=True) for _ in row["responses"]]
+    return responses, response_ids(chat, each, responses, counts)
 
 
 def token_logps(states, targets, weight, bias, scale=1.0, cap=None):
@@ -75,10 +95,11 @@ class LogProbability(score.Scorer):
     def __init__(self, args, rows):
         super().__init__(args, rows)
         self.key = f"logp_{args.name}" if args.name else "logp"
-        self.tokenizer, config = load_tokenizer(args.model, args.revision)
-        self.max_length = score.longest_input(args, config, self.tokenizer)
-        self.vocabulary, self.end_id = fingerprint(self.tokenizer), end_of_turn(self.tokenizer)
-        check_token_ids(rows, self.vocabulary, config, args.model)
+        day = run_date(args.out, args.overwrite)
+        self.chat, config = read_chat(args.model, args.revision, args.template_kwargs, day)
+        args.date = self.chat.day  # in the record, for a run that goes on tomorrow
+        self.max_length = score.longest_input(args, config, self.chat.tokenizer)
+        check_token_ids(rows, self.chat)
 
     def load(self):
         from transformers import AutoModelForCausalLM
@@ -92,18 +113,17 @@ class LogProbability(score.Scorer):
     @torch.inference_mode()
     def score(self, rows, update):
         responses, starts, sequences = [], [], []
-        for row in rows:
-            prompt = prompt_ids(self.tokenizer, row["prompt"])
-            for response in row["responses"]:
-                response[self.key] = response[f"{self.key}_tokens"] = None
-                completion = completion_ids(self.tokenizer, self.vocabulary, self.end_id, response)
-                if not completion or len(prompt) + len(completion) > self.max_length:
-                    self.counts["responses_too_long" if completion else "responses_empty"] += 1
-                    update(1)
-                    continue
-                responses.append(response)
-                starts.append(len(prompt))
-                sequences.append(prompt + completion)
+        for response, pair in zip(*tokenized(self.chat, rows, self.counts), strict=True):
+            response[self.key] = response[f"{self.key}_tokens"] = None
+            prompt, completion = pair or ([], [])
+            if not completion or len(prompt) + len(completion) > self.max_length:
+                reason = "responses_too_long" if completion else "responses_empty"
+                self.counts[reason if pair else "responses_rejected_by_the_template"] += 1
+                update(1)
+                continue
+            responses.append(response)
+            starts.append(len(prompt))
+            sequences.append(prompt + completion)
         for batch, ids, _ in score.token_batches(sequences, self.args, self.counts):
             spans = [(starts[index], len(sequences[index])) for index in batch]
             for index, logps in zip(batch, self.logps(ids, spans), strict=True):

@@ -102,7 +102,7 @@ class RewardModel(score.RewardModel):
         sequences = []
         for row in self.first_rows:
             for response in row["responses"][:1]:
-                ids, _ = self.encode(row["prompt"], response["text"])
+                ids, _ = self.encode(row, response)
                 if len(ids) <= self.max_length:
                     sequences.append(ids)
         super().load()
