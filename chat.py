@@ -4,20 +4,17 @@ From a chat to token ids: what a model reads is what its chat template renders, 
 `read_chat` measures what a template does to a chat of its own; `prompt_ids` and `response_ids` follow it.
 """
 
-import json
-import os
 import re
 from contextlib import suppress
-from datetime import date, datetime
+from datetime import datetime
 from itertools import product
 from os.path import commonprefix
-from pathlib import Path
 from typing import NamedTuple
 
-from common import fail, meta_path, note, stable_hash
+from common import fail, stable_hash
+from loading import fingerprint, load_tokenizer
 
 SYSTEM, QUESTION, ANSWER = "Vebmy", "Zuvqo", "Kwimab"  # no template has these words
-SAMPLE = "It was  a café:\n\n\tin 2024, 100 km away.\n"  # tokenizers differ in spaces, lines, digits
 OPEN = re.compile(r"(?i)(?<!/)(?<!end_)think(ing)?\W*$")  # a think block that nothing has closed
 
 
@@ -36,55 +33,6 @@ class Chat(NamedTuple):
     answer: str = ""  # before a response that is given: perhaps with an empty think block, or a channel
     ending: str = ""  # after a response
     end_id: int = -1  # the token that ends a response
-
-
-def load_tokenizer(name, revision=None):
-    """(tokenizer, config) of a local model folder or of OWNER/NAME on the hub.
-
-    transformers chooses a class by names in the configs, which may be wrong: tokenizer.json decides.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, logging
-    from transformers.utils import cached_file
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not name:
-        fail("--model is empty: expected a model folder, or OWNER/NAME on the hub")
-    problem = "no such folder, and not available from the hub"
-    if os.path.isdir(name):
-        problem = "its tokenizer or config cannot be loaded"
-        files = os.listdir(name)
-        if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
-            fail(f"{name}: not a model folder: config.json or *.safetensors is missing")
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        path = cached_file(name, "tokenizer.json", **options)
-        ids = Tokenizer.from_file(path).encode(SAMPLE, add_special_tokens=False).ids if path else None
-        for loader in AutoTokenizer, PreTrainedTokenizerFast:
-            tokenizer = loader.from_pretrained(name, revision=revision)
-            if ids in (None, tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]):
-                return tokenizer, config
-            note(f"{name}: transformers' {type(tokenizer).__name__} is not the tokenizer of tokenizer.json")
-        raise ValueError("no class of transformers reads as tokenizer.json does")
-    except Exception as error:  # damaged files raise many kinds, even a bare Exception
-        reason = str(error).partition("\n")[0]
-        fail(f"{name}: {problem}: {type(error).__name__}: {reason}")
-
-
-def fingerprint(tokenizer):
-    """Identifies a tokenizer: models that have the same share the ids of texts."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return f"{stable_hash(backend.to_str()):016x}"
-
-
-def special_tokens(tokenizer):
-    """A pattern that finds a tokenizer's special tokens in a text, which a model would read as tokens."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, special)) or "(?!)")
 
 
 def encode(chat, texts):
@@ -110,8 +58,6 @@ def chat_of(tokenizer, config, switches, day):
     for switch in switches:
         if switch not in template:
             fail(f"--template-kwargs: the chat template of {name} has no variable {switch!r}")
-    if not tokenizer.is_fast:
-        fail(f"{name}: expected a tokenizer.json, found a {type(tokenizer).__name__} without one")
     ids = fingerprint(tokenizer)
     ids = ids, f"{stable_hash(ids, template, tokenizer.special_tokens_map):016x}"
     day = day if "strftime_now" in template else None
@@ -181,14 +127,6 @@ def render(chat, messages, generation=False):
         if start < 0:
             raise ValueError(f"loses the {turn['role']}'s {content[:50]!r}")
     return text
-
-
-def run_date(out, overwrite):
-    """The day that chat templates see: that of the run in --out, which may go on, or today."""
-    with suppress(OSError, ValueError, KeyError):
-        if not overwrite:
-            return json.loads(Path(meta_path(out)).read_text())["args"]["date"] or str(date.today())
-    return str(date.today())
 
 
 # ----- token ids

@@ -1,6 +1,6 @@
-"""What the six scripts share: rows in and out, outputs that resume, loading a model; nothing of a paper.
+"""What the six scripts share: rows in and out, outputs that resume; nothing of a paper.
 
-To use a script elsewhere, take this file and chat.py along.
+To use a script elsewhere, take this file, loading.py and chat.py along.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import sys
 import zlib
 from array import array
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -22,7 +23,6 @@ Message = TypedDict("Message", {"role": str, "content": str})
 TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]  # as sampled, without the end-of-turn token
 Wins = list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]]  # [i][j]: P(response i beats j)
 Record = TypedDict("Record", {"args": dict, "inputs": dict, "models": dict})
-ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # of the log-probability of a token; of T tokens, times sqrt(T)
 START_OVER = "use another --out, or --overwrite to start over"
 
 
@@ -71,7 +71,7 @@ def as_messages(prompt, line):
 
 def read_responses(paths, shape):
     """{id: row} of files of responses; rows of one id are merged. All rewards must be of one labeler."""
-    rows, lines, labelers, ids = {}, {}, set(), set()
+    rows, labelers, ids = {}, set(), set()
     for path in paths:
         file = os.path.realpath(path)
         for line, row in read_jsonl(path, shape):
@@ -86,37 +86,32 @@ def read_responses(paths, shape):
             for response in row["responses"]:
                 if response.get("reward") is not None:
                     labelers.add(str(row.get("labeler")))
-            for entry, name in [(row, "prompt_token_ids"), *((r, "token_ids") for r in row["responses"])]:
-                if entry.get(name) is not None:  # an array takes a tenth of the memory
-                    entry[name] = array("I", entry[name])
+                if response.get("token_ids") is not None:  # an array takes a tenth of the memory
+                    response["token_ids"] = array("I", response["token_ids"])
+            if row.get("prompt_token_ids") is not None:
+                row["prompt_token_ids"] = array("I", row["prompt_token_ids"])
             first = rows.get(row["id"])
             if first and first["prompt"] != row["prompt"]:
                 fail(f"{line}: the id {row['id']} has another prompt in an earlier file")
-            rows[row["id"]] = merged(first, row, f"{lines.get(row['id'])} and {line}") if first else row
-            lines[row["id"]] = line
+            rows[row["id"]] = merged(first, row, paths) if first else row
     if len(labelers) > 1:
         fail(f"{', '.join(paths)}: rewards of different labelers: {' and '.join(sorted(labelers))}")
     return rows
 
 
-def merged(first, second, lines):
-    """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null.
-
-    The prompt's token ids are those that on-policy responses answer; if there are two, they must be equal.
-    """
+def merged(first, second, paths):
+    """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null."""
+    for entry in (first, second):  # the prompt's ids are those that on-policy responses answer
+        if all(response["source"] == "off" for response in entry["responses"]):
+            entry.pop("prompt_token_ids", None)
+            entry.pop("prompt_tokenizer", None)
+    ids = first.get("prompt_token_ids"), second.get("prompt_token_ids")
+    same_template = first.get("prompt_tokenizer") == second.get("prompt_tokenizer")
+    if None not in ids and ids[0] != ids[1] and same_template:
+        why = f"the prompt {first['id']} has other prompt_token_ids"
+        fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
     row = second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
-    names = ("prompt_tokenizer", "prompt_token_ids")
-    sampled = [each for each in (first, second) if each.get("prompt_token_ids") is not None]
-    on_policy = [each for each in sampled if any(r["source"] == "on" for r in each["responses"])]
-    kinds = [[each.get(name) for name in names] for each in on_policy or sampled]
-    if kinds:
-        differ = kinds[0] != kinds[-1]
-        if differ and on_policy and kinds[0][0] == kinds[-1][0]:
-            fail(
-                f"{lines}: prompt_token_ids differ: were they sampled on two days, or with other --template-kwargs?"
-            )
-        row |= dict.fromkeys(names) if differ else zip(names, kinds[0], strict=True)
     n, m = len(first["responses"]), len(second["responses"])
     for name in ("wins", "cosine"):
         if first.get(name) is not None or second.get(name) is not None:
@@ -234,6 +229,17 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
         file.close()
 
 
+def run_date(out, overwrite):
+    """The day that chat templates see: that of the run in --out, which may go on, or today."""
+    day = str(date.today())
+    if overwrite:
+        return day
+    with suppress(OSError, ValueError, KeyError):
+        record = json.loads(Path(meta_path(out)).read_text())
+        day = record["args"]["date"] or day
+    return day
+
+
 def begin_output(file, record, done):
     """Before the first new row: cut the file after `done` rows; the record has no counts until the end."""
     keep_rows(file.name, done)
@@ -282,67 +288,3 @@ def append_rows(file, rows):
             data = data[file.write(data) :]
     except (OSError, RecursionError) as error:  # such as a full disk
         fail(f"{file.name} cannot be written: {error}; run the same command again to resume")
-
-
-# ----- models
-def load_model(auto_class, name, revision, dtype, unused=None, **options):
-    """A model in eval mode, on the GPUs if there are any. Only weights named like `unused` may be missing."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    if getattr(config, "quantization_config", None):
-        fail(f"{name}: its weights are quantised; use the model that they were made from")
-    if torch.cuda.is_available():
-        options.setdefault("device_map", "auto" if torch.cuda.device_count() > 1 else "cuda")
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        options.setdefault("attn_implementation", "eager")  # Gemma-2: sdpa leaves the soft cap out
-    options |= {"revision": revision, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
-        model, info = auto_class.from_pretrained(name, **options)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        fail(f"{name}: {(str(error) or repr(error)).splitlines()[0]}")
-    missing = sorted(key for key in info["missing_keys"] if not (unused and unused in key))
-    if missing:
-        fail(f"{name}: missing weights: {', '.join(missing[:3])}")
-    head = model.get_output_embeddings()
-    tied = head is not None and config.tie_word_embeddings
-    if tied and head.weight is not model.get_input_embeddings().weight:
-        if head.weight.is_meta:  # transformers ties what is equal, and reads neither of them there
-            return load_model(auto_class, name, revision, dtype, unused, device_map="cpu")
-        fail(f"{name}: its config ties head and embedding (tie_word_embeddings), but their weights differ")
-    return model.eval()
-
-
-def output_head(model):
-    """(weight (V, d), bias, scale, cap): logits are cap tanh((weight (scale h) + bias) / cap) of states h."""
-    head = model.get_output_embeddings()
-    config = vars(model.config.get_text_config())
-    scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
-    scale /= config.get("logits_scaling") or 1.0
-    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    cap = next((config[name] for name in caps if config.get(name)), None)
-    return head.weight, getattr(head, "bias", None), scale, cap
-
-
-def check_logps(model, ids, start, logps, dtype):
-    """Refuse logps of the tokens from `start` of ids (T,) whose sum is not that of the model's own logits."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1].float()
-    targets = ids[start:, None].to(logits.device)
-    own_logps = logits.log_softmax(-1).gather(1, targets)
-    exact, found = own_logps.double().sum().item(), logps.double().sum().item()
-    if abs(found - exact) > ROUNDING[dtype] * len(logits) ** 0.5:  # NaN is for the caller
-        problem = f"a text has log-probability {exact:.4f} by its own logits, {found:.4f} by its head"
-        fail(f"{model.name_or_path}: {model.config.model_type} models are not supported: {problem}")
-    return exact
-
-
-def context_length(config):
-    """Tokens that a model reads; of longrope so many that no factor depends on the rest of the batch."""
-    config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        limit = min(limit, rope["original_max_position_embeddings"])
-    return limit

@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from typing import NamedTuple, Required, TypedDict
 
-from common import Message, append_rows, as_messages, begin_output, fail, load_model, make_record, note
+from common import Message, append_rows, as_messages, begin_output, fail, make_record, note, run_date
 
 # S1 and S2 do not give max_tokens (2,048 is that of S1's code), S3 gives no top_p
 PRESETS = {
@@ -122,8 +122,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from chat import Chat, answer, prompt_ids, read_chat, run_date, special_tokens  # noqa: E402
-from common import context_length, open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
+from chat import Chat, answer, prompt_ids, read_chat  # noqa: E402
+from common import open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
+from loading import context_length, load_model, special_tokens  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 

@@ -27,24 +27,24 @@ import time
 from collections import Counter, defaultdict
 from typing import Literal, Required, TypedDict
 
-from chat import answer, chat_of, encode, load_tokenizer, render, run_date, special_tokens
+from chat import answer, chat_of, encode, render
 from common import (
     Message,
     TokenIds,
     Wins,
     append_rows,
     begin_output,
-    context_length,
     fail,
-    load_model,
     make_record,
     note,
     open_output,
     read_jsonl,
     read_responses,
+    run_date,
     shard_of,
     write_record,
 )
+from loading import context_length, load_model, load_tokenizer, special_tokens
 
 # arguments that may change between a run that was stopped and the one that resumes it
 MAY_CHANGE = {"limit", "batch_tokens", "tensor_parallel", "max_requests"}

@@ -33,17 +33,8 @@ from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
 
 import common
-from chat import (
-    answer,
-    fingerprint,
-    load_tokenizer,
-    prompt_ids,
-    read_chat,
-    response_ids,
-    run_date,
-    sampled_ids,
-    special_tokens,
-)
+import loading
+from chat import answer, prompt_ids, read_chat, response_ids, sampled_ids
 from common import Message, TokenIds, append_rows, as_messages, fail, keep_rows, note, read_jsonl, stable_hash
 
 PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6; S3 section 5.1 and B.3
@@ -55,13 +46,14 @@ WARMUP = 0.1  # of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
 COPIED = (  # from --model, config.json last: what transformers 5 would write, transformers 4 cannot read
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model "
-    "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json generation_config.json config.json"
+    "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json generation_config.json "
+    "config.json"
 ).split()
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 PROBE = 512  # tokens of the sequence that check_model compares with the model's own logits
 NEIGHBOUR = (
-    0.01  # as common.ROUNDING, between rows of one length; measured 0 to 6e-4, with a convolution 0.05
+    0.01  # as loading.ROUNDING, between rows of one length; measured 0 to 6e-4, with a convolution 0.05
 )
 MAY_CHANGE = {"save_every", "micro_tokens", "activation_checkpointing"}  # when a run is resumed
 CacheRow = TypedDict("CacheRow", {"key": str, "logp": float})  # of the reference cache
@@ -380,7 +372,7 @@ class PolicyLogps(torch.nn.Module):
     def forward(self, ids, before, targets, **layout):
         """ids (1, T); before (C,): indices of the states before targets (C,) -> (C,) float32"""
         output = self.model.base_model(input_ids=ids, use_cache=False, **layout)
-        weight, bias, scale, cap = common.output_head(self.model)
+        weight, bias, scale, cap = loading.output_head(self.model)
         return TokenLogps.apply(scale * output.last_hidden_state[0, before], weight, bias, targets, cap)
 
 
@@ -573,7 +565,7 @@ def load_policy(name, revision, args):
         if isinstance(value, float) and ("drop" in key or "jitter" in key):
             setattr(text_config, key, 0.0)  # policy and reference must be the same function
     options = {"device_map": None, "config": config}
-    model = common.load_model(AutoModelForCausalLM, name, revision, "auto", **options)
+    model = loading.load_model(AutoModelForCausalLM, name, revision, "auto", **options)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -619,11 +611,11 @@ def check_model(policy, pairs, args):
     policy.pack(False)
     alone = sequence_logps(policy, [probe])[0]
     policy.unshard()  # embedding and head, which are the root's
-    exact = common.check_logps(model, ids, 1, alone, args.dtype)
+    exact = loading.check_logps(model, ids, 1, alone, args.dtype)
     release(policy)
     if not math.isfinite(exact + alone.item()):
         fail(f"{model.name_or_path}: the log-probability of a response is not finite")
-    rounding, neighbour = (bound * math.sqrt(len(ids)) for bound in (common.ROUNDING[args.dtype], NEIGHBOUR))
+    rounding, neighbour = (bound * math.sqrt(len(ids)) for bound in (loading.ROUNDING[args.dtype], NEIGHBOUR))
     if packed:
         policy.pack(True)
         try:
@@ -690,7 +682,7 @@ def read_sides(row, line):
 
 def load_pairs(path, chat, config, args):
     """All pairs as token ids, and how many were dropped by reason and source: the same with every loss."""
-    loss, longest = LOSSES[args.loss], min(args.max_length, common.context_length(config))
+    loss, longest = LOSSES[args.loss], min(args.max_length, loading.context_length(config))
     pairs, pair_ids, dropped, counts = [], set(), Counter(), Counter()
     rows = read_jsonl(path, Row)
     while window := list(itertools.islice(rows, 8 * WINDOW)):
@@ -734,7 +726,7 @@ def encoded(window, chat, counts):
     prompts, problems = prompt_ids(chat, rows, counts)
     twice = [prompt for prompt in prompts for _ in range(2)]
     parts = response_ids(chat, twice, [response for side in sides for response in side[1]], counts)
-    special = special_tokens(chat.tokenizer)
+    special = loading.special_tokens(chat.tokenizer)
     for i, ((line, row), (prompt, responses)) in enumerate(zip(window, sides, strict=True)):
         pair = parts[2 * i : 2 * i + 2]
         texts = [response["text"] for response in responses]
@@ -783,7 +775,7 @@ def start_processes(args):
 def check_paths(args, models, chat):
     """Refuse a reference with another tokenizer, and an --out that is a model in use or not made here."""
     for name in models.keys() - {args.model}:
-        if fingerprint(load_tokenizer(name)[0]) != chat.fingerprint:
+        if loading.fingerprint(loading.load_tokenizer(name)[0]) != chat.fingerprint:
             fail(f"--reference {name}: its tokenizer differs from that of --model {args.model}")
     if os.path.realpath(args.out) in map(os.path.realpath, models):
         fail(f"--out {args.out} is the model being read")
@@ -896,7 +888,7 @@ def main(args, run_step=forward_backward):
     """Train; recipes/train_online.py brings its own run_step."""
     started = time.time()
     start_processes(args)
-    args.date = run_date(f"{args.out}/metrics.jsonl", args.overwrite)
+    args.date = common.run_date(f"{args.out}/metrics.jsonl", args.overwrite)
     chat, config = read_chat(args.model, args.revision, args.template_kwargs, args.date)
     args.date = chat.day
     models = {args.reference or args.model: None, args.model: args.revision}  # the reference is the first

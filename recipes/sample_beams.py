@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import generate
-from common import load_model, stable_hash
+from common import stable_hash
+from loading import load_model
 
 PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 import generate
-from chat import fingerprint, load_tokenizer
-from common import context_length, fail, load_model, stable_hash
+from common import fail, stable_hash
+from loading import context_length, fingerprint, load_model, load_tokenizer
 
 PRESET = {"n": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
 

@@ -21,8 +21,9 @@ import logp
 import torch
 import torch.nn.functional as F
 
-from chat import answer, load_tokenizer, read_chat, run_date
-from common import fail, load_model
+from chat import answer, read_chat
+from common import fail, run_date
+from loading import load_model, load_tokenizer
 
 score = logp.score  # the stage that both vary
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
@@ -75,7 +76,7 @@ class Embed(score.Scorer):
         self.model = load_model(AutoModel, name, revision, dtype, unused="pooler")
 
     def encode(self, rows):
-        """[(ids of the prompt, ids of the response) or None, for each response]; an encoder reads no prompt."""
+        """[(ids of the prompt, ids of the response), or None]; an encoder reads no prompt."""
         answers = []
         for row in rows:
             responses = [without_reasoning(response) for response in row["responses"]]

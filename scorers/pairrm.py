@@ -28,8 +28,8 @@ from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import score  # noqa: E402
-from chat import load_tokenizer  # noqa: E402
 from common import fail  # noqa: E402
+from loading import load_tokenizer  # noqa: E402
 
 SOURCE_TOKENS, ALL_TOKENS = 1224, 2048  # PairRM's limits
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")

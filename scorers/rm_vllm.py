@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 import score  # noqa: E402
-from common import fail, load_model, note  # noqa: E402
+from common import fail, note  # noqa: E402
+from loading import load_model  # noqa: E402
 
 CHECKED_BYTES = 4e9  # weights up to here are also loaded by transformers, to compare the rewards
 LONGEST = 32768  # the longest input unless --max-length says more: vLLM reserves memory for it
