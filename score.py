@@ -52,6 +52,7 @@ MAY_CHANGE = {"limit", "batch_tokens", "tensor_parallel", "max_requests"}
 
 class Response(TypedDict, total=False):
     text: Required[str]
+    final: str | None  # what follows its reasoning, which is what scorers read
     source: Required[Literal["on", "off"]]
     model: str | None
     finish: Literal["stop", "length"] | None  # "length": truncated at the longest response allowed
@@ -65,6 +66,8 @@ class Response(TypedDict, total=False):
 class Row(TypedDict, total=False):
     id: Required[str]
     prompt: Required[str | list[Message]]  # a text is one user turn
+    prompt_token_ids: TokenIds | None
+    prompt_tokenizer: str | None  # fingerprint of the tokenizer and the chat template that made them
     responses: Required[list[Response]]
     answer: str | int | float | None  # read by scorers/verify.py
     labeler: str | None
@@ -342,9 +345,8 @@ class RewardModel(Scorer):
         token; here its index is known. A decoder needs no mask: no token sees the padding after it.
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
-        last = hidden[
-            torch.arange(len(ids), device=hidden.device), mask.sum(1).to(hidden.device) - 1
-        ]  # (B, d)
+        rows = torch.arange(len(ids), device=hidden.device)
+        last = hidden[rows, mask.sum(1).to(hidden.device) - 1]  # (B, d)
         return last.float() @ self.model.score.weight[0].float().to(hidden.device)
 
     def encoder_logits(self, ids, mask, types):
