@@ -234,9 +234,9 @@ def run_date(out, overwrite):
     day = str(date.today())
     if overwrite:
         return day
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no record, a damaged one, or one without
         record = json.loads(Path(meta_path(out)).read_text())
-        day = record["args"]["date"] or day
+        day = str(date.fromisoformat(record["args"]["date"]))
     return day
 
 
