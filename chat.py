@@ -15,7 +15,8 @@ from common import fail, stable_hash
 from loading import fingerprint, load_tokenizer
 
 SYSTEM, QUESTION, ANSWER = "Vebmy", "Zuvqo", "Kwimab"  # no template has these words
-OPEN = re.compile(r"(?i)(?<!/)(?<!end_)think(ing)?\W*$")  # a think block that nothing has closed
+OPEN = re.compile(r"(?i)(<|\[|<seed:|<\|start_)think(ing)?\W+$")  # a think block that nothing has closed
+CLOSE = """--template-kwargs '{"enable_thinking": false}' closes it where the template has this switch"""
 
 
 class Chat(NamedTuple):
@@ -45,14 +46,17 @@ def encode(chat, texts):
 def read_chat(name, revision=None, switches=None, day=None):
     """(Chat, config) of a model that is sampled from or trained."""
     tokenizer, config = load_tokenizer(name, revision)
-    return measured(chat_of(tokenizer, config, switches or {}, day)), config
+    chat = chat_of(tokenizer, config, switches or {}, day)
+    try:
+        return measured(chat), config
+    except ValueError as error:
+        fail(f"{name}: the chat template {error}")
 
 
 def chat_of(tokenizer, config, switches, day):
     """The Chat of a model that only reads, as a reward model; a template that loses a text is refused."""
     name, template = tokenizer.name_or_path, tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = template.get("default") if isinstance(template, dict) else template
     if not template:
         fail(f"{name}: no chat template; save one in the model folder as chat_template.jinja")
     for switch in switches:
@@ -78,22 +82,22 @@ def chat_of(tokenizer, config, switches, day):
 
 
 def measured(chat):
-    """The Chat with what its template does before and after an answer."""
-    name, question = chat.tokenizer.name_or_path, conversation(SYSTEM, QUESTION)
+    """The Chat with what its template does before and after an answer; ValueError if it is of no use."""
+    question = conversation(SYSTEM, QUESTION)
     generation = render(chat, question, generation=True)
     answer, _, ending = render(chat, conversation(SYSTEM, QUESTION, ANSWER)).partition(ANSWER)
     answer = answer.rstrip(" ")  # " Kwimab" may begin with one token
     shared = len(commonprefix([generation, answer]))
     opened, closing = generation[shared:].strip(), answer[shared:].strip()
     if closing and generation == render(chat, question):
-        fail(f"{name}: the chat template has no add_generation_prompt, but begins an answer with {closing!r}")
+        raise ValueError(f"has no add_generation_prompt, but begins an answer with {closing!r}")
     if opened and "think" not in opened.lower():
-        fail(f"{name}: the chat template begins a response with {opened!r}, but not an answer")
+        raise ValueError(f"begins a response with {opened!r}, but not an answer")
     longer = conversation(SYSTEM, QUESTION, ANSWER, QUESTION)
     rest = ending.strip() or render(chat, longer).partition(ANSWER)[2].strip()
     end_id = (encode(chat, [rest])[0] or [chat.tokenizer.eos_token_id])[0]
     if end_id not in chat.tokenizer.added_tokens_decoder:
-        fail(f"{name}: the chat template ends a turn with {rest[:20]!r}, which is not a special token")
+        raise ValueError(f"ends a turn with {rest[:20]!r}, which is not a special token")
     return chat._replace(generation=generation, answer=answer, ending=ending, end_id=end_id)
 
 
@@ -105,7 +109,7 @@ def conversation(*texts):
 
 def render(chat, messages, generation=False):
     """A chat as text, up to a response if `generation`; ValueError if a turn is rejected or lost."""
-    if chat.folds and messages[0]["role"] == "system" and len(messages) > 1:
+    if chat.folds and [turn["role"] for turn in messages[:2]] == ["system", "user"]:
         system, first, *others = messages
         messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
     given, end = messages, 0
@@ -133,7 +137,7 @@ def render(chat, messages, generation=False):
 def prompt_ids(chat, rows, counts):
     """([ids of each row's prompt, or None], {index: why it has none}).
 
-    A row's prompt_token_ids stay if this template made them; others are rendered anew, and counted.
+    A row's prompt_token_ids stay if they are of this template; others are rendered anew, and counted.
     """
     prompts, texts, problems = [None] * len(rows), {}, {}
     for index, row in enumerate(rows):
@@ -149,8 +153,11 @@ def prompt_ids(chat, rows, counts):
                 problems[index] = f"the chat template {error}"
     for index, ids in zip(texts, encode(chat, texts.values()), strict=True):
         if prompts[index] not in (None, ids):
-            fail(f"--template-kwargs {chat.switches}: prompts were sampled without these; leave out the flag")
-        prompts[index] = ids
+            problem = "a row's prompt_token_ids were rendered otherwise; leave out this flag"
+            fail(f"--template-kwargs {chat.switches}: {problem}")
+        prompts[index] = ids or None
+        if not ids:
+            problems[index] = "the chat template renders nothing"
     return prompts, problems
 
 
@@ -209,8 +216,5 @@ def before_answer(chat, prompt, generation, answer):
         prompt = prompt[:kept] + closing
     end = chat.tokenizer.decode(prompt[-9:])
     if OPEN.search(end):
-        switch = (
-            """--template-kwargs '{"enable_thinking": false}' closes it if the template has this switch"""
-        )
-        fail(f"{chat.tokenizer.name_or_path}: an answer without reasoning would come after {end!r}; {switch}")
+        fail(f"{chat.tokenizer.name_or_path}: a text without reasoning would follow {end!r}; {CLOSE}")
     return prompt
