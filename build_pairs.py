@@ -7,9 +7,8 @@ Writes  --out FILE         a pair per line, as `datasets` and TRL's DPOTrainer r
                            the row, and x.meta.json for x.jsonl: the record of the run, with statistics
 
 Each prompt gives a pair of each source by a rule (RULES below), and `mix` takes one of them: SimpleMix (S1
-sections 4.1, 5.2). If the files have both sources, only prompts with a pair of each take part, so that every
---on-ratio uses the same prompts. --filter (FILTERS below) keeps the best share of the off-policy pairs or, if
---on-ratio is 1, of the on-policy pairs.
+sections 4.1, 5.2). Of files with both sources only prompts with a pair of each are used, the same at every
+--on-ratio. --filter (FILTERS below) keeps the best share of the off-policy (at --on-ratio 1 on-policy) pairs.
 
     python build_pairs.py --scored out/scored.jsonl --out out/on50.pairs.jsonl --on-ratio 0.5
 
@@ -26,7 +25,8 @@ from collections import Counter
 from contextlib import suppress
 from typing import Literal, Required, TypedDict
 
-from common import Message, TokenIds, Wins, fail, read_responses, stable_hash, write_output
+from chat import answer
+from common import Message, TokenIds, Wins, fail, note, read_responses, stable_hash, write_output
 
 QUANTILES = {"min": 0, "25%": 25, "median": 50, "75%": 75, "max": 100}  # of S3 Table 5
 SIDE_KEYS = ("reward", "model", "finish", "token_ids", "tokenizer", "logp")  # chosen_reward, ...
@@ -34,6 +34,7 @@ SIDE_KEYS = ("reward", "model", "finish", "token_ids", "tokenizer", "logp")  # c
 
 class Response(TypedDict, total=False):
     text: Required[str]
+    final: str | None  # what follows its reasoning; texts are compared and measured by this
     source: Required[Literal["on", "off"]]  # sampled from the model to be trained, or taken from elsewhere
     model: str | None
     finish: Literal["stop", "length"] | None  # "length": cut off at the longest response allowed
@@ -47,6 +48,8 @@ class Response(TypedDict, total=False):
 class Row(TypedDict, total=False):
     id: Required[str]
     prompt: Required[str | list[Message]]  # text is one user turn
+    prompt_token_ids: TokenIds | None
+    prompt_tokenizer: str | None  # hash of the tokenizer and the chat template that made them
     responses: Required[list[Response]]
     labeler: str | None  # what made the rewards, such as "rm:MODEL"
     wins: Wins | None
@@ -80,8 +83,7 @@ def filter_share(text):
     """("quality", 0.4) from "quality:0.4"."""
     match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
     if not match or match[1] not in FILTERS or float(match[2]) > 1:
-        names = "|".join(FILTERS)
-        raise argparse.ArgumentTypeError(f"expected {names}:P with P in [0, 1], found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {'|'.join(FILTERS)}:P with P in [0, 1], found {text!r}")
     return match[1], float(match[2])
 
 
@@ -89,14 +91,13 @@ def use_scores(rows, name):
     """Make the scores of this scorer the rewards, and it the labeler of rows whose rewards change."""
     names = set()
     for row in rows.values():
-        labeler = row.get("labeler")
+        row.setdefault("labeler", None)
         for response in row["responses"]:
             scores = response.get("scores") or {}
             names |= scores.keys()
             if scores.get(name) != response.get("reward"):
-                labeler = name
+                row["labeler"] = name
             response["reward"] = scores.get(name)
-        row["labeler"] = labeler
     if name not in names:
         fail(f"--reward {name}: no response has this score; there are {', '.join(sorted(names)) or 'none'}")
 
@@ -118,11 +119,12 @@ DATA_SET_PAIR = ("relabel", "given")  # on-policy responses then take best-worst
 
 def why_unusable(response, rule, truncated):
     """Why a response can be in no pair; None if it can."""
+    if not answer(response).strip():
+        return "empty"  # perhaps after its reasoning, and then it has no reward
     if rule != "given" and response.get("reward") is None:
         return "without reward"
-    if truncated == "drop" and response.get("finish") == "length":
-        return "truncated"  # chosen, it would teach the model not to stop
-    return None if response["text"].strip() else "empty"
+    cut = truncated == "drop" and response.get("finish") == "length"
+    return "truncated" if cut else None  # chosen, it would teach the model not to stop
 
 
 def select(row, source, args, dropped):
@@ -130,15 +132,14 @@ def select(row, source, args, dropped):
     rule = "best-worst" if source == "on" and args.select in DATA_SET_PAIR else args.select
     responses = row["responses"]
     indices = [i for i, response in enumerate(responses) if response["source"] == source]
-    if rule in DATA_SET_PAIR:
-        indices = indices[:2]
+    indices = indices[:2] if rule in DATA_SET_PAIR else indices
     reasons = [why_unusable(responses[i], rule, args.truncated) for i in indices]
     usable = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
     if len(usable) < 2:
         reason = next(filter(None, reasons), "fewer than two responses" if indices else "no response")
     else:
         chosen, rejected = RULES[rule](responses, usable)
-        if responses[chosen]["text"].strip() == responses[rejected]["text"].strip():
+        if answer(responses[chosen]).strip() == answer(responses[rejected]).strip():
             reason = "identical"
         elif rule != "given" and responses[chosen]["reward"] == responses[rejected]["reward"]:
             reason = "tie"
@@ -149,12 +150,12 @@ def select(row, source, args, dropped):
 
 
 def make_pair(row, source, chosen, rejected):
-    """The pair of the responses with these indices, with the other keys of the row."""
-    pair = {key: value for key, value in row.items() if key not in ("responses", "wins", "cosine")}
+    """The pair of the responses with these indices, which it keeps, with the other keys of the row."""
+    pair = {key: value for key, value in row.items() if key not in ("wins", "cosine")}
+    pair["responses"] = [row["responses"][chosen], row["responses"][rejected]]
     pair |= {"pair_id": f"{row['id']}:{source}", "source": source, "labeler": row.get("labeler")}
     pair["cosine"] = row["cosine"][chosen][rejected] if row.get("cosine") else None
-    for side, index in ("chosen", chosen), ("rejected", rejected):
-        response = row["responses"][index]
+    for side, response in zip(("chosen", "rejected"), pair["responses"], strict=True):
         pair[side] = [{"role": "assistant", "content": response["text"]}]
         for key in SIDE_KEYS:
             pair[f"{side}_{key}"] = response.get(key)
@@ -191,10 +192,8 @@ def mix_filtered(candidates, kept, ratio):
     """
     if ratio in (0, 1):
         return {prompt_id: candidates[prompt_id] for prompt_id in kept}, len(kept)
-    left = {}
-    for prompt_id, pairs in candidates.items():
-        source = "off" if prompt_id in kept else "on"
-        left[prompt_id] = {source: pairs[source]}
+    sources = {prompt_id: "off" if prompt_id in kept else "on" for prompt_id in candidates}
+    left = {prompt_id: {source: candidates[prompt_id][source]} for prompt_id, source in sources.items()}
     return left, max(0, math.floor((len(kept) - 0.5 + 1e-9) / (1 - ratio)) + 1)
 
 
@@ -219,7 +218,7 @@ def mix(candidates, ratio, total, seed):
     return mixed
 
 
-def statistics(pairs, rewards):
+def statistics(pairs, responses, rewards):
     """{what: a row of S3 Table 5}. S1 Table 3's "Avg. reward" may be that of both sides or of all samples."""
     import numpy as np  # here, because --help need not wait for it
 
@@ -229,8 +228,8 @@ def statistics(pairs, rewards):
     columns["reward of both sides"] = np.concatenate([chosen, rejected])
     columns["reward of all samples"] = np.array(rewards, float)
     columns["intra-diversity"] = logps[0] - logps[1]  # S2 eq. 12
-    for side in ("chosen", "rejected"):
-        columns[f"{side} characters"] = np.array([len(pair[side][0]["content"]) for pair in pairs], float)
+    lengths = np.array([len(answer(response)) for response in responses], float)
+    columns["chosen characters"], columns["rejected characters"] = lengths[::2], lengths[1::2]
     table = {}
     for name, values in columns.items():
         values = values[~np.isnan(values)]  # null became nan
@@ -238,6 +237,17 @@ def statistics(pairs, rewards):
             table[name] = {"n": len(values), "mean": values.mean(), "std": values.std()}
             table[name] |= zip(QUANTILES, np.percentile(values, list(QUANTILES.values())), strict=True)
     return table
+
+
+def with_reasoning(responses):
+    """{source: how many of its responses have reasoning}; a warning where the sources differ in this form."""
+    counts, totals = Counter(on=0, off=0), Counter(response["source"] for response in responses)
+    counts.update(response["source"] for response in responses if answer(response) != response["text"])
+    shares = [counts[source] / n for source, n in totals.items()]
+    if max(shares) - min(shares) > 0.1:  # of a thinking model's responses a few may have none
+        text = " and ".join(f"{counts[name]} of {n} {name}-policy" for name, n in sorted(totals.items()))
+        note(f"warning: {text} responses have reasoning; use both sources with reasoning, or both without")
+    return counts
 
 
 # ----- main
@@ -278,14 +288,15 @@ def main(args):
     total = args.total or total
     mixed = mix(candidates, ratio, total, args.seed)
     if len(mixed) < total or not mixed:
-        message = f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {json.dumps(counts)}"
-        if any(reason.endswith("truncated") for reason in dropped):
-            message += "; --truncated keep uses responses that were cut off"
-        fail(message)
+        cut = any(reason.endswith("truncated") for reason in dropped)
+        advice = "; --truncated keep uses responses that were cut off" if cut else ""
+        fail(f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {json.dumps(counts)}{advice}")
 
     pairs = [mixed[prompt_id] for prompt_id in rows if prompt_id in mixed]  # in the order of the input
     counts |= {"pairs": len(pairs), "on": 0, "off": 0} | Counter(pair["source"] for pair in pairs)
-    stats = statistics(pairs, rewards)
+    responses = [response for pair in pairs for response in pair.pop("responses")]  # two of each pair
+    counts["with_reasoning"] = with_reasoning(responses)
+    stats = statistics(pairs, responses, rewards)
     lines = (json.dumps(pair, ensure_ascii=False, default=list) for pair in pairs)  # arrays as lists
     seconds = round(time.time() - started, 2)
     write_output(args, args.scored, lines, counts=counts, stats=stats, seconds=seconds)

@@ -35,3 +35,14 @@ def run_script(script, *flags, cwd=None, expect=0):
     assert status == expect, f"exit {status}\n{out[-2000:]}\n{err[-4000:]}"
     lines = out.strip().splitlines()
     return (json.loads(lines[-1]) if expect == 0 else None), err
+
+
+def thinking(response, form):
+    """The response with reasoning before its text, in one of three forms; a text of "" is its end."""
+    text = response["text"]
+    if form % 3 == 0:
+        return response | {"text": f"<think>\n1 + {form} is odd\n</think>\n\n{text}"}
+    if form % 3 == 1:  # the prompt had the beginning
+        return response | {"text": f"or {form}\n</think>\n\n{text}"}
+    # its marks were special tokens, which the text does not show
+    return response | {"text": f"analysis {form} final {text}", "final": text}

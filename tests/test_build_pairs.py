@@ -4,12 +4,14 @@ build_pairs.py: what is chosen, rejected and dropped, and why, and how on- and o
 Covers  best-worst on hand-made cases; mixing: exact counts, nested, blind to the order of rows; shares of
         categories by two calls; whole runs on hand-made rows: the pair's keys, matrices by index, --reward,
         drop counts by reason, --total, --truncated, files of one source, the statistics (S3 Table 5, S1
-        Table 3, S2 eq. 12), the sentences of what cannot be had, a full disk.
+        Table 3, S2 eq. 12), reasoning apart from answers and warned of where sources differ in it, prompts'
+        token ids, the sentences of what cannot be had, a full disk.
 Run     python -m pytest tests/test_build_pairs.py
 """
 
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -17,7 +19,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import REPO, read_rows, write_rows
+from conftest import REPO, read_rows, thinking, write_rows
 
 import build_pairs
 from build_pairs import mix, select
@@ -236,6 +238,7 @@ def test_a_pair_row(tmp_path, capsys):
         "pairs": 1,
         "on": 1,
         "off": 0,
+        "with_reasoning": {"on": 0, "off": 0},
     }
     assert printed == {"out": str(tmp_path / "pairs.jsonl"), **counts} and record["counts"] == counts
 
@@ -552,6 +555,128 @@ def test_stats_are_printed_before_the_last_line(tmp_path, capsys):
     printed = {line[:22].strip(): line[22:].split() for line in lines}
     assert printed["gap"] == "n 1 mean 1.75 std 0 min 1.75 25% 1.75 median 1.75 75% 1.75 max 1.75".split()
     assert printed["chosen characters"][:4] == ["n", "1", "mean", "4"] and json.loads(last)["pairs"] == 1
+
+
+# ----- reasoning, and the prompt's token ids
+def test_pairs_are_of_answers_and_hold_the_whole_text(tmp_path, capsys):
+    """Best, worst, identical and empty look at what follows the reasoning; the pair's content has both."""
+    rows, plain = [], []
+    for k, answers in enumerate([("aaaa", "bb", "c"), ("same", "same", "same"), ("dddddd", "eee", "f")]):
+        responses = [response(text, 3.0 - i, "off") for i, text in enumerate(answers)]
+        plain.append(prompt_row(k, *responses))
+        rows.append(prompt_row(k, *(thinking(one, i + k) for i, one in enumerate(responses))))
+    expected, printed_plain, before = run(tmp_path, capsys, plain, "--on-ratio", "0")
+    pairs, printed, record = run(tmp_path, capsys, rows, "--on-ratio", "0")
+    assert printed["dropped"] == {"off: identical": 1} and printed["with_reasoning"] == {"on": 0, "off": 4}
+    assert printed | {"with_reasoning": None} == printed_plain | {"with_reasoning": None}
+    assert record["stats"] == before["stats"]
+    # (4 + 6) / 2 and (1 + 1) / 2 characters of answers
+    assert [record["stats"][f"{side} characters"]["mean"] for side in ("chosen", "rejected")] == [5, 1]
+    assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [
+        ("<think>\n1 + 0 is odd\n</think>\n\naaaa", "analysis 2 final c"),
+        ("analysis 2 final dddddd", "or 4\n</think>\n\nf"),
+    ]
+    for pair, same in zip(pairs, expected, strict=True):
+        assert list(pair) == list(same) and pair | {"chosen": 0, "rejected": 0} == same | {
+            "chosen": 0,
+            "rejected": 0,
+        }
+
+
+@pytest.mark.parametrize("truncated", ["drop", "keep"])
+@pytest.mark.parametrize("reward", [1.0, None])
+def test_nothing_after_the_reasoning_is_empty(tmp_path, capsys, truncated, reward):
+    """Whatever a scorer made of it, and where it was cut while it thought."""
+    cut = response("<think>\nfirst, I", reward, finish="length")
+    assert cut["text"].strip()
+    rows = [prompt_row(k, thinking(response("", reward), k), response("a", 2.0)) for k in range(3)]
+    rows += [prompt_row(3, cut, response("a", 2.0)), prompt_row(4, response("a", 2.0), response("b", 1.0))]
+    flags = ["--on-ratio", "1", "--truncated", truncated]
+    pairs, printed, _ = run(tmp_path, capsys, rows, *flags)
+    assert on_ids(pairs) == {"p4"} and printed["dropped"] == {"on: empty": 4}
+
+
+@pytest.mark.parametrize(
+    "n_on, n_off, warns",
+    [
+        (0, 0, False),
+        (20, 20, False),
+        (20, 18, False),
+        (20, 17, True),
+        (2, 0, False),
+        (3, 0, True),
+        (0, 20, True),
+    ],
+)
+def test_a_tenth_with_another_form_is_no_other_form(capsys, n_on, n_off, warns):
+    responses = []
+    for source, n in ("on", n_on), ("off", n_off):
+        plain = [response(f"a{k}", 1.0, source) for k in range(20)]
+        responses += [thinking(one, k) for k, one in enumerate(plain[:n])] + plain[n:]
+    assert build_pairs.with_reasoning(responses) == {"on": n_on, "off": n_off}
+    text = f"warning: {n_off} of 20 off-policy and {n_on} of 20 on-policy responses have reasoning; "
+    assert (text in capsys.readouterr().err) == warns
+
+
+def test_a_mixture_of_two_forms_is_said(tmp_path, capsys):
+    rows = plain_rows(10)
+    for k, row in enumerate(rows):
+        row["responses"][:2] = [thinking(one, k) for one in row["responses"][:2]]
+    path = write_rows(tmp_path / "scored.jsonl", rows)
+    said = {}
+    for ratio in ("0", "0.5", "1"):
+        flags = ["--scored", path, "--on-ratio", ratio, "--out", str(tmp_path / "pairs.jsonl")]
+        build_pairs.main(build_pairs.parse_args(flags))
+        printed = capsys.readouterr()
+        said[ratio] = printed.err.partition(": ")[2], json.loads(printed.out)["with_reasoning"]
+    warning = "warning: 0 of 10 off-policy and 10 of 10 on-policy responses have reasoning; "
+    warning += "use both sources with reasoning, or both without\n"
+    assert said == {
+        "0": ("", {"on": 0, "off": 0}),
+        "0.5": (warning, {"on": 10, "off": 0}),
+        "1": ("", {"on": 20, "off": 0}),
+    }
+
+
+def with_ids(rows, ids, tokenizer):
+    return [row | {"prompt_token_ids": ids, "prompt_tokenizer": tokenizer} for row in rows]
+
+
+@pytest.mark.parametrize("ids", [[5, 2**32 - 1, 0], None])
+@pytest.mark.parametrize("off_ids", [[7, 7], [5, 2**32 - 1, 0], None, "absent"])
+def test_prompt_ids_travel_from_files_in_any_order(tmp_path, capsys, ids, off_ids):
+    """The on-policy file's, as a list; the same pairs whatever the order of --scored."""
+    on = [row | {"responses": row["responses"][:2]} for row in plain_rows(9)]
+    off = [row | {"responses": row["responses"][2:]} for row in plain_rows(9)]
+    on = with_ids(on, ids, ids and "policy")
+    off = off if off_ids == "absent" else with_ids(off, off_ids, off_ids and "another model")
+    paths = [write_rows(tmp_path / "on.jsonl", on), write_rows(tmp_path / "off.jsonl", off)]
+    lines = {}
+    for order in (1, -1):
+        out = tmp_path / f"pairs{order}.jsonl"
+        build_pairs.main(build_pairs.parse_args(["--scored", *paths[::order], "--out", str(out)]))
+        lines[order] = sorted(json.dumps(pair, sort_keys=True) for pair in read_rows(out))
+    assert lines[1] == lines[-1] and len(lines[1]) == 9
+    for line in lines[1]:
+        pair = json.loads(line)
+        assert (pair["prompt_token_ids"], pair["prompt_tokenizer"]) == (ids, ids and "policy")
+        assert sum(key.startswith(("chosen", "rejected")) for key in pair) == 2 * (1 + 6)
+        assert "responses" not in pair and pair["chosen_token_ids"] is None
+
+
+@pytest.mark.parametrize("script", ["build_pairs", "boundary", "evaluate"])
+@pytest.mark.parametrize("key, value", [("prompt_token_ids", [-1]), ("prompt_token_ids", "5"), ("final", 1)])
+def test_ids_and_answers_of_another_type(tmp_path, capsys, script, key, value):
+    rows = [*plain_rows(2), plain_row(2)]
+    (rows[2]["responses"][1] if key == "final" else rows[2])[key] = value
+    path = write_rows(tmp_path / "scored.jsonl", rows)
+    flags = ["--scored", path, "--out", str(tmp_path / "out.json")]
+    flags += ["--model", "model-on", "--baseline", "model-off"] if script == "evaluate" else []
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as status:
+        module.main(module.parse_args(flags))
+    err = capsys.readouterr().err
+    assert status.value.code == 2 and err.count("\n") == 1 and f"{path}:3: Expected `" in err and key in err
 
 
 # ----- files
