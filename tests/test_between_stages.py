@@ -15,11 +15,11 @@ from conftest import read_rows, write_rows
 
 import boundary
 import build_pairs
-import chat
 import evaluate
 import generate
 import score
 import train_dpo
+from chat import read_chat
 from data import import_responses
 from scorers import verify
 
@@ -272,8 +272,9 @@ def test_what_was_sampled_is_what_is_trained(tmp_path, policy):
     flags = "--on-ratio", 1, "--truncated", "keep", "--out", tmp_path / "pairs.jsonl"
     run(build_pairs, "--scored", tmp_path / "scored.jsonl", *flags)
     args = train_dpo.parse_args(["--model", policy, "--pairs", str(tmp_path / "pairs.jsonl"), "--out", "o"])
-    tokenizer, config = chat.load_tokenizer(policy)
-    pairs, dropped = train_dpo.load_pairs(args.pairs, tokenizer, config, args)
+    chat, config = read_chat(policy)
+    tokenizer = chat.tokenizer
+    pairs, dropped = train_dpo.load_pairs(args.pairs, chat, config, args)
     assert len(pairs) == 8 and not dropped
     others = 0
     for pair, row in zip(pairs, rows):

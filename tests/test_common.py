@@ -26,7 +26,7 @@ import common
 class Row(TypedDict, total=False):
     id: Required[str]
     prompt: Required[str | list[common.Message]]
-    responses: Required[list[TypedDict("Response", {"text": str})]]
+    responses: Required[list[TypedDict("Response", {"text": str, "source": str})]]
     wins: common.Wins | None
     cosine: list[list[float | None]] | None
 
@@ -76,7 +76,12 @@ def test_an_archive_of_other_bytes(tmp_path, capsys):
 
 def test_rows_of_two_files_become_block_matrices(tmp_path):
     def row(texts, **more):
-        return {"id": "p", "prompt": "q", "responses": [{"text": text} for text in texts], **more}
+        return {
+            "id": "p",
+            "prompt": "q",
+            "responses": [{"text": text, "source": "on"} for text in texts],
+            **more,
+        }
 
     first = write_rows(tmp_path / "1.jsonl", [row("ab", wins=[[None, 0.9], [0.1, None]], category=None, a=1)])
     second = write_rows(tmp_path / "2.jsonl", [row("c", cosine=[[1]], category="math", a=2)])
@@ -92,7 +97,7 @@ def test_rows_of_two_files_become_block_matrices(tmp_path):
 def test_three_files_one_of_them_without_a_matrix(tmp_path):
     paths = []
     for name, wins in (("1", [[None]]), ("2", None), ("3", [[None, 1], [0, None]])):
-        responses = [{"text": name}] * (2 if name == "3" else 1)
+        responses = [{"text": name, "source": "off"}] * (2 if name == "3" else 1)
         row = {"id": "p", "prompt": "q", "responses": responses, "wins": wins}
         paths.append(write_rows(tmp_path / f"{name}.jsonl", [row]))
     wins = common.read_responses(paths, Row)["p"]["wins"]

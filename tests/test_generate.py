@@ -22,13 +22,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, REPO, make_policy, make_tokenizer, read_rows, write_rows
+from conftest import CHATML, REPO, make_policy, read_rows, write_rows
 from models import make_gemma
 from safetensors.torch import load_file, save_file
 from test_shapes import MISSING, NUMBERS, STRINGS, VALUES, admits, key_of, places, spelled, with_change
 
 import generate
 from generate import sample_tokens
+from loading import fingerprint, load_tokenizer
 
 
 def oracle(logits, uniform, temperature, top_p, top_k):
@@ -197,7 +198,7 @@ def test_responses_hold_what_was_sampled(tmp_path, capsys, policy, tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == response["text"]
         assert response["finish"] == ("length" if len(ids) == 60 else "stop")
         assert (response["source"], response["model"]) == ("on", policy)
-        assert response["tokenizer"] == generate.fingerprint(tokenizer)
+        assert response["tokenizer"] == fingerprint(tokenizer)
     finishes = [response["finish"] for response in responses]
     assert finishes.count("stop") > 3 and finishes.count("length") > 3  # both ends are seen
     assert [row["note"] for row in rows] == list(range(11))
@@ -675,13 +676,13 @@ def test_folders_that_are_no_model_and_models_that_do_not_fit(tmp_path, capsys, 
     config = json.loads((small / "config.json").read_text()) | {"vocab_size": 257}
     (small / "config.json").write_text(json.dumps(config))
     err = refused(tmp_path, capsys, str(small), PROMPTS[:2])
-    assert f"{small}: the tokenizer has the id 257, the model 257 embeddings" in err
+    assert f"{small}: the id 257 is beyond the model's 257 embeddings" in err
     config |= {"vocab_size": 259, "intermediate_size": 100}  # other sizes than those of the weights
     (small / "config.json").write_text(json.dumps(config))
     assert refused(tmp_path, capsys, str(small), PROMPTS[:2]).partition(": ")[2].startswith(f"{small}: ")
     unclosed = make_policy(tmp_path / "unclosed", template="{% if messages %}")
     err = refused(tmp_path, capsys, unclosed, PROMPTS[:2])
-    assert f"{unclosed}: the chat template cannot be rendered: " in err
+    assert f"{unclosed}: the chat template rejects it: Unexpected end of template" in err
     assert not list(tmp_path.glob("out*"))
 
 
@@ -732,7 +733,7 @@ def rendered(tmp_path, policy, rows, *flags):
     path, out = write_rows(tmp_path / "prompts.jsonl", rows), str(tmp_path / "out.jsonl")
     flags = ["--model", policy, "--prompts", path, "--out", out, *HF, "--n", "1", "--overwrite", *flags]
     generate.main(generate.parse_args(flags), Spy)
-    tokenizer = generate.load_tokenizer(policy, None)[0]
+    tokenizer = load_tokenizer(policy)[0]
     return [tokenizer.decode(request.ids) for request in Spy.requests]
 
 
@@ -744,7 +745,9 @@ def with_template(folder, policy, template):
 
 
 def test_the_chat_template_of_the_folder(tmp_path, policy):
-    template = "{% for message in messages %}{{ 'Q: ' + message['content'] + '<|im_end|>' }}{% endfor %}A: "
+    begin = "{% if add_generation_prompt %}A: {% endif %}"
+    turn = "{{ {'assistant': 'A: '}.get(message['role'], 'Q: ') + message['content'] + '<|im_end|>' }}"
+    template = "{% for message in messages %}" + turn + "{% endfor %}" + begin
     model = with_template(tmp_path / "model", policy, template)
     texts = rendered(tmp_path, model, [{"prompt": "one"}, {"prompt": "two"}])
     assert texts == ["Q: one<|im_end|>A: ", "Q: two<|im_end|>A: "]
@@ -752,7 +755,10 @@ def test_the_chat_template_of_the_folder(tmp_path, policy):
     assert "chat_template.jinja" in record["models"][model]  # it is compared when a run goes on
 
 
-THINKING = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
+THINKING = (
+    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think></think>' }}{% endif %}"
+)
 
 
 def test_switches_reach_the_template(tmp_path, capsys, policy):
@@ -773,13 +779,10 @@ def test_a_template_without_a_system_role(tmp_path, policy):
     assert texts == ["<|im_start|>user\nBe kind\n\none<|im_end|>\n<|im_start|>assistant\n"]
 
 
-def test_two_beginnings_of_text_are_refused_and_a_prompt_ends_with_the_assistants_header(tmp_path):
-    tokenizer = make_tokenizer(tmp_path / "two", "{{ '<|im_start|><|im_start|>' + messages[0]['content'] }}")
-    with pytest.raises(SystemExit):
-        generate.prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
-    tokenizer.chat_template = CHATML
-    ids = generate.prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
-    assert tokenizer.decode(ids) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+def test_two_beginnings_of_text_are_refused(tmp_path, capsys, policy):
+    model = with_template(tmp_path / "model", policy, "{{ bos_token }}" + CHATML)
+    err = refused(tmp_path, capsys, model, PROMPTS)
+    assert f"{model}: a rendered chat begins with two tokens that begin a text" in err
 
 
 GOOD = {"id": "p1", "prompt": [{"role": "user", "content": "question"}], "note": 1}
@@ -848,12 +851,16 @@ def test_presets():
         (["--diverse"], "unrecognized arguments: --diverse"),  # recipes/sample_diverse.py
         (
             ["--backend", "vllm", "--batch-size", "2"],
-            "--backend vllm has no --batch-size and no temperature above 2",
+            "--backend vllm has no --batch-size and no --temperature below 0.01 or above 2",
         ),
-        # vllm takes at most 2, and says so only once the model is loaded
+        # vllm takes at most 2, and says so only once the model is loaded; 0.001 it raises to 0.01
+        (
+            ["--backend", "vllm", "--temperature", "0.001"],
+            "--backend vllm has no --batch-size and no --temperature below 0.01 or above 2",
+        ),
         (
             ["--backend", "vllm", "--temperature", "3"],
-            "--backend vllm has no --batch-size and no temperature above 2",
+            "--backend vllm has no --batch-size and no --temperature below 0.01 or above 2",
         ),
         (["--backend", "hf", "--tensor-parallel", "2"], "--tensor-parallel needs --backend vllm"),
         (["--temperature", "0"], "--temperature must be above 0 and finite, found 0.0 (0 is --greedy)"),
@@ -951,8 +958,10 @@ def test_vllm_is_given_all_requests_at_once_and_our_settings(tmp_path, capsys, p
     assert options["generation_config"] == "vllm" and options["skip_tokenizer_init"]
     names = ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_STREAM", "VLLM_NO_USAGE_STATS")
     assert [Engine.environment[name] for name in names] == ["spawn", "ext://sys.stdout", "1"]
-    tokenizer = generate.load_tokenizer(policy, None)[0]
-    all_ids = [generate.prompt_ids(tokenizer, row["prompt"]) for row in PROMPTS]
+    tokenizer = load_tokenizer(policy)[0]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    all_ids = [tokenizer.apply_chat_template(row["prompt"], **options) for row in PROMPTS]
+    options = Engine.options
     assert options["max_model_len"] == max(map(len, all_ids)) + 7
     # 11 prompts with 2 responses each are there before the first step
     assert Engine.waiting_at_steps == list(range(22, 0, -1))
@@ -977,16 +986,18 @@ def test_a_soft_cap_on_attention_is_kept(tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     model = make_gemma(tmp_path / "gemma", **CAPPED)
-    tokenizer = generate.load_tokenizer(model, None)[0]
+    tokenizer = load_tokenizer(model)[0]
     rows, _ = run(tmp_path, capsys, model, PROMPTS, "--greedy")
     firsts = {}
     for attention in ("eager", "sdpa"):
         loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
         firsts[attention] = []
         for row in rows:
-            ids = torch.tensor([generate.prompt_ids(tokenizer, row["prompt"])])
+            ids = tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
             with torch.no_grad():
-                firsts[attention].append(loaded(ids).logits[0, -1].argmax().item())
+                firsts[attention].append(loaded(**ids).logits[0, -1].argmax().item())
     sampled = [(row["responses"][0]["token_ids"] + [tokenizer.eos_token_id])[0] for row in rows]
     assert sampled == firsts["eager"] != firsts["sdpa"]
 

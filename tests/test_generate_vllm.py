@@ -17,6 +17,7 @@ from conftest import REPO, make_policy, read_rows, write_rows
 from test_generate import spoil_weights
 
 import generate
+from loading import load_tokenizer
 
 pytest.importorskip("vllm")
 
@@ -83,7 +84,7 @@ def test_every_sample_has_a_seed_of_its_own(runs):
     whole = rows_of(runs, "whole")
     responses = [response for row in whole for response in row["responses"]]
     assert len({tuple(response["token_ids"]) for response in responses}) == 12  # each has a seed of its own
-    tokenizer = generate.load_tokenizer(str(runs / "policy"), None)[0]
+    tokenizer = load_tokenizer(str(runs / "policy"))[0]
     for response in responses:
         assert tokenizer.eos_token_id not in response["token_ids"]
         assert len(response["token_ids"]) == response["tokens"]

@@ -22,6 +22,7 @@ from test_generate import CAPPED, HF, PROMPTS, THINKING, oracle, spoil_weights, 
 
 import generate
 from common import stable_hash
+from loading import load_tokenizer
 from recipes import sample_beams, sample_diverse, sample_mixture
 from recipes.sample_mixture import mix_logits
 
@@ -39,7 +40,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(policy):
-    return generate.load_tokenizer(policy, None)[0]
+    return load_tokenizer(policy)[0]
 
 
 @pytest.fixture
@@ -124,7 +125,8 @@ def test_a_mixture_token_by_token(sample, policy, reference, tokenizer, weights,
     assert printed["responses"] == 6  # one each
     seed = stable_hash(0, "mixture", *weights)
     for row in rows:
-        ids, sampled = generate.prompt_ids(tokenizer, row["prompt"]), []
+        options = {"add_generation_prompt": True, "return_dict": False}
+        ids, sampled = tokenizer.apply_chat_template(row["prompt"], **options), []
         for uniform in generate.draws(seed, row["id"], 0, 30 if weights[0] == 1.5 else 12):
             with torch.no_grad():
                 inputs = torch.tensor([ids + sampled])
@@ -150,7 +152,7 @@ def test_the_two_answers_of_a_pair_do_not_begin_alike(tmp_path, sample, policy):
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.002 * weight.std() * torch.randn(weight.shape)
-    generate.load_tokenizer(policy, None)[0].save_pretrained(tmp_path / "trained")
+    load_tokenizer(policy)[0].save_pretrained(tmp_path / "trained")
     model.save_pretrained(tmp_path / "trained")
     prompts = [{"id": f"p{k}", "prompt": f"question {k}"} for k in range(16)]
     means = []
@@ -245,7 +247,7 @@ def test_references_that_do_not_fit_are_refused(tmp_path, sample, capsys, policy
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary))
     short = tiny(tmp_path / "short", max_position_embeddings=64)
     sentences = {
-        other: f"{other}: its tokenizer has another vocabulary than that of {policy}",
+        other: f"{other}: its tokenizer differs from that of {policy}",
         short: f"{short}: its context of 64 is shorter than that of {policy}",
         str(tmp_path): f"{tmp_path}: not a model folder",
     }
@@ -374,7 +376,7 @@ def test_switches_reach_the_conversations(tmp_path, sample, policy):
     row = {"id": "p", "prompt": [{"role": "user", "content": "one"}], "responses": [{"text": "two"}]}
     (request,) = sample_diverse.next_requests([row], 1, args, tokens)
     end = f"{Z}<|im_end|>\n<|im_start|>assistant\n<think></think>"
-    assert tokens.tokenizer.decode(request.ids).endswith(end)
+    assert tokens.chat.tokenizer.decode(request.ids).endswith(end)
 
 
 # ----- flags

@@ -51,7 +51,8 @@ def good_row(number):
     for k, source in enumerate(["on", "on", "off", "off"]):
         responses.append(
             {
-                "text": f"text {k} of {number}" + "." * k,
+                "text": f"<think>so</think>text {k} of {number}" + "." * k,
+                "final": f"text {k} of {number}" + "." * k,
                 "source": source,
                 "model": f"m-{source}",
                 "finish": "stop",
@@ -67,6 +68,8 @@ def good_row(number):
     return {
         "id": f"p{number}",
         "prompt": [{"role": "user", "content": f"question {number}"}],
+        "prompt_token_ids": [5, 6],
+        "prompt_tokenizer": "t",
         "responses": responses,
         "category": "math",
         "answer": str(number),
@@ -95,6 +98,8 @@ def good_pair(number):
     return {
         "pair_id": f"p{number}:on",
         "prompt": [{"role": "user", "content": f"question {number}"}],
+        "prompt_token_ids": [5, 6],
+        "prompt_tokenizer": "t",
         "chosen": [{"role": "assistant", "content": f"good {number}"}],
         "rejected": [{"role": "assistant", "content": f"bad {number}"}],
         "source": "on",
@@ -258,9 +263,9 @@ for name in RUNS:
 
 # ----- running
 @lru_cache
-def quick_load_tokenizer():
-    """train_dpo.py's load_tokenizer, which takes longer than all the rest, called once for each model."""
-    return lru_cache(importlib.import_module("train_dpo").load_tokenizer)
+def read_chat_once(name):
+    """The Chat of train_dpo.py, which takes longer than all the rest."""
+    return importlib.import_module("train_dpo").read_chat(name)
 
 
 class Read(Exception):
@@ -277,7 +282,8 @@ def read_pairs(module, args, monkeypatch):
         raise Read
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "load_tokenizer", quick_load_tokenizer())
+        chat = read_chat_once(args.model)
+        patch.setattr(module, "read_chat", lambda *args: chat)
         patch.setattr(module, "load_pairs", remember)
         patch.setattr(module, "start_processes", lambda *args: None)
         with pytest.raises(Read):
