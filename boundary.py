@@ -28,11 +28,13 @@ from typing import Annotated, Literal, Required, TypedDict
 
 import msgspec
 
+from chat import answer
 from common import Message, TokenIds, Wins, fail, read_responses, write_output
 
 
 class Response(TypedDict, total=False):
     text: Required[str]
+    final: str | None  # what follows its reasoning; texts are compared and measured by this
     source: Required[Literal["on", "off"]]  # sampled from the model in question, or taken from elsewhere
     reward: Required[float | None]  # null if it could not be scored
     model: str | None
@@ -44,6 +46,7 @@ class Response(TypedDict, total=False):
 class Row(TypedDict, total=False):
     id: Required[str]
     prompt: Required[str | list[Message]]  # text is one user turn
+    prompt_token_ids: TokenIds | None
     responses: Required[list[Response]]
     labeler: str | None  # what made the rewards, such as "rm:MODEL"
     wins: Wins | None
@@ -83,7 +86,7 @@ COMPARISON = [  # of an on-policy with an off-policy response of one prompt
 def prefers(row, i, j):
     """1 if the preference model prefers response i to j, 0 if it prefers j, 0.5 for a tie, nan if unknown."""
     one, other = row["responses"][i], row["responses"][j]
-    if one["text"] == other["text"]:
+    if answer(one) == answer(other):
         return 0.5
     value, bar = one["reward"], other["reward"]
     if row.get("wins") is not None:
@@ -108,7 +111,7 @@ def compare_all(rows):
         for i, one in enumerate(row["responses"]):
             for j, other in enumerate(row["responses"]):
                 if (one["source"], other["source"]) == ("on", "off"):
-                    shorter, longer = sorted([len(one["text"]), len(other["text"])])
+                    shorter, longer = sorted([len(answer(one)), len(answer(other))])
                     similar = 5 * (longer - shorter) <= longer
                     comparisons.append((index, prefers(row, i, j), *logp_gaps(one, other), similar))
     return np.array(comparisons, COMPARISON)
@@ -228,7 +231,7 @@ def main(args):
     for source in ("on", "off"):
         responses = [one for index in prompts for one in rows[index]["responses"] if one["source"] == source]
         result["models"][source] = sorted({response.get("model") for response in responses} - {None})
-        result["avg_length"][source] = np.mean([len(response["text"]) for response in responses])
+        result["avg_length"][source] = np.mean([len(answer(response)) for response in responses])
     result["length_matched"] = boundary(judged[judged["similar"]], args.tie)
     measured = ~np.isnan(comparisons["gap"]) & np.isin(comparisons["prompt"], prompts)
     result["distinct"] = distinctness(comparisons[measured])

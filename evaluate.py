@@ -51,6 +51,7 @@ from typing import Annotated, Literal, Required, TypedDict  # noqa: E402
 import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 
+from chat import answer  # noqa: E402
 from common import Message, TokenIds, Wins, fail, note, read_responses, write_output  # noqa: E402
 
 CS = np.logspace(-4, 4, 10)  # alpaca_eval: scikit-learn's LogisticRegressionCV(Cs=10)
@@ -62,11 +63,13 @@ OFFICIAL_BASELINE = "gpt4_1106_preview"
 NOT_PUBLIC = "do not compare this rate with the public leaderboard"
 # AlpacaEval 2's judge and prompt as a labeler, in its own files and in those of scorers/judge.py
 OFFICIAL_JUDGES = ("weighted_alpaca_eval_gpt4_turbo", "judge:gpt-4-1106-preview:alpaca_eval_clf.txt@")
+Preference = Annotated[float, msgspec.Meta(ge=0, le=2)]  # 1: the baseline wins, 2: the model; 0: an old tie
 MEASURES = {"win_rate": "ci", "length_controlled_winrate": "lc_ci", "reward": "reward_ci"}  # and intervals
 
 
 class Response(TypedDict, total=False):
     text: Required[str]
+    final: str | None  # what follows its reasoning; texts are compared and measured by this
     source: Required[Literal["on", "off"]]
     model: str | None
     token_ids: TokenIds | None
@@ -76,6 +79,7 @@ class Response(TypedDict, total=False):
 class Row(TypedDict, total=False):
     id: Required[str]
     prompt: Required[str | list[Message]]  # text is one user turn
+    prompt_token_ids: TokenIds | None
     responses: Required[list[Response]]
     category: str | None
     labeler: str | None  # what made the rewards or wins, such as "judge:MODEL"
@@ -89,9 +93,7 @@ class Annotation(TypedDict, total=False):
     output_2: Required[str]  # the model's answer
     generator_1: Required[str]
     generator_2: Required[str]
-    preference: Required[
-        Annotated[float, msgspec.Meta(ge=0, le=2)] | None
-    ]  # from 1, the baseline wins, to 2, the model wins; 0 is an old tie
+    preference: Required[Preference | None]
     annotator: str | None
     category: str | None
 
@@ -116,8 +118,8 @@ def verdicts(rows, model, baseline, files):
         if ours and theirs:
             prompts[key] = {
                 "p": mean([preference(row, i, j) for i in ours for j in theirs]),
-                "len": mean([len(responses[i]["text"]) for i in ours]),
-                "len_baseline": mean([len(responses[j]["text"]) for j in theirs]),
+                "len": mean([len(answer(responses[i])) for i in ours]),
+                "len_baseline": mean([len(answer(responses[j])) for j in theirs]),
                 "reward": mean([responses[i]["reward"] for i in ours]),
                 "reward_baseline": mean([responses[j]["reward"] for j in theirs]),
                 "category": str(row.get("category")),
@@ -130,7 +132,7 @@ def verdicts(rows, model, baseline, files):
 def preference(row, i, j):
     """Preference of response i over j: the judge's probability, or 0, 1/2, 1 by reward. None: no verdict."""
     one, other = row["responses"][i], row["responses"][j]
-    if one["text"] == other["text"]:
+    if answer(one) == answer(other):
         return 0.5
     if row.get("wins") is not None:
         return row["wins"][i][j]
@@ -306,8 +308,7 @@ def choose_C(prompts, gamed):
 
 def rates(prompts, gamed, C, start=None):
     """Return (theta, MEASURES (3, g)) of groups "members" (n, g) of prompts, of which the first is all."""
-    p = prompts["p"]
-    members = prompts["members"]
+    p, members = prompts["p"], prompts["members"]
     judged = np.isfinite(p)
     wins = group_means(p, members)
     theta = None
@@ -315,9 +316,8 @@ def rates(prompts, gamed, C, start=None):
     if judged.sum() >= MIN_VERDICTS:
         x, targets, weight = training_rows(prompts, gamed)
         theta = fit(x, targets, weight, C, start)
-        x = x[: len(p)]
-        logits = x @ theta
-        equal_length = x[:, 1:] @ theta[1:]
+        logits = x[: len(p)] @ theta
+        equal_length = x[: len(p), 1:] @ theta[1:]
         lc[0] = sigmoid(equal_length).mean()  # as alpaca_eval does, of unjudged prompts too
         lc[1:] = adjusted_rates(wins[1:], logits, equal_length, members[:, 1:] & judged[:, None])
     reward = group_means(prompts["reward"], members)

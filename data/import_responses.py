@@ -212,7 +212,7 @@ def main(args):
     responses = [response for row in rows for response in row["responses"]]
     counts = {"rows": len(rows), "responses": len(responses), **left_out}
     counts["truncated"] = sum(response["finish"] == "length" for response in responses)
-    counts["empty"] = sum(not response["text"].strip() for response in responses)
+    counts["empty"] = sum(not response["text"].rpartition("</think>")[2].strip() for response in responses)
     lines = (json.dumps(row, ensure_ascii=False) for row in rows)
     files = [name for name in args.data if name not in hub_files]
     seconds = round(time.time() - started, 2)

@@ -42,6 +42,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import build_pairs  # noqa: E402
+from chat import answer  # noqa: E402
 from common import Message, TokenIds, fail, read_jsonl, read_responses, stable_hash, write_output  # noqa: E402
 
 TIERS = ("best", "high", "medium", "low", "worst")
@@ -117,7 +118,7 @@ def by_rule(responses, usable, tiers, ranks):
         return None, "fewer than 5 usable responses"
     # Half up: k = 6 gives the ranks 0, 1, 3, 4, 5; Python's round would give 0, 1, 2, 4, 5.
     five = [order[math.floor(i * (len(order) - 1) / 4 + 0.5)] for i in range(5)]
-    texts = {responses[i]["text"].strip() for i in five}
+    texts = {answer(responses[i]).strip() for i in five}
     if len({responses[i]["reward"] for i in five}) < 5 or len(texts) < 5:
         return None, "equal tiers"
     return (five[TIERS.index(tiers[0])], five[TIERS.index(tiers[1])]), None
@@ -125,7 +126,7 @@ def by_rule(responses, usable, tiers, ranks):
 
 def why_dropped(chosen, rejected, args):
     """Why a pair of the rule is left out; None if it stays."""
-    if chosen["text"].strip() == rejected["text"].strip():
+    if answer(chosen).strip() == answer(rejected).strip():
         return "identical"
     gap = chosen["reward"] - rejected["reward"]
     if gap == 0:
@@ -216,7 +217,9 @@ def swap_rejected(pair, other):
     """A pair with the rejected response of another pair of its prompt."""
     source = pair["source"] if pair["source"] == other["source"] else "cross"
     pair |= {"pair_id": f"{pair['id']}:{source}", "source": source, "cosine": None}
-    pair["rejected"] = [{"role": "assistant", "content": other["rejected"][-1]["content"]}]
+    text = other["rejected"][-1]["content"]
+    pair["rejected"] = [{"role": "assistant", "content": text}]
+    pair["responses"][1] = {"text": text, "source": other["source"]}
     for key in build_pairs.SIDE_KEYS:
         pair[f"rejected_{key}"] = other.get(f"rejected_{key}")
     return pair
@@ -224,7 +227,8 @@ def swap_rejected(pair, other):
 
 def why_not_after(pair, args):
     """Why a pair with a new side is dropped; None if it stays. Algorithm 1 keeps ties (line 15)."""
-    if pair["chosen"][0]["content"].strip() == pair["rejected"][0]["content"].strip():
+    chosen, rejected = map(answer, pair["responses"])
+    if chosen.strip() == rejected.strip():
         return "identical"
     gap = pair["chosen_reward"] - pair["rejected_reward"]
     if args.inverted != "keep" and (gap < 0 or gap == 0 and args.swap_rejected):
@@ -282,7 +286,9 @@ def main(args):
         fail(f"{files}: no pair is left; dropped: {dict(dropped)}")
     counts |= {"pairs": len(made), "dropped": +dropped}
     counts |= Counter(pair["source"] for pair in made)
-    stats = build_pairs.statistics(made, [response["reward"] for response in samples])
+    responses = [response for pair in made for response in pair.pop("responses")]
+    counts["with_reasoning"] = build_pairs.with_reasoning(responses)
+    stats = build_pairs.statistics(made, responses, [response["reward"] for response in samples])
     lines = (json.dumps(pair, ensure_ascii=False, default=list) for pair in made)
     inputs = [*args.scored, *([args.swap_rejected] if args.swap_rejected else [])]
     seconds = round(time.time() - started, 2)

@@ -7,11 +7,10 @@ Writes  --out FILE            as score.py, with "wins"[i][j] = p(m) / (p(m) + p(
 
 The server is any with OpenAI's chat completions: --base-url, else the environment's OPENAI_BASE_URL, else
 OpenAI's own, with the key in OPENAI_API_KEY. One token is asked for, and m and M are looked for among its
-five most likely ones. Which response is m is drawn per prompt as alpaca_eval draws it. Equal texts tie, and
-no request is sent. --baseline NAME only asks for pairs with a response of that model; over 1 % of prompts
-without such a pair, or of verdicts missing, is then an error. The prompt is our own wording; --judge-prompt
-reads another, such as alpaca_eval's (in its package as
-evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt).
+five most likely ones. Which response is m is drawn per prompt as alpaca_eval draws it. Reasoning is left out;
+equal answers tie, and no request is sent. --baseline NAME only asks for pairs with a response of that model;
+over 1 % of prompts without such a pair, or of verdicts missing, is then an error. The prompt is our wording;
+--judge-prompt reads another: alpaca_eval's evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt.
 
     python scorers/judge.py --model gpt-4-1106-preview --responses gpt4.jsonl on50.jsonl --out judged.jsonl \\
         --baseline gpt4_1106_preview --judge-prompt alpaca_eval_clf.txt --max-requests 5000
@@ -32,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import score  # noqa: E402
+from chat import answer  # noqa: E402
 from common import fail, read_jsonl  # noqa: E402
 
 THREADS = 32  # requests under way at once
@@ -241,7 +241,7 @@ class Judge(score.Scorer):
         swapped = random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
         if self.args.baseline and row["responses"][j].get("model") == self.args.baseline:
             swapped = not swapped
-        first, second = row["responses"][i]["text"], row["responses"][j]["text"]
+        first, second = answer(row["responses"][i]), answer(row["responses"][j])
         if swapped:
             first, second = second, first
         texts = {"instruction": instruction, "output_1": first, "output_2": second}
@@ -253,7 +253,7 @@ class Judge(score.Scorer):
         pairs, questions, swaps = [], [], []
         for k, row in enumerate(rows):
             for i, j in self.pairs(row):
-                if row["responses"][i]["text"] == row["responses"][j]["text"]:
+                if answer(row["responses"][i]) == answer(row["responses"][j]):
                     wins[k][i][j] = wins[k][j][i] = 0.5
                     continue
                 question, swapped = self.question(row, i, j)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import score  # noqa: E402
+from chat import answer  # noqa: E402
 from common import fail  # noqa: E402
 from loading import load_tokenizer  # noqa: E402
 
@@ -160,7 +161,7 @@ class PairRM(score.Scorer):
         reasons = ["nothing to compare with"] * len(rows)
         pairs, sequences = [], []  # each pair has two sequences
         for k, row in enumerate(rows):
-            texts = [conversation(row["prompt"], response["text"]) for response in row["responses"]]
+            texts = [conversation(row["prompt"], answer(response)) for response in row["responses"]]
             if None in texts:
                 reasons[k] = "turns of user and assistant do not alternate"
                 continue

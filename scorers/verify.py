@@ -4,8 +4,8 @@ Verified answers: 1 for every response with the right final answer, else 0 (GSM8
 Reads   --responses FILE ...  as score.py; a row's "answer" is the reference
 Writes  --out FILE            as score.py
 
-The answer is the last \\boxed{}, or else what follows the last ####, or else the last number. So is that of a
-reference with \\boxed{} or ####; any other reference is an answer as it stands.
+The answer is the last \\boxed{} after any reasoning, or else what follows the last ####, or else the last
+number. So is that of a reference with \\boxed{} or ####; any other reference is an answer as it stands.
 
     python scorers/verify.py --responses out/on.jsonl --out out/verified.jsonl
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import score  # noqa: E402
+from chat import answer  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -63,11 +64,11 @@ class Verify(score.Scorer):
                 if "\\boxed{" in expected or "####" in expected:
                     expected = final_answer(expected)
             for response in row["responses"]:
-                answer = final_answer(response["text"])
+                given = final_answer(answer(response))
                 if expected is None:
                     self.set_reward(response, None, "the prompt has no answer")
                 else:
-                    right = answer is not None and plain(answer) == plain(expected)
+                    right = given is not None and plain(given) == plain(expected)
                     self.set_reward(response, float(right))
             update(len(row["responses"]))
 

@@ -16,7 +16,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from conftest import thinking, write_rows
 
 import boundary
 
@@ -291,6 +291,24 @@ def test_length_matching_by_hand(tmp_path, capsys):
     assert matched["n_prompts"] == 2 and matched["ci"] == [0.0, 1.0]
     assert run(tmp_path, capsys, rows, "--tie", "half")["length_matched"]["score"] == 1.5 / 3
     assert run(tmp_path, capsys, rows, "--tie", "skip")["length_matched"]["score"] == 1 / 2
+
+
+def test_reasoning_changes_nothing(tmp_path, capsys):
+    """Lengths, the length match and ties are of answers: equal ones tie whatever was thought before."""
+    plain = [prompt_row(k, [1.0, 0.5], [0.0, 2.0]) for k in range(6)]
+    sizes = [(10, 9, 8, 7), (5, 40, 4, 6), (9, 9, 90, 9), (1, 2, 3, 4), (50, 50, 45, 39), (3, 3, 3, 3)]
+    for row, lengths in zip(plain, sizes, strict=True):
+        for one, letter, size in zip(row["responses"], "abca", lengths, strict=True):
+            one["text"] = letter * size
+    rows = [
+        row | {"responses": [thinking(one, k) for k, one in enumerate(row["responses"])]} for row in plain
+    ]
+    result = run(tmp_path, capsys, rows)
+    assert result == run(tmp_path, capsys, plain)
+    assert result["ties"] == 2 and result["avg_length"] == {"on": 191 / 12, "off": 221 / 12}
+    cut = prompt_row(0, [1.0], [0.0])
+    cut["responses"][0]["text"] = "<think>\nso"
+    assert run(tmp_path, capsys, [cut])["avg_length"] == {"on": 0.0, "off": 7.0}
 
 
 def test_no_pair_of_similar_length(tmp_path, capsys):

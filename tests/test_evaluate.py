@@ -3,7 +3,7 @@ evaluate.py: win rates with alpaca_eval's numbers (test_lc.py has the length-con
 
 Covers  wins, ties, losses and several responses per model by hand; alpaca_eval's standard error; intervals
         against draws written out here; categories; wins of a pairwise scorer; lengths and rewards; two files;
-        what is refused.
+        responses with reasoning; what is refused.
 Run     python -m pytest tests/test_evaluate.py
 """
 
@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from conftest import thinking, write_rows
 
 import evaluate
 
@@ -111,6 +111,32 @@ def test_lengths_and_rewards_by_hand(tmp_path, capsys):
     assert result["avg_length_baseline"] == int((3 + 3 + 4 + 4.5) / 4) == 3
     assert result["reward"] == pytest.approx(5.5 / 4) and result["reward_ci"] == interval(REWARDS)
     assert result["reward_baseline"] == pytest.approx((1 + 3 + 1 + 2.5) / 4)
+
+
+def test_reasoning_changes_no_rate_and_no_length(tmp_path, capsys):
+    """Length control too: every number is that of the same rows without reasoning."""
+    draw = np.random.default_rng(7)
+    plain, rows = [], []
+    for k in range(12):
+        responses = [response(name, draw.normal(), "a" * draw.integers(1, 90)) for name in ("new", "old")]
+        plain.append(prompt_row(k, *responses, category="math" if k % 2 else "art"))
+        rows.append(plain[-1] | {"responses": [thinking(responses[0], k), responses[1]]})
+    expected, result = (winrate(tmp_path, capsys, data) for data in (plain, rows))
+    lengths = [len(row["responses"][0]["text"]) for row in plain]
+    assert result == expected and result["avg_length"] == sum(lengths) // 12
+    assert 0 < result["length_controlled_winrate"] < 100 and len(result["length_bins"]) == 4
+    assert min(len(row["responses"][0]["text"]) for row in rows) > min(lengths)
+
+
+def test_equal_answers_tie_and_a_missing_answer_has_no_characters(tmp_path, capsys):
+    rows = [
+        prompt_row(0, thinking(response("new", 2.0, "same"), 0), thinking(response("old", 1.0, "same"), 1)),
+        prompt_row(1, response("new", -9.0, "<think>\nHm, I was cut"), response("old", 1.0, "four")),
+        prompt_row(2, thinking(response("new", 1.0, "abcdef"), 2), response("old", 0.0, "ab")),
+    ]
+    result = winrate(tmp_path, capsys, rows)
+    assert (result["n_draws"], result["n_wins"], result["n_wins_base"]) == (1, 1, 1)
+    assert result["avg_length"] == (4 + 0 + 6) // 3 and result["avg_length_baseline"] == (4 + 4 + 2) // 3
 
 
 def test_model_and_baseline_change_places(tmp_path, capsys):

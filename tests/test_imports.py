@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 from conftest import REPO, read_rows, run_script, write_rows
 
+import chat
 from data import import_responses
 
 
@@ -175,6 +176,14 @@ def test_empty_and_cut_responses_are_counted(tmp_path, capsys):
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": "q", "responses": answers}])
     _, printed = run_import(tmp_path, capsys, data)
     assert [printed[name] for name in ("rows", "responses", "empty", "truncated")] == [1, 5, 2, 1]
+
+
+def test_reasoning_stays_in_its_text(tmp_path, capsys):
+    answers = ["<think>\na\n</think>\n\nb ", "<think>a</think>\n", "a\n</think>"]
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "q", "responses": answers}])
+    [row], printed = run_import(tmp_path, capsys, data)
+    assert [one["text"] for one in row["responses"]] == answers and printed["empty"] == 2
+    assert [chat.answer(one) for one in row["responses"]] == ["b", "", ""]
 
 
 # ----- UltraFeedback, binarized

@@ -30,7 +30,7 @@ from itertools import combinations, permutations
 import pytest
 import test_score
 import torch
-from conftest import REPO, make_policy, read_rows, write_rows
+from conftest import REPO, make_policy, read_rows, thinking, write_rows
 from test_score import response, rewards
 
 import score
@@ -316,6 +316,23 @@ def test_missing_verdicts_are_counted_against_those_asked_for(tmp_path, capsys, 
     rows = [ask(f"question {k}", base("base"), f"answer {k}") for k in range(100)]
     err = refused(tmp_path, capsys, rows, *flags, "--baseline", "base")
     assert "2 of 100 responses have no verdict, over 1 %: {'neither m nor M" in err
+
+
+def test_a_judge_sees_no_reasoning(tmp_path, capsys, peer):
+    """A request has the answers alone; equal answers after other thoughts tie, and no request is sent."""
+    flags, requests = peer(likes_the_first)
+    a, b, empty = thinking(response("a b"), 0), thinking(response("c"), 2), response("<think>\nI was cut")
+    rows = [
+        ask(STRAIGHT[0], a, b),
+        ask(STRAIGHT[1], thinking(response("c"), 1), b),
+        ask(STRAIGHT[2], empty, b),
+    ]
+    scored, printed = run(tmp_path, capsys, rows, *flags)
+    assert printed["requests"] == len(requests) == 2
+    seen = {request["messages"][1]["content"] for request in requests}
+    assert seen == {user_turn(STRAIGHT[0], "a b", "c"), user_turn(STRAIGHT[2], "", "c")}
+    assert rewards(scored) == pytest.approx([0.75, 0.25, 0.5, 0.5, 0.75, 0.25])
+    assert [one["text"] for one in scored[0]["responses"]] == [a["text"], b["text"]]  # as they were
 
 
 def test_equal_texts_are_a_tie_that_nobody_is_asked_for(tmp_path, capsys, peer):

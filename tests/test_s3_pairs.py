@@ -2,7 +2,8 @@
 recipes/s3_pairs.py: the pair sets of S3's tables, from small files and hand-made numbers.
 
 Covers  tiers (Table 1) by hand and against exact fractions; ranks, gaps and -inv sets (Table 3); Algorithm 1
-        with either rule (Table 4), on tiers too; labelers that disagree (B.1); the statistics (Table 5); what
+        with either rule (Table 4), on tiers too; labelers that disagree (B.1); the statistics (Table 5) and
+        rules of responses with reasoning; what
         is dropped and why; swap files, rewards by wins and labelers that are refused; flags; the script as a
         user starts it; blindness to the order of rows.
 Run     python -m pytest tests/test_s3_pairs.py
@@ -14,7 +15,7 @@ import statistics
 from fractions import Fraction
 
 import pytest
-from conftest import read_rows, run_script, write_rows
+from conftest import read_rows, run_script, thinking, write_rows
 from test_pair_sets import both, drawn, ids, off, on, response, row, runner, texts
 
 import build_pairs
@@ -438,6 +439,56 @@ def test_the_record_has_the_statistics_of_the_new_pairs(build, tmp_path):
     )
 
 
+# ----- responses with reasoning
+def test_rules_look_at_answers(build):
+    """Tiers with equal answers, an answer that is missing, and a rejected answer that is the chosen one."""
+    rewards = 5.0, 4.0, 3.0, 2.0, 1.0
+    good, equal, empty = ([thinking(one, k) for k, one in enumerate(off(*rewards))] for _ in range(3))
+    equal[1] = thinking(response("r4", 4.0), 0)  # as the last one says, after other thoughts
+    empty[0] = thinking(response("", 5.0), 1)
+    rows = [row("good", *good), row("equal", *equal), row("empty", *empty)]
+    pairs, printed = build(rows, "--tiers", "best/low")
+    assert [(pair["id"], pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs] == [
+        ("good", 5, 2)
+    ]
+    assert pairs[0]["chosen"][0]["content"] == good[0]["text"] != "r0"
+    assert printed["dropped"] == {"off: equal tiers": 1, "off: fewer than 5 usable responses": 1}
+    assert printed["with_reasoning"] == {"on": 0, "off": 2}
+    assert build(rows[1:2], "--ranks", 2, 5, expect=2).endswith("dropped: {'off: identical': 1}\n")
+
+
+@pytest.mark.parametrize("form", range(3))
+def test_a_new_side_with_reasoning(build, plain, tmp_path, capsys, form):
+    """Responses are counted by their own source; answers are compared and measured."""
+    samples = thinking(response("sss", 9.0, "on"), form), thinking(response("r0", 8.0, "on"), form)
+    rows = [row(f"p{k}", *off(2.0, 1.0), samples[k == 0]) for k in range(2)]
+    pairs, printed = build(rows, "--ranks", 1, 2, "--replace", 1)
+    assert printed["dropped"] == {"changed: identical": 1}  # y' says what the chosen response says
+    assert texts(pairs) == {"p1:cross": (samples[0]["text"], "r0")}
+    assert printed["with_reasoning"] == {"on": 1, "off": 0} and len(pairs[0]) == 20
+    stats = json.loads((tmp_path / "pairs.meta.json").read_text())["stats"]
+    assert [stats[f"{side} characters"]["mean"] for side in ("chosen", "rejected")] == [3, 2]
+
+    samples = thinking(response("y", 3.0, "on"), form), thinking(response("zzzz", 0.5, "on"), form)
+    plain([row("p1", *samples)], "--on-ratio", 1, out="other.jsonl")
+    pairs, printed = build(rows[1:], "--ranks", 1, 2, "--swap-rejected", tmp_path / "other.jsonl")
+    assert texts(pairs) == {"p1:cross": ("r0", samples[1]["text"])}
+    stats = json.loads((tmp_path / "pairs.meta.json").read_text())["stats"]
+    if form < 2:  # a pair has no "final": what shows reasoning is </think>
+        assert printed["with_reasoning"] == {"on": 1, "off": 0}
+        assert stats["rejected characters"]["mean"] == 4
+    else:
+        assert stats["rejected characters"]["mean"] == len(samples[1]["text"])
+
+
+def test_a_pair_of_two_forms_is_said(tmp_path):
+    write_rows(tmp_path / "scored.jsonl", [row("p", *off(2.0, 1.0), thinking(response("s", 9.0, "on"), 0))])
+    flags = "--scored", "scored.jsonl", "--ranks", 1, 2, "--replace", 1, "--out", "pairs.jsonl"
+    _, err = run_script("recipes/s3_pairs.py", *flags, cwd=tmp_path)
+    expected = "warning: 0 of 1 off-policy and 1 of 1 on-policy responses have reasoning; "
+    assert err == f"s3_pairs.py: {expected}use both sources with reasoning, or both without\n"
+
+
 # ----- flags, as a user sees it
 @pytest.mark.parametrize(
     "flags, sentence",
@@ -493,7 +544,16 @@ def test_as_a_user_starts_it(tmp_path):
     flags = "--scored", "scored.jsonl", "--ranks", 1, 3, "--out", "sets/lg_hq.jsonl"
     printed, err = run_script("recipes/s3_pairs.py", *flags, cwd=tmp_path)
     assert (
-        printed == {"out": "sets/lg_hq.jsonl", "rows": 2, "pairs": 2, "dropped": {}, "off": 2} and err == ""
+        printed
+        == {
+            "out": "sets/lg_hq.jsonl",
+            "rows": 2,
+            "pairs": 2,
+            "dropped": {},
+            "off": 2,
+            "with_reasoning": {"on": 0, "off": 0},
+        }
+        and err == ""
     )
     assert texts(read_rows(tmp_path / "sets" / "lg_hq.jsonl")) == RANKED["LG-HQ"][1]
     _, err = run_script("recipes/s3_pairs.py", *flags, "--gap", 9, 9, cwd=tmp_path, expect=2)

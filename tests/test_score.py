@@ -428,6 +428,22 @@ ANSWERS = [  # reference, response, equal
 ]
 
 
+def test_verify_reads_what_follows_the_reasoning(tmp_path, capsys):
+    """What was thought of but not given is no answer."""
+    texts = [
+        "<think>\n7\n</think>\n\n4",
+        "<think>\n4\n</think>\n\n7",
+        "4</think>",
+        "<think> 4",
+        "\\boxed{7}</think> 4",
+    ]
+    data = [
+        prompt_row(0, *texts, response("7 4") | {"final": "7"}, response("4 7") | {"final": "4"}, answer="4")
+    ]
+    rows, _ = run_verify(tmp_path, capsys, data)
+    assert rewards(rows) == [1, 0, 0, 0, 1, 0, 1]
+
+
 def test_verify_table(tmp_path, capsys):
     data = [prompt_row(k, text, answer=answer) for k, (answer, text, _) in enumerate(ANSWERS)]
     rows, _ = run_verify(tmp_path, capsys, data)

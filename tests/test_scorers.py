@@ -18,7 +18,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from conftest import REPO, read_rows, run_script, write_rows
+from conftest import REPO, read_rows, run_script, thinking, write_rows
 from models import make_bert, make_gemma
 from test_score import (  # noqa: F401
     llama_rm,
@@ -247,6 +247,16 @@ def test_pairrm_reads_conversations_and_no_markers(tmp_path, capsys, pairrm):
     same_matrix(row["wins"], wins)
     assert rewards([row]) == pytest.approx(expected, abs=1e-4)
     assert [one["text"] for one in row["responses"]] == texts  # as they were
+
+
+def test_pairrm_reads_no_reasoning(tmp_path, capsys, pairrm):
+    plain, _ = run_pairrm(tmp_path, capsys, [hello(*TEXTS)], "--model", pairrm, out="plain.jsonl")
+    texts = [thinking(response(text), k) for k, text in enumerate(TEXTS)]
+    rows = [hello(*texts, thinking(response(TEXTS[0]), 1))]
+    (row,), printed = run_pairrm(tmp_path, capsys, rows, "--model", pairrm, name="thoughts.jsonl")
+    assert printed["pairs"] == 5 and row["wins"][0][3] == 0.5  # of 6, of which one compares equal answers
+    same_matrix([line[:3] for line in row["wins"][:3]], plain[0]["wins"])
+    assert [one["text"] for one in row["responses"][:3]] == [one["text"] for one in texts]  # as they were
 
 
 def test_pairrm_turns_that_do_not_alternate(tmp_path, capsys, pairrm):
