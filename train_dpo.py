@@ -52,9 +52,7 @@ COPIED = (  # from --model, config.json last: what transformers 5 would write, t
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 PROBE = 512  # tokens of the sequence that check_model compares with the model's own logits
-NEIGHBOUR = (
-    0.01  # as loading.ROUNDING, between rows of one length; measured 0 to 6e-4, with a convolution 0.05
-)
+NEIGHBOUR = 0.01  # as loading.ROUNDING, between rows of one length; measured 0 to 6e-4, leaks from 0.05
 MAY_CHANGE = {"save_every", "micro_tokens", "activation_checkpointing"}  # when a run is resumed
 CacheRow = TypedDict("CacheRow", {"key": str, "logp": float})  # of the reference cache
 
@@ -451,8 +449,7 @@ def forward_backward(policy, pairs, args, step, train=True):
     measured, lengths = [], [pair.tokens() for pair in pairs]
     for indices in micro_batches(lengths, policy.packed * args.micro_tokens, *rank_and_world()):
         members = [pairs[index] for index in indices]
-        dummies = [DUMMY] * len(pairs[0].sequences)
-        logps, counts = sequence_logps(policy, sequences_of(members) or dummies)
+        logps, counts = sequence_logps(policy, sequences_of(members) or [DUMMY] * len(pairs[0].sequences))
         losses = 0 * logps  # of DUMMY: the others wait for this process to reduce gradients
         if members:
             batch = make_batch(members, logps, counts, args)
@@ -576,8 +573,7 @@ def load_policy(name, revision, args):
     policy.dtypes = {key: value.dtype for key, value in model.state_dict().items()}  # of --model, for export
     layers = [part for part in model.modules() if type(part).__name__ in (model._no_split_modules or ())]
     if not layers:
-        kind = config.model_type
-        fail(f"{name}: transformers does not name the layer class of {kind} models (_no_split_modules)")
+        fail(f"{name}: transformers names no layer class of {config.model_type} models (_no_split_modules)")
     # embedding, last norm and head stay in the root's group: they may be tied
     for module in [*reversed(layers), policy]:
         fully_shard(module.to(device).float(), mesh=mesh, mp_policy=precision)
