@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate
-from chat import prompt_ids
+from chat import answer, prompt_ids
 
 ASK_AGAIN = (  # word for word
     "Please generate another response that is different from all the previous ones. It can differ in aspects "
@@ -65,7 +65,7 @@ def next_requests(rows, k, args, tokens):
     """Requests for response k of the rows that have k responses and room for another."""
     requests = []
     for index, row in enumerate(rows):
-        texts = [response["text"] for response in row["responses"]]
+        texts = [answer(response) for response in row["responses"]]
         conversation = {"prompt": ask_again(row["prompt"], texts)}
         (ids,), _ = prompt_ids(tokens.chat, [conversation], Counter())
         if len(texts) == k and ids and len(ids) <= tokens.context - args.max_tokens:

@@ -66,9 +66,11 @@ SPACED = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+# as of gpt-oss: another token ends the last answer
 CHANNEL = (
     "{% for m in messages %}<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>"
-    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    "{{ m.content }}{{ '</s>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
 TRIMMING = TURNS.replace("m.content", "m.content | trim")

@@ -4,11 +4,13 @@ generate.py: exact sampling that does not depend on the batch, and runs that can
 Covers  sample_tokens against a float64 oracle and by frequencies; greedy against transformers' own; equal
         rows whatever batch, order, --limit and shards; kill -9 at random moments, torn lines, a full disk,
         two processes on one file, what is refused when a run goes on; ids, finish and text; presets;
-        switches of the template; models that are refused; what vllm is given, by a stand-in; rows of a
-        wrong shape, generated from Row; soft-capped attention; what the last line reports.
+        switches of the template, the prompt's ids, days, rejected roles, reasoning; models that are refused;
+        what vllm is given, by a stand-in; rows of a wrong shape, generated from Row; soft-capped attention;
+        what the last line reports.
 Run     python -m pytest tests/test_generate.py
 """
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -27,7 +29,9 @@ from models import make_gemma
 from safetensors.torch import load_file, save_file
 from test_shapes import MISSING, NUMBERS, STRINGS, VALUES, admits, key_of, places, spelled, with_change
 
+import common
 import generate
+from chat import read_chat
 from generate import sample_tokens
 from loading import fingerprint, load_tokenizer
 
@@ -783,6 +787,147 @@ def test_two_beginnings_of_text_are_refused(tmp_path, capsys, policy):
     model = with_template(tmp_path / "model", policy, "{{ bos_token }}" + CHATML)
     err = refused(tmp_path, capsys, model, PROMPTS)
     assert f"{model}: a rendered chat begins with two tokens that begin a text" in err
+
+
+def test_the_prompt_as_sampled_is_in_the_row(tmp_path, capsys, policy, tokenizer):
+    earlier = {**PROMPTS[0], "prompt_token_ids": [1], "prompt_tokenizer": "another"}
+    rows, _ = run(tmp_path, capsys, policy, [earlier, *PROMPTS[1:]], "--n", "1")
+    options = {"add_generation_prompt": True, "return_dict": False}
+    for row in rows:
+        assert row["prompt_token_ids"] == tokenizer.apply_chat_template(row["prompt"], **options)
+        assert row["prompt_tokenizer"] == read_chat(policy)[0].template
+
+
+def test_a_template_that_asks_for_the_day_has_that_of_the_runs_beginning(
+    tmp_path, capsys, policy, small_blocks, monkeypatch
+):
+    class Yesterday(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date.today() - datetime.timedelta(days=1)
+
+    yesterday, today = (str(day.today()) for day in (Yesterday, datetime.date))
+    model = with_template(tmp_path / "model", policy, "{{ strftime_now('%Y-%m-%d: ') }}" + CHATML)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "date", Yesterday)
+        rows, _ = run(tmp_path, capsys, model, PROMPTS, "--n", "1")
+    out = tmp_path / "out.jsonl"
+    whole, tokenizer = out.read_bytes(), load_tokenizer(model)[0]
+    days = [tokenizer.decode(row["prompt_token_ids"])[:10] for row in rows]
+    assert days == [yesterday] * 11
+    for length in (len(whole) * 2 // 3, len(whole)):  # it goes on after midnight, and is complete
+        out.write_bytes(whole[:length])
+        _, printed = run(tmp_path, capsys, model, PROMPTS, "--n", "1")
+        assert out.read_bytes() == whole
+        assert json.loads((tmp_path / "out.meta.json").read_text())["args"]["date"] == yesterday
+    rows, _ = run(tmp_path, capsys, model, PROMPTS, "--n", "1", "--overwrite")
+    assert [tokenizer.decode(row["prompt_token_ids"])[:10] for row in rows] == [today] * 11
+    # a template that does not ask has none, so that no resumed run can differ in it
+    run(tmp_path, capsys, policy, PROMPTS, "--n", "1", out="plain.jsonl")
+    assert json.loads((tmp_path / "plain.meta.json").read_text())["args"]["date"] is None
+
+
+ALTERNATING = (
+    "{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+def test_rows_that_the_template_rejects_are_named_and_the_others_go_on(tmp_path, capsys, policy, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    model = with_template(tmp_path / "model", policy, ALTERNATING + CHATML)
+    turn = {"role": "user", "content": "twice"}
+    rows = [PROMPTS[0], {"id": "odd", "prompt": [turn, turn]}, {"id": 7, "prompt": [turn, turn]}, PROMPTS[1]]
+    path, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    flags = ["--model", model, "--prompts", path, "--out", str(out), *HF, "--n", "1"]
+    generate.main(generate.parse_args(flags))
+    printed = capsys.readouterr()
+    reason = "the chat template rejects it: roles must alternate"
+    expected = [
+        f"generate.py: {path}:{k}: skipped the prompt {name}: {reason}" for k, name in ((2, "odd"), (3, 7))
+    ]
+    assert [line for line in printed.err.splitlines() if line.startswith("generate.py")] == expected
+    counts = json.loads(printed.out.splitlines()[-1])
+    assert (counts["rows"], counts["skipped_by_template"], counts["skipped_too_long"]) == (2, 2, 0)
+    assert [row["id"] for row in read_rows(out)] == ["p0", "p1"]
+    assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["skipped_by_template"] == 2
+    # what stays is what it is without them, and a complete run stays complete
+    plain, _ = run(tmp_path, capsys, model, PROMPTS[:2], "--n", "1", out="plain.jsonl", name="two.jsonl")
+    assert plain == read_rows(out)
+    generate.main(generate.parse_args(flags))
+    assert f"--out {out} is complete; nothing was done" in capsys.readouterr().err
+    err = refused(tmp_path, capsys, model, rows[1:3], "--n", "1", out="none.jsonl", name="odd.jsonl")
+    assert err.splitlines()[-1] == (
+        f"generate.py: {tmp_path}/odd.jsonl: the chat template of {model} rejects all prompts"
+    )
+    assert not list(tmp_path.glob("none*"))
+
+
+OPEN = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}").replace(
+    "+ message['content'] +", "+ message['content'].split('</think>')[-1] +"
+)
+BLOCK = CHATML.replace("+ message['content'] +", "+ message['content'].split('</think>')[-1] +")
+# the answer of gpt-oss is in a channel; here of plain letters
+CHANNEL = CHATML.replace(
+    "+ '\n' + message", "+ ('#final#' if message['role'] == 'assistant' else '\n') + message"
+)
+CHANNEL = CHANNEL.replace("assistant\n' }}{% endif %}", "assistant' }}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    "template, sampled, final",
+    [
+        (CHATML, "it is", None),
+        (BLOCK, "it is", None),
+        (BLOCK, "<think>so</think>\n\nit is", "it is"),
+        (BLOCK, "\n<think>so", ""),
+        (BLOCK, "so <think> it is", None),
+        (OPEN, "so</think>\nit is\n", "it is"),
+        (OPEN, "so", ""),
+        (OPEN, "so</think>", ""),
+        (CHANNEL, "#thoughts#so#final#it is", "it is"),
+        (CHANNEL, "#final#it is", "it is"),
+        (CHANNEL, "#thoughts#so", ""),
+    ],
+)
+def test_the_answer_after_reasoning_is_kept_apart(tmp_path, capsys, policy, template, sampled, final):
+    model = with_template(tmp_path / "model", policy, template)
+    tokenizer = load_tokenizer(model)[0]
+    ids = tokenizer(sampled, add_special_tokens=False)["input_ids"]
+
+    class Given(Spy):
+        def __call__(self, requests):
+            yield from ((request, [*ids, tokenizer.eos_token_id]) for request in requests)
+
+    path, out = write_rows(tmp_path / "prompts.jsonl", PROMPTS[:2]), tmp_path / "out.jsonl"
+    flags = ["--model", model, "--prompts", path, "--out", str(out), *HF, "--n", "1"]
+    generate.main(generate.parse_args(flags), Given)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for row in read_rows(out):
+        (response,) = row["responses"]
+        assert response["text"] == sampled and response["token_ids"] == ids
+        assert response.get("final") == final and ("final" in response) == (final is not None)
+    assert (printed["with_reasoning"], printed["empty"]) == (2 * (final is not None), 2 * (final == ""))
+
+
+def test_a_tokenizer_that_transformers_would_change(tmp_path, capsys, policy):
+    """tokenizer.json has bytes, and tokenizer_class names SentencePiece's kind for the same file."""
+    model = tmp_path / "model"
+    shutil.copytree(policy, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    changed = config | {"tokenizer_class": "LlamaTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(changed))
+    rows = [{"id": "p", "prompt": "in 2024,\n 123  apples fell"}]
+    path, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    flags = ["--prompts", path, *HF, "--n", "2"]
+    generate.main(generate.parse_args(["--model", str(model), "--out", str(out), *flags]))
+    assert capsys.readouterr().err.count("is not the tokenizer of tokenizer.json") == 1
+    generate.main(generate.parse_args(["--model", policy, "--out", str(tmp_path / "plain.jsonl"), *flags]))
+    assert "tokenizer.json" not in capsys.readouterr().err
+    (row,), (plain,) = read_rows(out), read_rows(tmp_path / "plain.jsonl")
+    for response in plain["responses"]:
+        response["model"] = str(model)
+    assert row == plain
 
 
 GOOD = {"id": "p1", "prompt": [{"role": "user", "content": "question"}], "note": 1}

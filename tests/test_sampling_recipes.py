@@ -377,6 +377,9 @@ def test_switches_reach_the_conversations(tmp_path, sample, policy):
     (request,) = sample_diverse.next_requests([row], 1, args, tokens)
     end = f"{Z}<|im_end|>\n<|im_start|>assistant\n<think></think>"
     assert tokens.chat.tokenizer.decode(request.ids).endswith(end)
+    # what was thought before an earlier answer is no part of it
+    row["responses"] = [{"text": "<think>so</think>two"}]
+    assert sample_diverse.next_requests([row], 1, args, tokens) == [request]
 
 
 # ----- flags
