@@ -46,11 +46,10 @@ def encode(chat, texts):
 def read_chat(name, revision=None, switches=None, day=None):
     """(Chat, config) of a model that is sampled from or trained."""
     tokenizer, config = load_tokenizer(name, revision)
-    chat = chat_of(tokenizer, config, switches or {}, day)
     try:
-        return measured(chat), config
+        return measured(chat_of(tokenizer, config, switches or {}, day)), config
     except ValueError as error:
-        fail(f"{name}: the chat template {error}")
+        fail(f"{name}: {error}")
 
 
 def chat_of(tokenizer, config, switches, day):
@@ -78,7 +77,7 @@ def chat_of(tokenizer, config, switches, day):
             fail(f"{name}: a rendered chat begins with two tokens that begin a text")
         if "'type'" not in text:  # a list of parts that was printed
             return chat
-    fail(f"{name}: the chat template {problems[1]}")
+    fail(f"{name}: {problems[1]}")
 
 
 def measured(chat):
@@ -90,14 +89,15 @@ def measured(chat):
     shared = len(commonprefix([generation, answer]))
     opened, closing = generation[shared:].strip(), answer[shared:].strip()
     if closing and generation == render(chat, question):
-        raise ValueError(f"has no add_generation_prompt, but begins an answer with {closing!r}")
+        problem = "the chat template has no add_generation_prompt, but begins an answer with"
+        raise ValueError(f"{problem} {closing!r}")
     if opened and "think" not in opened.lower():
-        raise ValueError(f"begins a response with {opened!r}, but not an answer")
+        raise ValueError(f"the chat template begins a response with {opened!r}, but not an answer")
     longer = conversation(SYSTEM, QUESTION, ANSWER, QUESTION)
     rest = ending.strip() or render(chat, longer).partition(ANSWER)[2].strip()
     end_id = (encode(chat, [rest])[0] or [chat.tokenizer.eos_token_id])[0]
     if end_id not in chat.tokenizer.added_tokens_decoder:
-        raise ValueError(f"ends a turn with {rest[:20]!r}, which is not a special token")
+        raise ValueError(f"the chat template ends a turn with {rest[:20]!r}, which is not a special token")
     return chat._replace(generation=generation, answer=answer, ending=ending, end_id=end_id)
 
 
@@ -121,7 +121,7 @@ def render(chat, messages, generation=False):
     try:
         text = chat.tokenizer.apply_chat_template(given, **options)
     except Exception as error:  # a template is a program, which raises any kind
-        raise ValueError(f"rejects it: {error}") from error
+        raise ValueError(f"the chat template rejects it: {error}") from error
     for turn in messages:
         content = turn["content"].strip()
         if turn["role"] == "assistant":  # an earlier answer may be without its reasoning
@@ -129,7 +129,7 @@ def render(chat, messages, generation=False):
         start = text.find(content, end)
         end = start + len(content)
         if start < 0:
-            raise ValueError(f"loses the {turn['role']}'s {content[:50]!r}")
+            raise ValueError(f"the chat template loses the {turn['role']}'s {content[:50]!r}")
     return text
 
 
@@ -150,7 +150,7 @@ def prompt_ids(chat, rows, counts):
             try:
                 texts[index] = render(chat, row["prompt"], generation=True)
             except ValueError as error:
-                problems[index] = f"the chat template {error}"
+                problems[index] = str(error)
     for index, ids in zip(texts, encode(chat, texts.values()), strict=True):
         if prompts[index] not in (None, ids):
             problem = "a row's prompt_token_ids were rendered otherwise; leave out this flag"
@@ -214,7 +214,7 @@ def before_answer(chat, prompt, generation, answer):
     closing, kept = answer[shared:], len(prompt) - len(generation) + shared
     if closing and prompt[-len(closing) :] != closing and prompt[-1] == generation[-1]:
         prompt = prompt[:kept] + closing
-    end = chat.tokenizer.decode(prompt[-9:])
+    end = chat.tokenizer.backend_tokenizer.decode(prompt[-9:], skip_special_tokens=False)
     if OPEN.search(end):
         fail(f"{chat.tokenizer.name_or_path}: a text without reasoning would follow {end!r}; {CLOSE}")
     return prompt

@@ -9,7 +9,7 @@ Writes  --out FILE            the same rows. Every response gains "reward", null
 
 The reward is the raw logit of any AutoModelForSequenceClassification with one label (S1 section 3.1, S3
 section 5.1). If it has a chat template, it reads a chat (Skywork-Reward), else a pair of texts (the demo's
-cross-encoder). scorers/ has other labels, in the same rows; "reward" is always the last scorer's.
+cross-encoder); never a response's reasoning. scorers/ has other labels; "reward" is the last scorer's.
 
     python score.py --model out/models/reward --responses out/on.jsonl out/off.jsonl --out out/scored.jsonl
 
@@ -25,29 +25,13 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal, Required, TypedDict
 
-from chat import answer, chat_of, encode, render
-from common import (
-    Message,
-    TokenIds,
-    Wins,
-    append_rows,
-    begin_output,
-    fail,
-    make_record,
-    note,
-    open_output,
-    read_jsonl,
-    read_responses,
-    run_date,
-    shard_of,
-    write_record,
-)
-from loading import context_length, load_model, load_tokenizer, special_tokens
+from common import Message, TokenIds, Wins, fail, make_record, meta_path, note, read_responses, shard_of
 
-# arguments that may change between a run that was stopped and the one that resumes it
-MAY_CHANGE = {"limit", "batch_tokens", "tensor_parallel", "max_requests"}
+MAY_CHANGE = {"limit", "batch_tokens", "tensor_parallel", "max_requests"}  # in a resumed run
 
 
 class Response(TypedDict, total=False):
@@ -127,7 +111,12 @@ if __name__ == "__main__":
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth faster on a CPU
 
 import torch  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+from chat import answer, chat_of, encode, render  # noqa: E402
+from common import append_rows, begin_output, open_output, read_jsonl, run_date, write_record  # noqa: E402
+from loading import context_length, load_model, load_tokenizer, special_tokens  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
@@ -164,9 +153,8 @@ class Scorer:
 
     def check_first(self, rows):
         """End a run whose model gave no number for anything in the first window."""
-        if not self.counts["tokens_scored"]:  # no model that runs here has read anything
-            return
-        if all(value is None for row in rows for value in self.values(row)):
+        read = self.counts["tokens_scored"]  # 0 if no model runs here
+        if read and all(value is None for row in rows for value in self.values(row)):
             problem = f"no score in the first {len(rows)} rows is a finite number"
             fail(f"{self.args.model}: {problem}; check its weights, which may contain NaN")
 
@@ -243,12 +231,9 @@ def token_batches(sequences, args, counts, pad_id=0):
             shortest = length
         batches[-1].append(index)
     for batch in batches:
-        longest = len(sequences[batch[-1]])
-        ids = torch.full((len(batch), longest), pad_id)
-        mask = torch.zeros((len(batch), longest), dtype=torch.long)
-        for row, index in enumerate(batch):
-            ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
-            mask[row, : len(sequences[index])] = 1
+        rows = [torch.tensor(sequences[index]) for index in batch]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         counts["tokens_scored"] += int(mask.sum())
         counts["tokens_padded"] += mask.numel()
         yield batch, ids.to(device), mask.to(device)
@@ -288,10 +273,9 @@ class RewardModel(Scorer):
         self.counts["responses_with_special_tokens"] = sum(bool(special.search(text)) for text in texts)
 
     def load(self):
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification as auto_class
 
-        args = self.args
-        self.model = load_model(AutoModelForSequenceClassification, args.model, args.revision, args.dtype)
+        self.model = load_model(auto_class, self.args.model, self.args.revision, self.args.dtype)
 
     def encode(self, row, response):
         """(token ids, token types or None) of a prompt and an answer; ValueError if there are none."""
@@ -305,22 +289,19 @@ class RewardModel(Scorer):
         return encoded["input_ids"], encoded.get("token_type_ids")
 
     def score(self, rows, update):
-        responses, sequences, types = [], [], []
+        usable = []
         for row in rows:
             for response in row["responses"]:
                 try:
-                    ids, token_types = self.encode(row, response)
+                    ids, types = self.encode(row, response)
                     if len(ids) > self.max_length:
                         raise ValueError(f"longer than {self.max_length} tokens")
+                    usable.append((response, ids, types))
                 except ValueError as error:
                     self.set_reward(response, None, str(error))
                     update(1)
-                    continue
-                responses.append(response)
-                sequences.append(ids)
-                types.append(token_types)
-        rewards = self.rewards(sequences, types, update)
-        for response, reward in zip(responses, rewards, strict=True):
+        rewards = self.rewards([ids for _, ids, _ in usable], [types for *_, types in usable], update)
+        for (response, *_), reward in zip(usable, rewards, strict=True):
             self.set_reward(response, reward)
 
     @torch.inference_mode()
@@ -339,10 +320,9 @@ class RewardModel(Scorer):
         return rewards
 
     def decoder_logits(self, ids, mask):
-        """(B,): the linear `score` of the last token's state.
+        """(B,): the linear `score` of the last token's state; no token sees the padding after it.
 
-        transformers looks for this token by the padding id, which is wrong if padding is also the end-of-turn
-        token; here its index is known. A decoder needs no mask: no token sees the padding after it.
+        transformers looks for this token by the padding id, which may also be the end-of-turn token.
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
         rows = torch.arange(len(ids), device=hidden.device)
@@ -354,11 +334,21 @@ class RewardModel(Scorer):
         options = {}
         if types[0]:
             lines = [torch.tensor(line, device=ids.device) for line in types]
-            options["token_type_ids"] = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
+            options["token_type_ids"] = pad_sequence(lines, batch_first=True)
         return self.model(input_ids=ids, attention_mask=mask, **options).logits[:, 0].float()
 
 
 # ----- main
+def compare_dates(paths):
+    """Say so where the chat templates behind these files saw different dates."""
+    dates = {}
+    for path in paths:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or one without a date
+            dates[path] = json.loads(Path(meta_path(path)).read_text())["args"]["date"]
+    if len(set(dates.values()) - {None}) > 1:
+        note(f"the chat templates of these files saw different dates: {dates}")
+
+
 def score_rows(scorer, rows, ids, done, file, record):
     """Score and append the rows that are missing, a window at a time."""
     total = sum(len(rows[row_id]["responses"]) for row_id in ids[done:])
@@ -384,6 +374,7 @@ def main(args, scorer_class=RewardModel):
     if vars(args).get("dtype") == "auto":
         args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     rows = read_responses(args.responses, Row)
+    compare_dates(args.responses)
     ids = shard_of(list(rows)[: args.limit], scorer_class.window, args.shard)
     rows = {row_id: rows[row_id] for row_id in ids}
     scorer = scorer_class(args, rows)

@@ -44,11 +44,10 @@ PRESETS = {  # S1 section 4.1 and Appendix A, the rest from its code; S2 Table 6
 }
 WARMUP = 0.1  # of the steps, in all three papers
 MAX_GRAD_NORM = 1.0  # S1's code; the papers do not say
-COPIED = (  # from --model, config.json last: what transformers 5 would write, transformers 4 cannot read
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model "
-    "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json generation_config.json "
-    "config.json"
-).split()
+COPIED = """tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json
+    vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json generation_config.json config.json
+""".split()  # from --model: transformers 4 cannot read the tokenizer_config.json that transformers 5 writes
+TEMPLATES = "additional_chat_templates"  # a folder of the others, if there are several
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits over the vocabulary are in memory at once
 WINDOW = 128  # sequences that each process scores before the reference cache is written
 PROBE = 512  # tokens of the sequence that check_model compares with the model's own logits
@@ -76,7 +75,7 @@ class Row(TypedDict, total=False):
 
 
 class Sequence(NamedTuple):
-    ids: list[int]  # prompt and response
+    ids: array  # prompt and response; an array, which of a file's pairs takes a tenth of the memory
     start: int  # of the response, whose tokens are trained
 
 
@@ -643,12 +642,13 @@ def export(policy, args):
             policy.model.save_pretrained(folder, state_dict=weights)
             for path in folder.glob("*.safetensors*"):
                 os.replace(path, Path(args.out, path.name))
-            for name in COPIED:
-                options = {"revision": args.revision, "_raise_exceptions_for_missing_entries": False}
-                path = cached_file(args.model, name, **options)
-                if path:
-                    Path(args.out, name).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, Path(args.out, name))
+            options = {"revision": args.revision, "_raise_exceptions_for_missing_entries": False}
+            paths = [Path(path) for name in COPIED if (path := cached_file(args.model, name, **options))]
+            source = paths[-1].parent  # config.json is last, after which --out is a model
+            for path in [*source.glob(f"{TEMPLATES}/*.jinja"), *paths]:
+                target = Path(args.out, path.relative_to(source))
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
         except Exception as error:  # of a full disk: the libraries raise OSError, SafetensorError, Exception
             shutil.rmtree(folder, ignore_errors=True)
             fail(f"--out {args.out} cannot be written: {error}; run the same command again to resume")
@@ -656,8 +656,8 @@ def export(policy, args):
 
 
 # ----- pairs
-def read_sides(row, line):
-    """The prompt's messages, and of chosen and rejected {"text", "finish", "token_ids", "tokenizer"}."""
+def read_pair(row, line):
+    """The row with a pair_id, messages as its prompt, and its "responses", chosen and rejected."""
     prompts, responses = [], []
     for side in ("chosen", "rejected"):
         messages = row[side]
@@ -665,15 +665,20 @@ def read_sides(row, line):
             messages = [{"role": "assistant", "content": messages}]
         if not messages or messages[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
-        if not messages[-1]["content"].strip():
+        text = messages[-1]["content"]
+        if not text.strip():
             fail(f"{line}: the {side} response is empty")
-        prompts.append(messages[:-1] or row.get("prompt"))
         details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
-        responses.append({"text": messages[-1]["content"], **details})
+        responses.append({"text": text, **details})
+        prompts.append(messages[:-1] or row.get("prompt"))
     if prompts[0] != prompts[1]:
         fail(f"{line}: chosen and rejected answer different prompts")
-    prompt = as_messages(prompts[0], line)  # role first: a missing pair_id is a hash of this as JSON
-    return [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt], responses
+    prompt = as_messages(prompts[0], line)
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]
+    pair_id = row.get("pair_id")
+    if pair_id is None:  # the role of a turn is first in this hash
+        pair_id = f"{stable_hash(json.dumps(prompt), *(response['text'] for response in responses)):016x}"
+    return row | {"pair_id": str(pair_id), "prompt": prompt, "responses": responses}
 
 
 def load_pairs(path, chat, config, args):
@@ -698,54 +703,54 @@ def load_pairs(path, chat, config, args):
             if not loss.rejected:
                 del sequences[1]
             margin = 0.0 if None in rewards else rewards[0] - rewards[1]
-            keys = tuple(f"{stable_hash(start, array('I', ids).tobytes()):016x}" for ids, start in sequences)
+            keys = tuple(f"{stable_hash(start, ids.tobytes().hex()):016x}" for ids, start in sequences)
             pairs.append(Pair(row["pair_id"], source, sequences, margin, (0.0,) * len(sequences), keys))
-    if int(os.environ.get("RANK", 0)) == 0:
-        for name, count in (+counts).items():
-            note(f"{path}: {count} {name.replace('_', ' ')}")
-        if dropped:
-            note(f"{path}: {len(pairs)} pairs; dropped: {dict(dropped)}")
+    for name, count in (+counts).items():
+        note_once(f"{path}: {count} {name.replace('_', ' ')}")
+    if dropped:
+        note_once(f"{path}: {len(pairs)} pairs; dropped: {dict(dropped)}")
     return pairs or fail(f"{path}: no pair is left: {dict(dropped)}"), dropped
 
 
-def check_ids(pair, line, chat):
-    if not all(completion for _, completion in pair):
-        fail(f"{line}: a response has no tokens")
-    if max(max(ids + completion) for ids, completion in pair) >= chat.vocabulary:
-        fail(f"{line}: a token id is beyond the vocabulary of {chat.tokenizer.name_or_path}")
+def note_once(message):
+    """A note of the first of torchrun's processes, which all read the pairs."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        note(message)
 
 
 def encoded(window, chat, counts):
     """Yield ("file:line", row, [chosen, rejected], why not) of rows, which are tokenized together."""
-    sides = [read_sides(row, line) for line, row in window]
-    rows = [row | {"prompt": prompt} for (_, row), (prompt, _) in zip(window, sides, strict=True)]
+    lines, rows = zip(*[(line, read_pair(row, line)) for line, row in window], strict=True)
     prompts, problems = prompt_ids(chat, rows, counts)
-    twice = [prompt for prompt in prompts for _ in range(2)]
-    parts = response_ids(chat, twice, [response for side in sides for response in side[1]], counts)
+    twice = [prompt for prompt in prompts for _ in ("chosen", "rejected")]
+    responses = [response for row in rows for response in row["responses"]]
+    parts = response_ids(chat, twice, responses, counts)
     special = loading.special_tokens(chat.tokenizer)
-    for i, ((line, row), (prompt, responses)) in enumerate(zip(window, sides, strict=True)):
-        pair = parts[2 * i : 2 * i + 2]
-        texts = [response["text"] for response in responses]
-        unsampled = [response["text"] for response in responses if not sampled_ids(chat, response)]
-        reason = None
-        if i in problems:
-            reason = "rejected by the chat template"
-            note(f"{line}: {problems[i]}")
-        elif None in pair:
-            reason = "lost by the chat template"
-        elif any(map(special.search, unsampled)):
-            reason = "special tokens"  # the model would learn to go on after an end of turn
-        elif not all(answer(response).strip() for response in responses):
-            reason = "empty after its reasoning"
-        elif pair[0][1] == pair[1][1]:
-            reason = "identical"
-        else:
-            check_ids(pair, line, chat)
-            pair = [Sequence(ids + completion, len(ids)) for ids, completion in pair]
-        if row.get("pair_id") is None:
-            row["pair_id"] = f"{stable_hash(json.dumps(prompt), *texts):016x}"
-        row["pair_id"] = str(row["pair_id"])
+    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        pair = parts[2 * index : 2 * index + 2]
+        reason = why_dropped(pair, row["responses"], chat, special)
+        if None in pair:
+            note_once(f"{line}: {problems.get(index, 'the chat template loses a response')}")
+        if not reason:
+            pair = [Sequence(array("I", prompt + completion), len(prompt)) for prompt, completion in pair]
+            if max(max(sequence.ids) for sequence in pair) >= chat.vocabulary:
+                fail(f"{line}: a token id is beyond the vocabulary of {chat.tokenizer.name_or_path}")
         yield line, row, pair, reason
+
+
+def why_dropped(pair, responses, chat, special):
+    """Why [(ids of the prompt, ids of the response), ...] make no pair; None if they do."""
+    if None in pair:
+        return "rejected by the chat template"
+    for response in responses:
+        if special.search(response["text"]) and not sampled_ids(chat, response):
+            return "special tokens"  # the model would learn to go on after an end of turn
+        if not answer(response).strip():
+            return "empty after its reasoning"
+    (_, chosen), (_, rejected) = pair
+    if not (chosen and rejected):
+        return "without tokens"
+    return "identical" if chosen == rejected else None
 
 
 def epoch_order(pairs, seed, epoch):
@@ -804,9 +809,11 @@ def begin(args, file, record, done):
     common.begin_output(file, record, done)
     if done:
         return
-    for path in [Path(args.out, "config.json"), *Path(args.out).glob("*.safetensors*")]:
+    folder = Path(args.out)
+    for path in [*(folder / name for name in COPIED), *folder.glob("*.safetensors*")]:
         path.unlink(missing_ok=True)
-    shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
+    for name in ("checkpoints", TEMPLATES):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def load_models(args, models, record, pairs, held_out):

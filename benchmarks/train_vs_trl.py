@@ -80,8 +80,8 @@ def read_pairs(path):
     import train_dpo
 
     for line, row in train_dpo.read_jsonl(path, train_dpo.Row):
-        prompt, (chosen, rejected) = train_dpo.read_sides(row, line)
-        yield prompt, chosen["text"], rejected["text"]
+        pair = train_dpo.read_pair(row, line)
+        yield pair["prompt"], *(response["text"] for response in pair["responses"])
 
 
 def write_pairs(args, folder):
@@ -99,8 +99,8 @@ def write_pairs(args, folder):
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     run = train_dpo.parse_args([*our_flags(args, path), "--out", "unused"])
-    tokenizer, config = train_dpo.load_tokenizer(args.model, None)
-    pairs, _ = train_dpo.load_pairs(str(path), tokenizer, config, run)
+    chat, config = train_dpo.read_chat(args.model)
+    pairs, _ = train_dpo.load_pairs(str(path), chat, config, run)
     pairs = train_dpo.epoch_order(pairs[: args.count], run.seed, 0)
     path.write_text("".join(json.dumps(rows[pair.pair_id]) + "\n" for pair in pairs))
     steps = math.ceil(len(pairs) / BATCH)

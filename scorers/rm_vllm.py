@@ -19,6 +19,7 @@ import importlib.util
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -103,9 +104,9 @@ class RewardModel(score.RewardModel):
         sequences = []
         for row in self.first_rows:
             for response in row["responses"][:1]:
-                ids, _ = self.encode(row, response)
-                if len(ids) <= self.max_length:
-                    sequences.append(ids)
+                with suppress(ValueError):  # it has no reward
+                    sequences.append(self.encode(row, response)[0])
+        sequences = [ids for ids in sequences if len(ids) <= self.max_length]
         super().load()
         expected = super().rewards(sequences, [None] * len(sequences), lambda n: None)
         del self.model

@@ -28,7 +28,7 @@ from conftest import REPO, make_policy, read_rows, write_rows
 from models import make_bert, make_bert_tokenizer, tiny
 
 import score
-from chat import fingerprint
+from loading import fingerprint
 
 sys.path.insert(0, str(REPO / "scorers"))
 import logp  # noqa: E402

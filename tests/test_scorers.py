@@ -31,7 +31,7 @@ from test_score import (  # noqa: F401
     without_tensor,
 )
 
-from chat import fingerprint
+from loading import fingerprint
 
 sys.path.insert(0, str(REPO / "scorers"))
 import embed  # noqa: E402

@@ -49,7 +49,8 @@ from train_oracle import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import train_dpo
-from chat import fingerprint
+from chat import chat_of, measured
+from loading import fingerprint
 from train_dpo import epoch_order, load_pairs
 
 
@@ -517,12 +518,13 @@ def messages(*texts):
 def loaded(tmp_path, tokenizer, rows, *flags, positions=2048):
     """(pairs, dropped) of rows."""
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=positions)
-    path = write_rows(tmp_path / "pairs.jsonl", rows)
-    return load_pairs(path, tokenizer, config, parse(*GIVEN, *flags))
+    args = parse(*GIVEN, *flags)
+    chat = measured(chat_of(tokenizer, config, args.template_kwargs, None))
+    return load_pairs(write_rows(tmp_path / "pairs.jsonl", rows), chat, config, args)
 
 
 def response_of(sequence):
-    return sequence.ids[sequence.start :]
+    return list(sequence.ids[sequence.start :])
 
 
 BUILT = {
@@ -616,20 +618,21 @@ def test_sampled_ids_are_kept_unless_another_tokenizer_made_them(tmp_path, token
     (pair,), _ = loaded(tmp_path, tokenizer, [{**row, "chosen_tokenizer": "another"}])
     assert response_of(pair.sequences[0]) == tokenizer("yes")["input_ids"] + [eot]
     said = capsys.readouterr().err
-    assert "1 responses came from a different tokenizer and were re-tokenized" in said
+    assert "pairs.jsonl: 1 responses of another tokenizer\n" in said
 
 
 def test_switches_reach_the_chat_template(tmp_path):
     template = (
+        "{{ 'LOUD' if loud else 'QUIET' }}"
         "{% for message in messages %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>' + ('THINK' if thinking else 'ANSWER') }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
     )
     make_tokenizer(tmp_path / "model", template)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    for flags, word in (([], "ANSWER"), (["--template-kwargs", '{"thinking": true}'], "THINK")):
+    for flags, word in (([], "QUIET"), (["--template-kwargs", '{"loud": true}'], "LOUD")):
         (pair,), _ = loaded(tmp_path, tokenizer, [BUILT], *flags)
         text = tokenizer.decode(pair.sequences[0].ids)
-        assert text == f"<|im_start|>Hi<|im_end|><|im_start|>{word}yes<|im_end|>"
+        assert text == f"{word}<|im_start|>Hi<|im_end|><|im_start|>yes<|im_end|>"
 
 
 def test_too_long_and_identical_pairs_are_dropped_and_counted(tmp_path, tokenizer):
