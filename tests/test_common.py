@@ -104,6 +104,28 @@ def test_three_files_one_of_them_without_a_matrix(tmp_path):
     assert wins == [[None] * 4, [None] * 4, [None, None, None, 1], [None, None, 0, None]]
 
 
+def sampled(folder, name, source, ids, template="t"):
+    row = {"id": "p", "prompt": "q", "responses": [{"text": name, "source": source}]}
+    return write_rows(
+        folder / f"{name}.jsonl", [row | {"prompt_token_ids": ids, "prompt_tokenizer": template}]
+    )
+
+
+def test_the_ids_of_a_prompt_are_those_that_on_policy_responses_answer(tmp_path, capsys):
+    on, off = sampled(tmp_path, "on", "on", [1, 2]), sampled(tmp_path, "off", "off", [3], "other")
+    bare = sampled(tmp_path, "bare", "on", None, None)
+    for paths in ([on, off], [off, on], [off, bare, on], [on, bare]):
+        row = common.read_responses(paths, Row)["p"]
+        assert (list(row["prompt_token_ids"]), row["prompt_tokenizer"]) == ([1, 2], "t")
+    assert list(common.read_responses([off], Row)["p"]["prompt_token_ids"]) == [3]
+    # sampled on two days, or with two switches
+    again, same = sampled(tmp_path, "again", "on", [1, 3]), sampled(tmp_path, "same", "on", [1, 2])
+    assert len(common.read_responses([on, same], Row)["p"]["responses"]) == 2
+    for paths in ([on, again], [again, off, on]):
+        err = refusal(capsys, common.read_responses, paths, Row)
+        assert on in err and again in err and "the prompt p has other prompt_token_ids" in err
+
+
 def test_shards_take_whole_blocks_and_share_all_rows():
     rows = list(range(10))
     assert common.shard_of(rows, 3, "0/2") == [0, 1, 2, 6, 7, 8]

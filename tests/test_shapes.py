@@ -214,7 +214,11 @@ def test_the_shapes_are_those_of_the_contract(name):
             assert (
                 admits(response[key], None) and admits(response[key], -1) and not admits(response[key], "1")
             )
-    assert admits(response["token_ids"], [0, 2**32 - 1]) and not admits(response["token_ids"], [2**32])
+    for ids in (row["prompt_token_ids"], response["token_ids"]):
+        assert admits(ids, None) and admits(ids, [0, 2**32 - 1]) and not admits(ids, [2**32])
+    assert (
+        admits(response["final"], None) and admits(response["final"], "") and not admits(response["final"], 5)
+    )
     if name == "score":
         assert admits(row["answer"], 1.5) and not admits(row["answer"], ["1"])
         assert admits(response["reward_error"], "why") and not admits(response["reward_error"], 1)
@@ -242,7 +246,7 @@ def test_the_shapes_of_pairs_are_those_of_the_contract():
     for key in ("prompt", "chosen", "rejected"):
         assert admits(row[key], "text") and admits(row[key], messages) and admits(row[key], [])
         assert not any(admits(row[key], value) for value in (1, {}, ["text"], [{"role": "user"}]))
-    for key in ("chosen_token_ids", "rejected_token_ids"):
+    for key in ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids"):
         assert admits(row[key], [0, 2**32 - 1]) and not any(admits(row[key], [x]) for x in (-1, 2**32, "1"))
     for key in ("chosen_reward", "rejected_reward"):
         assert admits(row[key], -1) and not admits(row[key], "1") and not admits(row[key], True)
