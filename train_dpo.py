@@ -604,13 +604,14 @@ def check_model(policy, pairs, args):
     model, ids = policy.model, torch.tensor(probe.ids, device=policy.model.device)
     packed, problem = policy.packed, "its layers are not told where they begin"
     policy.pack(False)
-    alone = sequence_logps(policy, [probe])[0]
+    unpacked, _ = sequence_logps(policy, [probe])
     policy.unshard()  # embedding and head, which are the root's
-    exact = loading.check_logps(model, ids, 1, alone, args.dtype)
+    exact = loading.check_logps(model, ids, 1, unpacked, args.dtype)
     release(policy)
-    if not math.isfinite(exact + alone.item()):
+    if not math.isfinite(exact + unpacked.item()):
         fail(f"{model.name_or_path}: the log-probability of a response is not finite")
-    rounding, neighbour = (bound * math.sqrt(len(ids)) for bound in (loading.ROUNDING[args.dtype], NEIGHBOUR))
+    rounding = loading.ROUNDING[args.dtype] * math.sqrt(len(ids))
+    neighbour = NEIGHBOUR * math.sqrt(len(ids))
     if packed:
         policy.pack(True)
         try:
