@@ -295,7 +295,7 @@ def read_pairs(module, args, monkeypatch):
     out = Path(args.out)
     assert pairs and not out.parent.exists()
     out.parent.mkdir()
-    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    lines = [json.dumps(pair, default=list) + "\n" for pair in pairs]
     out.write_text("".join(lines))
     out.with_suffix(".meta.json").write_text("{}")
     print("{}")
