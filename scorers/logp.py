@@ -18,6 +18,7 @@ Resumes and prints as score.py does; "mean" is that of the log-probabilities. S1
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -101,6 +102,8 @@ class LogProbability(score.Scorer):
         args.date = self.chat.day  # in the record, for a run that goes on tomorrow
         self.max_length = score.longest_input(args, config, self.chat.tokenizer)
         check_token_ids(rows, self.chat)
+        if args.template_kwargs:  # refused before the model loads if a row has ids of others
+            prompt_ids(self.chat, list(rows.values()), Counter())
 
     def load(self):
         from transformers import AutoModelForCausalLM

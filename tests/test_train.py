@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_policy, make_tokenizer, read_rows, write_rows
+from conftest import CHATML, make_policy, make_tokenizer, read_rows, write_rows
 from safetensors.torch import load_file, save_file
 from train_oracle import (
     GIVEN,
@@ -48,6 +48,7 @@ from train_oracle import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import common
 import train_dpo
 from chat import chat_of, measured
 from loading import fingerprint
@@ -537,6 +538,11 @@ BUILT = {
     "chosen_token_ids": None,
     "rejected_token_ids": None,
 }
+ALTERNATING = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{% if message['role'] != 'system' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% endif %}{% endfor %}"
+)
 HI = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -554,7 +560,7 @@ def test_ids_are_prompt_response_and_one_end_of_turn(tmp_path, tokenizer):
     # not the newline that the template puts behind it; the rejected one was cut
     responses = [tokenizer("yes")["input_ids"] + [eot], tokenizer("no")["input_ids"]]
     for (ids, start), response in zip(pair.sequences, responses):
-        assert ids == prompt + response and start == len(prompt)
+        assert list(ids) == prompt + response and start == len(prompt)
     assert len(pair.sequences) == 2 and not dropped
     assert pair.tokens() == 2 * len(prompt) + 4 + 2
     assert (pair.pair_id, pair.source, pair.reward_margin) == ("p", "on", 2.5)
@@ -653,6 +659,64 @@ def test_too_long_and_identical_pairs_are_dropped_and_counted(tmp_path, tokenize
     kept, dropped = loaded(tmp_path, tokenizer, rows, "--max-length", length)
     assert [(pair.pair_id, pair.source) for pair in kept] == [("0", "on"), ("3", "on")]
     assert dropped == {"too long (off)": 2, "too long (on)": 1, "identical (cross)": 1}
+
+
+def test_special_tokens_in_a_text_drop_its_pair_unless_its_ids_were_sampled(tmp_path, tokenizer, capsys):
+    ids = tokenizer("yes<|im_end|>no")["input_ids"]
+    loud = {**BUILT, "chosen": "yes<|im_end|>no"}
+    sampled = {"chosen_token_ids": ids, "chosen_tokenizer": fingerprint(tokenizer)}
+    rows = [
+        BUILT,
+        {**loud, "pair_id": "chosen", "source": "off"},
+        {**BUILT, "pair_id": "rejected", "rejected": "<|im_start|>", "source": "on"},
+        {**loud, **sampled, "pair_id": "sampled", "source": "on"},
+        {**loud, **sampled, "pair_id": "of another", "chosen_tokenizer": "x", "source": "off"},
+        {**BUILT, "pair_id": "prompt", "prompt": "What is <|im_end|>?"},  # read, not trained
+    ]
+    kept, dropped = loaded(tmp_path, tokenizer, rows)
+    assert [pair.pair_id for pair in kept] == ["p", "sampled", "prompt"]
+    assert dropped == {"special tokens (off)": 2, "special tokens (on)": 1}
+    assert response_of(kept[1].sequences[0]) == [*ids, tokenizer.eos_token_id]
+    assert f"3 pairs; dropped: {dict(dropped)}" in capsys.readouterr().err
+
+
+def test_roles_that_the_template_rejects_drop_a_pair_that_is_named(tmp_path, capsys):
+    make_tokenizer(tmp_path / "model", ALTERNATING + CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    twice = [{"role": "user", "content": text} for text in ("Hi", "Hello?")]
+    rows = [BUILT, {**BUILT, "pair_id": "twice", "prompt": twice, "source": "off"}]
+    kept, dropped = loaded(tmp_path, tokenizer, rows)
+    assert [pair.pair_id for pair in kept] == ["p"] and dropped == {"rejected by the chat template (off)": 1}
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("pairs.jsonl:2: the chat template rejects it: roles must alternate")
+    assert "pairs.jsonl: 1 pairs; dropped: " in second
+    said = refusal(capsys, loaded, tmp_path, tokenizer, rows[1:])
+    assert "pairs.jsonl:1: the chat template rejects it: roles must alternate" in said
+    assert "pairs.jsonl: no pair is left: {'rejected by the chat template (off)': 1}" in said
+
+
+def test_a_response_without_an_answer_after_its_reasoning_drops_its_pair(tmp_path, tokenizer):
+    endings = {"ended": "<think>why", "empty": "<think>why</think> \n", "opened before": "why\n</think>\n"}
+    rows = [{**BUILT, "pair_id": name, "rejected": text} for name, text in endings.items()]
+    rows += [{**BUILT, "pair_id": "fine", "chosen": "<think>why</think>yes"}]
+    (pair,), dropped = loaded(tmp_path, tokenizer, rows)
+    assert dropped == {"empty after its reasoning": 3} and pair.pair_id == "fine"
+    # training is of the whole
+    assert tokenizer.decode(response_of(pair.sequences[0])) == "<think>why</think>yes<|im_end|>"
+
+
+def test_ids_of_a_prompt_are_kept_unless_another_template_made_them(tmp_path, tokenizer, capsys):
+    def prompts_of(*rows):
+        pairs, _ = loaded(tmp_path, tokenizer, [row | {"pair_id": i} for i, row in enumerate(rows)])
+        return [list(pair.sequences[0].ids[: pair.sequences[0].start]) for pair in pairs]
+
+    config = LlamaConfig(vocab_size=len(tokenizer))
+    odd, rendered = [5, 6, 7], tokenizer(HI, add_special_tokens=False)["input_ids"]
+    mine = {"prompt_token_ids": odd, "prompt_tokenizer": chat_of(tokenizer, config, {}, None).template}
+    assert prompts_of(BUILT, BUILT | mine) == [rendered, odd] and capsys.readouterr().err == ""
+    other, beyond = {"prompt_tokenizer": "another"}, {"prompt_token_ids": [5, len(tokenizer)]}
+    assert prompts_of(BUILT | mine | other, BUILT | mine | beyond) == [rendered] * 2
+    assert capsys.readouterr().err.endswith("pairs.jsonl: 2 prompts rendered anew\n")
 
 
 def test_no_pair_is_longer_than_the_positions_of_the_model(tmp_path, tokenizer):
@@ -846,6 +910,20 @@ def test_a_reference_with_another_tokenizer_is_refused(whole_run, tmp_path, caps
     )
 
 
+def test_a_reference_that_splits_texts_in_another_way_is_refused(whole_run, policy, tmp_path, capsys):
+    """The same vocabulary, another pre-tokenizer: the ids of one text would differ."""
+    folder = shutil.copytree(policy, tmp_path / "other")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    assert tokenizer["pre_tokenizer"]["add_prefix_space"] is False
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    vocabularies = [AutoTokenizer.from_pretrained(name).get_vocab() for name in (policy, folder)]
+    assert vocabularies[0] == vocabularies[1]
+    said = refused_run(capsys, *whole_run.flags, "--reference", folder, "--out", tmp_path / "out")
+    assert f"--reference {folder}: its tokenizer differs from that of --model {policy}" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_no_chat_model_is_refused(policy, pairs_file, tmp_path, capsys):
     bare = shutil.copytree(policy, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
@@ -870,6 +948,29 @@ def test_the_export_is_a_model_folder_like_the_source(whole_run, policy):
     talk = messages("Hé, you?")
     assert before.apply_chat_template(talk) == after.apply_chat_template(talk)
     assert fingerprint(before) == fingerprint(after)
+
+
+def test_the_export_has_the_tokenizer_files_of_the_source_and_no_others(whole_run, policy, tmp_path):
+    model, out = shutil.copytree(policy, tmp_path / "model"), tmp_path / "out"
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{# tools #}" + CHATML)
+    (model / "tokenizer.model").write_bytes(b"as SentencePiece has it")
+    out.mkdir()
+    stale = ("added_tokens.json", "special_tokens_map.json", "vocab.json")  # of a model that was there
+    for name in stale:
+        (out / name).write_text("{}")
+    train(*whole_run.flags, "--model", model, "--out", out, "--overwrite")
+    before, after = files_of(model), files_of(out)
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < before.keys()
+    ours = {"model.safetensors", "metrics.jsonl", "metrics.meta.json"}
+    assert after.keys() - ours == before.keys() - ours and not after.keys() & set(stale)
+    for name in before.keys() - ours:
+        assert after[name] == before[name], name
+    templates = AutoTokenizer.from_pretrained(out).chat_template
+    assert templates == {"default": CHATML, "tool_use": "{# tools #}" + CHATML}
+    # a folder that is there is the source of another run, named templates and all
+    train(*whole_run.flags, "--model", out, "--out", tmp_path / "again")
+    assert files_of(tmp_path / "again").keys() == after.keys()
 
 
 def test_an_untied_head_is_exported_and_trained(untied, pairs_file, tmp_path):
@@ -1003,6 +1104,47 @@ def test_an_unfinished_run_without_a_checkpoint_starts_over(whole_run, tmp_path)
     summary, _ = train(*whole_run.flags, "--out", out)
     assert summary["resumed_steps"] == 0
     assert without_noise(read_rows(out / "metrics.jsonl")) == without_noise(whole_run.rows)
+
+
+DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+
+
+def test_a_run_that_goes_on_after_midnight_has_the_losses_of_one_day(
+    whole_run, policy, tmp_path, monkeypatch, capsys
+):
+    model = shutil.copytree(policy, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DATED)
+    flags = [*whole_run.flags, "--model", model, "--save-every", 2]
+
+    def run(name, day, steps=6):
+        class Day(common.date):
+            @classmethod
+            def today(cls):
+                return cls.fromisoformat(day)
+
+        def append(file, rows):
+            if rows[0].get("step") == steps:
+                raise KeyboardInterrupt
+            common.append_rows(file, rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "date", Day)
+            patch.setattr(train_dpo, "append_rows", append)
+            with contextlib.suppress(KeyboardInterrupt):
+                return train(*flags, "--out", tmp_path / name)
+
+    run("one", "2026-11-29")
+    assert run("two", "2026-11-29", steps=3) is None
+    summary, said = run("two", "2026-11-30")
+    assert summary["resumed_steps"] == 2
+    one, two = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert without_noise(one) == without_noise(two)
+    record = json.loads((tmp_path / "two" / "metrics.meta.json").read_text())
+    assert record["args"]["date"] == "2026-11-29"
+    # the day is in the text: another day, another run
+    _, said = run("three", "2026-11-30")
+    assert "<|im_start|>system\n30 Nov 2026<|im_end|>" in said
+    assert read_rows(tmp_path / "three" / "metrics.jsonl")[0]["chosen_logp"] != one[0]["chosen_logp"]
 
 
 def test_metrics_without_a_record_are_not_continued(whole_run, tmp_path, capsys):
