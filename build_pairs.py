@@ -1,10 +1,8 @@
 """
 Stage 3: scored responses -> preference pairs, on-policy and off-policy mixed.
 
-Reads   --scored FILE ...  a Row (below) per prompt, as score.py writes it; several files are merged by id,
-                           and all rewards must be of one labeler (S1's code mixes GPT-4's with a model's)
-Writes  --out FILE         a pair per line, as `datasets` and TRL's DPOTrainer read it, with the other keys of
-                           the row, and x.meta.json for x.jsonl: the record of the run, with statistics
+Reads   --scored FILE ...  Rows (below) as score.py writes them, merged by id; all rewards of one labeler
+Writes  --out FILE         a pair per line, as TRL's DPOTrainer reads it; x.meta.json has statistics
 
 Each prompt gives a pair of each source by a rule (RULES below), and `mix` takes one of them: SimpleMix (S1
 sections 4.1, 5.2). Of files with both sources only prompts with a pair of each are used, the same at every
@@ -83,7 +81,8 @@ def filter_share(text):
     """("quality", 0.4) from "quality:0.4"."""
     match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
     if not match or match[1] not in FILTERS or float(match[2]) > 1:
-        raise argparse.ArgumentTypeError(f"expected {'|'.join(FILTERS)}:P with P in [0, 1], found {text!r}")
+        names = "|".join(FILTERS)
+        raise argparse.ArgumentTypeError(f"expected {names}:P with P in [0, 1], found {text!r}")
     return match[1], float(match[2])
 
 
@@ -91,7 +90,6 @@ def use_scores(rows, name):
     """Make the scores of this scorer the rewards, and it the labeler of rows whose rewards change."""
     names = set()
     for row in rows.values():
-        row.setdefault("labeler", None)
         for response in row["responses"]:
             scores = response.get("scores") or {}
             names |= scores.keys()
@@ -110,11 +108,9 @@ def best_worst(responses, usable):
     return best, min(others, key=lambda i: responses[i]["reward"])
 
 
-# A rule takes a prompt's responses and the indices of the usable ones, at least two, and returns the indices
-# of the chosen and the rejected one. Two rules are for the data set's own pair, the first two off-policy
-# responses: `relabel` orders it by reward (S2's PC_off), `given` leaves it as it is, with or without rewards.
+# (responses, two or more usable indices) -> (chosen, rejected). `relabel` orders a data set's pair: S2's PC_off
 RULES = {"best-worst": best_worst, "relabel": best_worst, "given": lambda responses, usable: usable}
-DATA_SET_PAIR = ("relabel", "given")  # on-policy responses then take best-worst
+DATA_SET_PAIR = ("relabel", "given")  # of the first two off-policy responses; on-policy ones take best-worst
 
 
 def why_unusable(response, rule, truncated):
@@ -123,8 +119,9 @@ def why_unusable(response, rule, truncated):
         return "empty"  # perhaps after its reasoning, and then it has no reward
     if rule != "given" and response.get("reward") is None:
         return "without reward"
-    cut = truncated == "drop" and response.get("finish") == "length"
-    return "truncated" if cut else None  # chosen, it would teach the model not to stop
+    if truncated == "drop" and response.get("finish") == "length":
+        return "truncated"  # chosen, it would teach the model not to stop
+    return None
 
 
 def select(row, source, args, dropped):
@@ -133,10 +130,12 @@ def select(row, source, args, dropped):
     responses = row["responses"]
     indices = [i for i, response in enumerate(responses) if response["source"] == source]
     indices = indices[:2] if rule in DATA_SET_PAIR else indices
-    reasons = [why_unusable(responses[i], rule, args.truncated) for i in indices]
-    usable = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
+    reasons = {i: why_unusable(responses[i], rule, args.truncated) for i in indices}
+    usable = [i for i in indices if not reasons[i]]
     if len(usable) < 2:
-        reason = next(filter(None, reasons), "fewer than two responses" if indices else "no response")
+        reason = next(
+            filter(None, reasons.values()), "fewer than two responses" if indices else "no response"
+        )
     else:
         chosen, rejected = RULES[rule](responses, usable)
         if answer(responses[chosen]).strip() == answer(responses[rejected]).strip():
@@ -151,18 +150,17 @@ def select(row, source, args, dropped):
 
 def make_pair(row, source, chosen, rejected):
     """The pair of the responses with these indices, which it keeps, with the other keys of the row."""
-    pair = {key: value for key, value in row.items() if key not in ("wins", "cosine")}
+    pair = {key: row[key] for key in row if key not in ("wins", "cosine")}
     pair["responses"] = [row["responses"][chosen], row["responses"][rejected]]
     pair |= {"pair_id": f"{row['id']}:{source}", "source": source, "labeler": row.get("labeler")}
     pair["cosine"] = row["cosine"][chosen][rejected] if row.get("cosine") else None
     for side, response in zip(("chosen", "rejected"), pair["responses"], strict=True):
         pair[side] = [{"role": "assistant", "content": response["text"]}]
-        for key in SIDE_KEYS:
-            pair[f"{side}_{key}"] = response.get(key)
+        pair |= {f"{side}_{key}": response.get(key) for key in SIDE_KEYS}
     return pair
 
 
-# ----- filters (S1 section 5.3): the pairs with the highest values are kept
+# ----- filters (S1 section 5.3): the pairs with the highest values are kept; and mixing
 FILTERS = {
     "quality": lambda pair, seed: pair["chosen_reward"] + pair["rejected_reward"],
     "contrast": lambda pair, seed: pair["chosen_reward"] - pair["rejected_reward"],
@@ -186,18 +184,18 @@ def keep_best(pairs, name, share, seed):
 def mix_filtered(candidates, kept, ratio):
     """({id: {source: pair}} as `mix` takes it, total number of pairs) after a filter.
 
-    With 0 < R < 1 (S1 Fig. 6) the off-policy pairs that were kept meet on-policy pairs, of other prompts
-    (ours), and all of them are used: off = N - round(R N) = kept. As halves are rounded up, N is the first
-    number with N (1 - R) > kept - 1/2.
+    For 0 < R < 1 (S1 Fig. 6) the off-policy pairs kept all meet on-policy pairs, of other prompts (ours):
+    kept = N - round(R N). As halves are rounded up, N is the first with N (1 - R) > kept - 1/2.
     """
     if ratio in (0, 1):
         return {prompt_id: candidates[prompt_id] for prompt_id in kept}, len(kept)
-    sources = {prompt_id: "off" if prompt_id in kept else "on" for prompt_id in candidates}
-    left = {prompt_id: {source: candidates[prompt_id][source]} for prompt_id, source in sources.items()}
+    left = {}
+    for prompt_id, pairs in candidates.items():
+        source = "off" if prompt_id in kept else "on"
+        left[prompt_id] = {source: pairs[source]}
     return left, max(0, math.floor((len(kept) - 0.5 + 1e-9) / (1 - ratio)) + 1)
 
 
-# ----- mixing
 def mix(candidates, ratio, total, seed):
     """SimpleMix: {id: pair} of `total` prompts or, if there are not enough, fewer.
 
@@ -229,7 +227,8 @@ def statistics(pairs, responses, rewards):
     columns["reward of all samples"] = np.array(rewards, float)
     columns["intra-diversity"] = logps[0] - logps[1]  # S2 eq. 12
     lengths = np.array([len(answer(response)) for response in responses], float)
-    columns["chosen characters"], columns["rejected characters"] = lengths[::2], lengths[1::2]
+    columns["chosen characters"] = lengths[::2]
+    columns["rejected characters"] = lengths[1::2]
     table = {}
     for name, values in columns.items():
         values = values[~np.isnan(values)]  # null became nan
@@ -241,13 +240,14 @@ def statistics(pairs, responses, rewards):
 
 def with_reasoning(responses):
     """{source: how many of its responses have reasoning}; a warning where the sources differ in this form."""
-    counts, totals = Counter(on=0, off=0), Counter(response["source"] for response in responses)
-    counts.update(response["source"] for response in responses if answer(response) != response["text"])
-    shares = [counts[source] / n for source, n in totals.items()]
-    if max(shares) - min(shares) > 0.1:  # of a thinking model's responses a few may have none
-        text = " and ".join(f"{counts[name]} of {n} {name}-policy" for name, n in sorted(totals.items()))
-        note(f"warning: {text} responses have reasoning; use both sources with reasoning, or both without")
-    return counts
+    forms = {"on": [], "off": []}
+    for response in responses:
+        forms[response["source"]].append(answer(response) != response["text"])
+    shares = {source: sum(form) / len(form) for source, form in forms.items() if form}
+    if max(shares.values()) - min(shares.values()) > 0.1:  # one model's may differ now and then
+        text = f"{shares['on']:.0%} of on-policy, {shares['off']:.0%} of off-policy responses have reasoning"
+        note(f"warning: {text}; use both sources with it, or both without")
+    return {source: sum(form) for source, form in forms.items()}
 
 
 # ----- main

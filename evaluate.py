@@ -99,10 +99,7 @@ class Annotation(TypedDict, total=False):
 
 
 def verdicts(rows, model, baseline, files):
-    """Return ({id: prompt} of the rows that both models answered, what decides: "wins" or "reward").
-
-    p is the preference for the model in [0, 1], nan without a verdict. Several answers count with their mean.
-    """
+    """Return ({id: prompt} of the rows that both models answered, what decides: "wins" or "reward")."""
     names = {str(response.get("model")) for row in rows.values() for response in row["responses"]}
     for name in (model, baseline):
         if name not in names:
@@ -117,7 +114,7 @@ def verdicts(rows, model, baseline, files):
         theirs = [j for j, response in enumerate(responses) if response.get("model") == baseline]
         if ours and theirs:
             prompts[key] = {
-                "p": mean([preference(row, i, j) for i in ours for j in theirs]),
+                "p": mean([preference(row, i, j) for i in ours for j in theirs]),  # nan without a verdict
                 "len": mean([len(answer(responses[i])) for i in ours]),
                 "len_baseline": mean([len(answer(responses[j])) for j in theirs]),
                 "reward": mean([responses[i]["reward"] for i in ours]),
@@ -308,7 +305,8 @@ def choose_C(prompts, gamed):
 
 def rates(prompts, gamed, C, start=None):
     """Return (theta, MEASURES (3, g)) of groups "members" (n, g) of prompts, of which the first is all."""
-    p, members = prompts["p"], prompts["members"]
+    p = prompts["p"]
+    members = prompts["members"]
     judged = np.isfinite(p)
     wins = group_means(p, members)
     theta = None
@@ -316,8 +314,9 @@ def rates(prompts, gamed, C, start=None):
     if judged.sum() >= MIN_VERDICTS:
         x, targets, weight = training_rows(prompts, gamed)
         theta = fit(x, targets, weight, C, start)
-        logits = x[: len(p)] @ theta
-        equal_length = x[: len(p), 1:] @ theta[1:]
+        x = x[: len(p)]
+        logits = x @ theta
+        equal_length = x[:, 1:] @ theta[1:]
         lc[0] = sigmoid(equal_length).mean()  # as alpaca_eval does, of unjudged prompts too
         lc[1:] = adjusted_rates(wins[1:], logits, equal_length, members[:, 1:] & judged[:, None])
     reward = group_means(prompts["reward"], members)

@@ -614,7 +614,7 @@ def test_a_tenth_with_another_form_is_no_other_form(capsys, n_on, n_off, warns):
         plain = [response(f"a{k}", 1.0, source) for k in range(20)]
         responses += [thinking(one, k) for k, one in enumerate(plain[:n])] + plain[n:]
     assert build_pairs.with_reasoning(responses) == {"on": n_on, "off": n_off}
-    text = f"warning: {n_off} of 20 off-policy and {n_on} of 20 on-policy responses have reasoning; "
+    text = f"warning: {5 * n_on}% of on-policy, {5 * n_off}% of off-policy responses have reasoning; "
     assert (text in capsys.readouterr().err) == warns
 
 
@@ -629,8 +629,8 @@ def test_a_mixture_of_two_forms_is_said(tmp_path, capsys):
         build_pairs.main(build_pairs.parse_args(flags))
         printed = capsys.readouterr()
         said[ratio] = printed.err.partition(": ")[2], json.loads(printed.out)["with_reasoning"]
-    warning = "warning: 0 of 10 off-policy and 10 of 10 on-policy responses have reasoning; "
-    warning += "use both sources with reasoning, or both without\n"
+    warning = "warning: 100% of on-policy, 0% of off-policy responses have reasoning; "
+    warning += "use both sources with it, or both without\n"
     assert said == {
         "0": ("", {"on": 0, "off": 0}),
         "0.5": (warning, {"on": 10, "off": 0}),

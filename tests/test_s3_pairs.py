@@ -485,8 +485,8 @@ def test_a_pair_of_two_forms_is_said(tmp_path):
     write_rows(tmp_path / "scored.jsonl", [row("p", *off(2.0, 1.0), thinking(response("s", 9.0, "on"), 0))])
     flags = "--scored", "scored.jsonl", "--ranks", 1, 2, "--replace", 1, "--out", "pairs.jsonl"
     _, err = run_script("recipes/s3_pairs.py", *flags, cwd=tmp_path)
-    expected = "warning: 0 of 1 off-policy and 1 of 1 on-policy responses have reasoning; "
-    assert err == f"s3_pairs.py: {expected}use both sources with reasoning, or both without\n"
+    expected = "warning: 100% of on-policy, 0% of off-policy responses have reasoning; "
+    assert err == f"s3_pairs.py: {expected}use both sources with it, or both without\n"
 
 
 # ----- flags, as a user sees it
