@@ -286,6 +286,53 @@ def test_special_tokens_in_texts_are_counted(tmp_path, capsys, llama_rm):
     assert printed["responses_with_special_tokens"] == 1 and printed["prompts_with_special_tokens"] == 1
 
 
+REASONED = [
+    response("<think>why not</think>\n\nshort", "on"),
+    response("why not\n</think>\nshort", "on"),  # the prompt opened it
+    response("<seed:think>why</seed:think>short", "on", final="short"),  # as generate.py cut it
+    response("short", "off"),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama_rm", "bert_rm"])
+def test_rewards_are_of_answers_without_reasoning(tmp_path, capsys, kind, request):
+    model = request.getfixturevalue(kind)
+    empty = [response("<think>why"), response("why</think> \n"), response("<x>why", final="")]
+    rows = [prompt_row(0, *REASONED, *empty, response("<think>why</think>long"))]
+    rows, printed = run(tmp_path, capsys, rows, *RM, "--model", model)
+    values = rewards(rows)
+    assert values[0] == pytest.approx(values[3], abs=1e-5) and values[:4] == pytest.approx([values[0]] * 4)
+    assert values[4:7] == [None] * 3 and (kind == "bert_rm" or abs(values[7] - values[0]) > 0.01)
+    assert [one["reward_error"] for one in rows[0]["responses"][4:7]] == ["empty after its reasoning"] * 3
+    assert printed["without"] == {"empty after its reasoning": 3}
+    assert [one["text"] for one in rows[0]["responses"][:3]] == [one["text"] for one in REASONED[:3]]
+
+
+def test_a_chat_that_the_template_rejects_has_no_reward(tmp_path, capsys, llama_rm):
+    shutil.copytree(llama_rm, tmp_path / "rm")
+    template = "{% for m in messages %}{% if m.content == 'mute' %}{{ raise_exception('no ' + m.role) }}"
+    template += "{% endif %}{% endfor %}"
+    path = tmp_path / "rm" / "chat_template.jinja"
+    path.write_text(template + path.read_text())
+    rows, printed = run(tmp_path, capsys, [prompt_row(0, "a", "mute")], *RM, "--model", str(tmp_path / "rm"))
+    reason = "the chat template rejects it: no assistant"
+    assert rewards(rows)[0] is not None and rewards(rows)[1] is None
+    assert rows[0]["responses"][1]["reward_error"] == reason and printed["without"] == {reason: 1}
+
+
+def test_files_of_two_dates_are_named(tmp_path, capsys):
+    paths = [write_rows(tmp_path / f"{k}.jsonl", [prompt_row(k, "4", answer="4")]) for k in range(4)]
+    for k, day in enumerate(("2026-01-05", None, "2026-01-06")):
+        (tmp_path / f"{k}.meta.json").write_text(json.dumps({"args": {"date": day}}))
+    for files, named in ((paths[:2], False), (paths[1:], False), (paths, True)):
+        args = verify.parse_args(["--responses", *files, "--out", str(tmp_path / "out.jsonl"), "--overwrite"])
+        score.main(args, verify.Verify)
+        said = capsys.readouterr().err
+        dates = {paths[0]: "2026-01-05", paths[1]: None, paths[2]: "2026-01-06"}
+        sentence = f"the chat templates of these files saw different dates: {dates}\n"
+        assert (sentence in said) == named and ("dates" in said) == named
+
+
 # ----- logp
 
 
@@ -366,6 +413,33 @@ def test_logp_keeps_sampled_ids_of_the_same_tokenizer(tmp_path, capsys, policy, 
     assert [one["logp"] for one in scored["responses"]] == pytest.approx(expected, rel=1e-5)
     assert [one["logp_tokens"] for one in scored["responses"]] == [5, 3, 4]
     assert len({round(value, 3) for value in expected}) == 3
+
+
+def test_logp_counts_special_tokens_in_texts_and_reads_them_as_tokens(tmp_path, capsys, policy, reader):
+    tokenizer, slow = reader
+    ids = tokenizer("a<|im_end|>b", add_special_tokens=False)["input_ids"]
+    assert tokenizer.eos_token_id in ids
+    sampled = response("a<|im_end|>b", token_ids=ids, tokenizer=fingerprint(tokenizer))
+    row = prompt_row(0, response("a<|im_end|>b"), sampled, "b")
+    (scored,), printed = run_logp(tmp_path, capsys, [row], *LOGP, "--model", policy)
+    assert printed["responses_with_special_tokens"] == 1  # the sampled one is as it was
+    expected = slow(row, [*ids, tokenizer.eos_token_id])
+    assert [one["logp"] for one in scored["responses"][:2]] == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_logp_of_roles_that_the_template_rejects(tmp_path, capsys, policy):
+    shutil.copytree(policy, tmp_path / "model")
+    path = tmp_path / "model" / "chat_template.jinja"
+    rejects = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    path.write_text(rejects + path.read_text())
+    tool = {**prompt_row(1, "x", "y"), "prompt": [{"role": "tool", "content": "1"}, *prompt_row(1)["prompt"]]}
+    flags = [*LOGP, "--model", str(tmp_path / "model")]
+    rows, printed = run_logp(tmp_path, capsys, [prompt_row(0, "a"), tool], *flags)
+    assert [one["logp"] is None for row in rows for one in row["responses"]] == [False, True, True]
+    assert printed["responses_rejected_by_the_template"] == 2
+    err = refused_logp(tmp_path, capsys, [tool], *flags, out="none.jsonl")
+    assert "the row p1: the chat template rejects it: no tools" in err
+    assert 'no response has a score: {"no value": 2}' in err
 
 
 def test_logp_of_nothing_and_of_too_much(tmp_path, capsys, policy):

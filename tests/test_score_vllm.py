@@ -109,6 +109,13 @@ def test_what_the_engine_is_asked_for(tmp_path, capsys, stand_in, reward_model, 
     assert "was written with backend = 'vllm', not None" in err
 
 
+def test_first_responses_without_an_answer_are_not_compared(tmp_path, capsys, stand_in, reward_model):
+    rows = [prompt_row(9, "<think>why", "x"), *ROWS]
+    rows, printed = run(tmp_path, capsys, rows, *RM, "--model", reward_model)
+    assert stand_in.requests == [3, 19] and printed["without"] == {"empty after its reasoning": 1}
+    assert rewards(rows)[0] is None and None not in rewards(rows)[1:]
+
+
 def test_the_longest_input_unless_it_is_said(tmp_path, capsys, stand_in, reward_model, monkeypatch):
     monkeypatch.setattr(rm_vllm, "LONGEST", 60)
     rows, printed = run(tmp_path, capsys, ROWS, *RM, "--model", reward_model)

@@ -656,6 +656,23 @@ def test_embed_of_an_encoder_pools_as_its_folder_says(tmp_path, capsys, encoder,
         )
 
 
+def test_embeddings_are_of_answers_without_reasoning(tmp_path, capsys, encoder, policy):
+    texts = ["good answer", "<think>bad bad</think>\n good answer", "bad bad </think>good answer", "bad"]
+    empty = response("<think>bad bad")
+    sampled = response("<think>bad</think>good answer", token_ids=[5, 6, 7], final="good answer")
+    for model in (str(encoder), policy):
+        if model == policy:
+            from transformers import AutoTokenizer
+
+            sampled["tokenizer"] = fingerprint(AutoTokenizer.from_pretrained(policy))
+        data = [prompt_row(0, *texts, sampled, empty)]
+        (row,), printed = run_embed(tmp_path, capsys, data, *EMBED, "--model", model, "--overwrite")
+        answers = [row["cosine"][0][k] for k in (1, 2, 4)]
+        assert answers == pytest.approx([1] * 3, abs=1e-6) and row["cosine"][0][3] < 0.99
+        assert row["cosine"][5] == [None] * 6 and printed["responses_empty"] == 1
+        assert row["responses"] == data[0]["responses"]
+
+
 def test_embed_another_pooling_is_refused(tmp_path, capsys, encoder):
     from shutil import copytree
 
