@@ -75,7 +75,7 @@ def chat_of(tokenizer, config, switches, day):
             continue
         if encode(chat, [text])[0][:2] == [tokenizer.bos_token_id] * 2:
             fail(f"{name}: a rendered chat begins with two tokens that begin a text")
-        if "'type'" not in text:  # a list of parts that was printed
+        if not parts or "'type'" not in text:  # a list of parts that was printed
             return chat
     fail(f"{name}: {problems[1]}")
 
@@ -89,8 +89,7 @@ def measured(chat):
     shared = len(commonprefix([generation, answer]))
     opened, closing = generation[shared:].strip(), answer[shared:].strip()
     if closing and generation == render(chat, question):
-        problem = "the chat template has no add_generation_prompt, but begins an answer with"
-        raise ValueError(f"{problem} {closing!r}")
+        raise ValueError(f"the chat template has no add_generation_prompt, but begins answers: {closing!r}")
     if opened and "think" not in opened.lower():
         raise ValueError(f"the chat template begins a response with {opened!r}, but not an answer")
     longer = conversation(SYSTEM, QUESTION, ANSWER, QUESTION)
@@ -153,8 +152,7 @@ def prompt_ids(chat, rows, counts):
                 problems[index] = str(error)
     for index, ids in zip(texts, encode(chat, texts.values()), strict=True):
         if prompts[index] not in (None, ids):
-            problem = "a row's prompt_token_ids were rendered otherwise; leave out this flag"
-            fail(f"--template-kwargs {chat.switches}: {problem}")
+            fail(f"--template-kwargs {chat.switches}: prompts were sampled with others; leave out this flag")
         prompts[index] = ids or None
         if not ids:
             problems[index] = "the chat template renders nothing"
@@ -197,6 +195,8 @@ def response_ids(chat, prompts, responses, counts):
         header, header_ids, prompt = chat.generation, generation, prompts[index]
         if text.startswith(chat.answer):  # else it has reasoning
             header, header_ids, prompt = chat.answer, answer, before_answer(chat, prompt, generation, answer)
+        elif not text.startswith(header):  # reasoning, where a prompt ends with an empty think block
+            continue
         n = len(header_ids)
         if ids[:n] != header_ids:
             counts["responses_tokenized_without_header"] += 1

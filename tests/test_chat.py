@@ -110,6 +110,7 @@ RIGHT = {
     "a system role that is dropped": (DROPPING + BEGIN, "\n"),
     "instructions": (INST, ""),
     "a header that is always there": (ALWAYS, "\n<|im_start|>assistant\n"),
+    "an object that the template writes": ("A tool: {'type': 'function'}" + TURNS + BEGIN, "\n"),
     "a space before the answer": (SPACED, "\n"),
 }
 
@@ -363,6 +364,19 @@ def test_a_text_with_reasoning_is_trained_with_it(read, begin):
     assert not problems and text_of(chat, prompts[0]).count("think>") == (begin == OPEN_BEGIN)
 
 
+def test_reasoning_where_every_prompt_ends_with_an_empty_think_block(read):
+    """No prompt leads to such a text, so that it is lost, and does not bring a prompt of its own."""
+    chat = read(QWEN3 + BEGIN.replace("{% endif %}", EMPTY_BLOCK + "{% endif %}"))
+    (prompt,), _ = prompt_ids(chat, [{"prompt": CHAT}], Counter())
+    assert text_of(chat, prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    texts = "<think>\nso\n</think>\n\nThe answer", "so\n</think>\n\nThe answer", "The answer"
+    pairs = response_ids(
+        chat, [prompt] * 3, [{"text": text, "finish": "length"} for text in texts], Counter()
+    )
+    assert pairs[:2] == [None, None]
+    assert pairs[2][0] == prompt and text_of(chat, pairs[2][1]) == "The answer"
+
+
 def test_an_open_think_block_that_no_answer_closes(read, capsys):
     chat = read(R1 + R1_BEGIN)
     (prompt,), _ = prompt_ids(chat, [{"prompt": CHAT}], Counter())
@@ -436,7 +450,7 @@ def test_one_of_several_named_templates(tmp_path, models):
         ),
         (TURNS.replace("{{ m.content }}", "{{ m.content if m.role != 'user' }}") + BEGIN, "loses the user's"),
         (PRINTING + BEGIN, "the chat template rejects it: a list"),
-        (TURNS, "has no add_generation_prompt, but begins an answer with '<|im_start|>assistant'"),
+        (TURNS, "has no add_generation_prompt, but begins answers: '<|im_start|>assistant'"),
         (TURNS + BEGIN.replace("assistant", "model"), "begins a response with 'model', but not an answer"),
         (TURNS.replace("<|im_end|>", " END") + BEGIN, "ends a turn with 'END', which is not a special token"),
         ("{{ bos_token * 2 }}" + TURNS + BEGIN, "begins with two tokens that begin a text"),
