@@ -108,7 +108,7 @@ def best_worst(responses, usable):
     return best, min(others, key=lambda i: responses[i]["reward"])
 
 
-# (responses, two or more usable indices) -> (chosen, rejected). `relabel` orders a data set's pair: S2's PC_off
+# (responses, usable indices, 2 or more) -> (chosen, rejected). `relabel` orders a set's own pair: S2's PC_off
 RULES = {"best-worst": best_worst, "relabel": best_worst, "given": lambda responses, usable: usable}
 DATA_SET_PAIR = ("relabel", "given")  # of the first two off-policy responses; on-policy ones take best-worst
 

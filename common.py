@@ -110,7 +110,7 @@ def merged(first, second, paths):
     if None not in ids and ids[0] != ids[1] and same_template:
         why = f"the prompt {first['id']} has other prompt_token_ids"
         fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
-    row = second | {key: value for key, value in first.items() if value is not None or key not in second}
+    row = first | second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
     n, m = len(first["responses"]), len(second["responses"])
     for name in ("wins", "cosine"):
