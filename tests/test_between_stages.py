@@ -282,7 +282,7 @@ def test_what_was_sampled_is_what_is_trained(tmp_path, policy):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
         for sequence, one in zip(pair.sequences, row["responses"][::-1]):  # chosen is the second
             ids = one["token_ids"] + [tokenizer.eos_token_id] * (one["finish"] == "stop")
-            assert sequence.ids == prompt + ids
+            assert list(sequence.ids) == prompt + ids
             assert sequence.start == len(prompt)
             others += tokenizer(one["text"], add_special_tokens=False)["input_ids"] != one["token_ids"]
     assert others > 0
