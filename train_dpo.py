@@ -624,14 +624,14 @@ def check_model(policy, pairs, args):
         release(policy)
     if problem:
         policy.pack(False)
-    if problem and dist.get_rank() == 0:
         cannot = f"{model.config.model_type} sequences cannot be packed into one row ({problem})"
-        note(f"{model.name_or_path}: {cannot}; each is a row of its own, which is slower")
+        note_once(f"{model.name_or_path}: {cannot}; each is a row of its own, which is slower")
 
 
 def export(policy, args):
     """Write --out as a model folder in the type of --model. All processes gather, the first one writes."""
-    weights, folder = {}, Path(args.out, "checkpoints", "model")
+    weights = {}
+    folder = Path(args.out, "checkpoints", "model")
     for name, value in policy.model.state_dict().items():
         if name in policy.model.all_tied_weights_keys:
             continue
@@ -644,10 +644,10 @@ def export(policy, args):
             for path in folder.glob("*.safetensors*"):
                 os.replace(path, Path(args.out, path.name))
             options = {"revision": args.revision, "_raise_exceptions_for_missing_entries": False}
-            paths = [Path(path) for name in COPIED if (path := cached_file(args.model, name, **options))]
-            source = paths[-1].parent  # config.json is last, after which --out is a model
-            for path in [*source.glob(f"{TEMPLATES}/*.jinja"), *paths]:
-                target = Path(args.out, path.relative_to(source))
+            paths = [cached_file(args.model, name, **options) for name in COPIED]
+            source = Path(paths[-1]).parent  # config.json is last, after which --out is a model
+            for path in [*source.glob(f"{TEMPLATES}/*.jinja"), *filter(None, paths)]:
+                target = Path(args.out, Path(path).relative_to(source))
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
         except Exception as error:  # of a full disk: the libraries raise OSError, SafetensorError, Exception
@@ -658,7 +658,7 @@ def export(policy, args):
 
 # ----- pairs
 def read_pair(row, line):
-    """The row with a pair_id, messages as its prompt, and its "responses", chosen and rejected."""
+    """The row with its line, a pair_id, messages as its prompt, and its responses, chosen and rejected."""
     prompts, responses = [], []
     for side in ("chosen", "rejected"):
         messages = row[side]
@@ -679,16 +679,18 @@ def read_pair(row, line):
     pair_id = row.get("pair_id")
     if pair_id is None:  # the role of a turn is first in this hash
         pair_id = f"{stable_hash(json.dumps(prompt), *(response['text'] for response in responses)):016x}"
-    return row | {"pair_id": str(pair_id), "prompt": prompt, "responses": responses}
+    return row | {"line": line, "pair_id": str(pair_id), "prompt": prompt, "responses": responses}
 
 
 def load_pairs(path, chat, config, args):
     """All pairs as token ids, and how many were dropped by reason and source: the same with every loss."""
-    loss, longest = LOSSES[args.loss], min(args.max_length, loading.context_length(config))
+    loss = LOSSES[args.loss]
+    longest = min(args.max_length, loading.context_length(config))
     pairs, pair_ids, dropped, counts = [], set(), Counter(), Counter()
-    rows = read_jsonl(path, Row)
+    rows = (read_pair(row, line) for line, row in read_jsonl(path, Row))
     while window := list(itertools.islice(rows, 8 * WINDOW)):
-        for line, row, sequences, reason in encoded(window, chat, counts):
+        for row, sequences, reason in encoded(window, chat, counts):
+            line = row["line"]
             if row["pair_id"] in pair_ids:
                 fail(f"{line}: duplicate pair_id {row['pair_id']} in this file")
             pair_ids.add(row["pair_id"])
@@ -713,21 +715,15 @@ def load_pairs(path, chat, config, args):
     return pairs or fail(f"{path}: no pair is left: {dict(dropped)}"), dropped
 
 
-def note_once(message):
-    """A note of the first of torchrun's processes, which all read the pairs."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        note(message)
-
-
-def encoded(window, chat, counts):
-    """Yield ("file:line", row, [chosen, rejected], why not) of rows, which are tokenized together."""
-    lines, rows = zip(*[(line, read_pair(row, line)) for line, row in window], strict=True)
+def encoded(rows, chat, counts):
+    """Yield (row, [chosen, rejected], why not) of rows of read_pair, which are tokenized together."""
     prompts, problems = prompt_ids(chat, rows, counts)
     twice = [prompt for prompt in prompts for _ in ("chosen", "rejected")]
     responses = [response for row in rows for response in row["responses"]]
     parts = response_ids(chat, twice, responses, counts)
     special = loading.special_tokens(chat.tokenizer)
-    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
+    for index, row in enumerate(rows):
+        line = row["line"]
         pair = parts[2 * index : 2 * index + 2]
         reason = why_dropped(pair, row["responses"], chat, special)
         if None in pair:
@@ -736,7 +732,7 @@ def encoded(window, chat, counts):
             pair = [Sequence(array("I", prompt + completion), len(prompt)) for prompt, completion in pair]
             if max(max(sequence.ids) for sequence in pair) >= chat.vocabulary:
                 fail(f"{line}: a token id is beyond the vocabulary of {chat.tokenizer.name_or_path}")
-        yield line, row, pair, reason
+        yield row, pair, reason
 
 
 def why_dropped(pair, responses, chat, special):
@@ -888,17 +884,18 @@ def train(policy, pairs, held_out, args, steps, file, run_step):
             save_checkpoint(checkpoints, done, policy, optimizer)
 
 
-def main(args, run_step=forward_backward):
-    """Train; recipes/train_online.py brings its own run_step."""
+def main(args, run_step=forward_backward, check_pairs=lambda *_: None):
+    """Train; recipes/train_online.py brings its own run_step, and a check of what is trained on."""
     started = time.time()
     start_processes(args)
-    args.date = common.run_date(f"{args.out}/metrics.jsonl", args.overwrite)
-    chat, config = read_chat(args.model, args.revision, args.template_kwargs, args.date)
-    args.date = chat.day
+    day = common.run_date(f"{args.out}/metrics.jsonl", args.overwrite)
+    chat, config = read_chat(args.model, args.revision, args.template_kwargs, day)
+    args.date = chat.day  # in the record, for a run that goes on tomorrow
     models = {args.reference or args.model: None, args.model: args.revision}  # the reference is the first
     check_paths(args, models, chat)
     files = [path for path in (args.pairs, args.eval_pairs) if path]
     pairs, dropped = load_pairs(args.pairs, chat, config, args)
+    check_pairs(pairs, config, args)
     held_out, held_out_dropped = [], {}
     if args.eval_pairs:
         held_out, held_out_dropped = load_pairs(args.eval_pairs, chat, config, args)
@@ -937,7 +934,7 @@ def show(tokenizer, ids, start):
 
 
 def summary(path):
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = [row for _, row in read_jsonl(path, dict)]
     tokens = sum(row["tokens"] for row in rows)
     seconds = sum(row["tokens"] / row["tokens_per_s"] for row in rows)
     counts = {"steps": len(rows), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
@@ -950,6 +947,12 @@ def peak_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def note_once(message):
+    """A note of the first of torchrun's processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        note(message)
 
 
 def rank_and_world():

@@ -84,7 +84,7 @@ class Embed(score.Scorer):
         if self.causal:
             return logp.tokenized(self.chat, answers, self.counts)[1]
         texts = [response["text"] for row in answers for response in row["responses"]]
-        return [([], self.tokenizer(text)["input_ids"]) if text.strip() else None for text in texts]
+        return [([], self.tokenizer(text)["input_ids"] if text.strip() else []) for text in texts]
 
     @torch.inference_mode()
     def score(self, rows, update):
@@ -92,11 +92,12 @@ class Embed(score.Scorer):
         vectors = [[None] * len(row["responses"]) for row in rows]
         indices = [(k, i) for k, row in enumerate(rows) for i in range(len(row["responses"]))]
         for target, pair in zip(indices, self.encode(rows), strict=True):
-            prompt, completion = pair or ([], [])
-            if not completion or len(prompt) + len(completion) > self.max_length:
-                self.counts["responses_too_long" if completion else "responses_empty"] += 1
+            reason = logp.why_skipped(pair, self.max_length)
+            if reason:
+                self.counts[reason] += 1
                 update(1)
                 continue
+            prompt, completion = pair
             targets.append(target)
             starts.append(len(prompt))
             sequences.append(prompt + completion)
@@ -128,9 +129,8 @@ class Embed(score.Scorer):
 def without_reasoning(response):
     """The response as it is embedded: its answer, without an end-of-turn token."""
     text = answer(response)
-    return (
-        {**response, "finish": "length"} if text == response["text"] else {"text": text, "finish": "length"}
-    )
+    whole = response if text == response["text"] else {"text": text}  # sampled ids are of the whole
+    return {**whole, "finish": "length"}
 
 
 def cosine(a, b):

@@ -71,6 +71,16 @@ def tokenized(chat, rows, counts):
     return responses, response_ids(chat, each, responses, counts)
 
 
+def why_skipped(pair, longest):
+    """Why a response is not read, as a count of them; None if it is. pair is one of `tokenized`."""
+    if not pair:
+        return "responses_rejected_by_the_template"
+    prompt, completion = pair
+    if not completion:
+        return "responses_empty"
+    return "responses_too_long" if len(prompt) + len(completion) > longest else None
+
+
 def token_logps(states, targets, weight, bias, scale=1.0, cap=None):
     """log softmax(logits)[target], float32 (C,). states (C, d), targets (C,), the rest by output_head
 
@@ -119,12 +129,12 @@ class LogProbability(score.Scorer):
         responses, starts, sequences = [], [], []
         for response, pair in zip(*tokenized(self.chat, rows, self.counts), strict=True):
             response[self.key] = response[f"{self.key}_tokens"] = None
-            prompt, completion = pair or ([], [])
-            if not completion or len(prompt) + len(completion) > self.max_length:
-                reason = "responses_too_long" if completion else "responses_empty"
-                self.counts[reason if pair else "responses_rejected_by_the_template"] += 1
+            reason = why_skipped(pair, self.max_length)
+            if reason:
+                self.counts[reason] += 1
                 update(1)
                 continue
+            prompt, completion = pair
             responses.append(response)
             starts.append(len(prompt))
             sequences.append(prompt + completion)
