@@ -14,9 +14,10 @@ sample_truncated, the length of samples and the share that was cut off.
         --out out/hypo
 
 Samples are drawn from the policy as it computes, at temperature 1 with nothing cut off, of at most --max-new
-tokens, in one call for all of a process's prompts of a step. For that all layers are gathered (2 bytes a
-parameter on every GPU: 16 GB at 8B, impossible at 70B), and the reference model stays in memory, sharded.
-With --eval-pairs, plain DPO is measured. S1 is the paper SimpleMix, S3 "What Matters in Data for DPO?".
+tokens, in one call for all of a process's prompts of a step, or for those of one length if sequences cannot
+share rows. For that all layers are gathered (2 bytes a parameter on every GPU: 16 GB at 8B, impossible at
+70B), and the reference model stays in memory, sharded. With --eval-pairs, plain DPO is measured. S1 is the
+paper SimpleMix, S3 "What Matters in Data for DPO?".
 """
 
 import itertools
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule  # noqa: E402
 
 from chat import read_chat  # noqa: E402
 from common import fail, stable_hash  # noqa: E402
+from loading import context_length  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -73,12 +75,9 @@ def hypo_kl(logps, reference_logps):
 def sample(policy, prompts, seeds, longest, end_id):
     """A response to each prompt, at most `longest` ids, of which the last is end_id if it ended by itself.
 
-    argmax(logits - log E) with E exponential is a draw from the softmax. The noise of a response has its own
-    seed: neither the rest of the batch nor the number of processes changes what is drawn. All processes call
-    this, also one without prompts.
+    The noise of a response has its own seed: neither the rest of the batch nor the number of processes
+    changes what is drawn. All processes call this, also one without prompts.
     """
-    from transformers import GenerationConfig
-
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False, recurse=False)
@@ -87,7 +86,34 @@ def sample(policy, prompts, seeds, longest, end_id):
     wanted = len(prompts)
     if not prompts:  # FSDP2 plans backward by the forwards it has seen, and all processes need one plan
         prompts, seeds, longest = [[end_id]], [0], 1
-    model, width, packed = policy.model, max(map(len, prompts)), policy.packed
+    packed, responses = policy.packed, [None] * len(prompts)
+    policy.eval()  # activation checkpointing would forbid the cache of keys and values
+    policy.pack(False)  # the model's own attention
+    for batch in batches(prompts, packed):
+        part = [prompts[index] for index in batch], [seeds[index] for index in batch]
+        for index, response in zip(batch, generated(policy.model, *part, longest, end_id), strict=True):
+            responses[index] = response
+    policy.pack(packed)
+    policy.train()
+    train_dpo.release(policy)
+    return responses[:wanted]
+
+
+def batches(prompts, packed):
+    """Lists of indices of prompts that share a batch: all, or if sequences do not share rows, those as long.
+
+    What runs on from one sequence into the next may also run on from padding (RecurrentGemma, MiniMax).
+    """
+    batches = {}
+    for index, prompt in enumerate(prompts):
+        batches.setdefault(0 if packed else len(prompt), []).append(index)
+    return batches.values()
+
+
+def generated(model, prompts, seeds, longest, end_id):
+    """Responses to a batch of prompts. argmax(logits - log E), E exponential, is a draw from the softmax."""
+    from transformers import GenerationConfig
+
     noise = [torch.Generator(model.device).manual_seed(seed % 2**63) for seed in seeds]
 
     def disturbed(ids, logits):
@@ -96,10 +122,9 @@ def sample(policy, prompts, seeds, longest, end_id):
             row.exponential_(generator=generator)
         return logits - draws.log()
 
+    width = max(map(len, prompts))
     ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    policy.eval()  # activation checkpointing would forbid the cache of keys and values
-    policy.pack(False)  # the model's own attention
     kept = model.generation_config  # none of the model's own settings may act
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=longest, eos_token_id=end_id, pad_token_id=end_id
@@ -108,13 +133,16 @@ def sample(policy, prompts, seeds, longest, end_id):
     with torch.no_grad():  # without synced_gpus=False, transformers waits in every token for other processes
         output = model.generate(ids.to(model.device), synced_gpus=False, **options)
     model.generation_config = kept
-    policy.pack(packed)
-    policy.train()
-    responses = []
-    for row in output[:wanted, width:].tolist():
-        responses.append(row[: row.index(end_id) + 1] if end_id in row else row)
-    train_dpo.release(policy)
-    return responses
+    rows = output[:, width:].tolist()
+    return [row[: row.index(end_id) + 1] if end_id in row else row for row in rows]
+
+
+def check_room(pairs, config, args):
+    """Refuse prompts that leave no room for a sample in the model's context."""
+    longest, context = max(pair.sequences[0].start for pair in pairs), context_length(config)
+    if longest + args.max_new > context:
+        sizes = f"the longest prompt has {longest} tokens, and the context of {args.model} is {context}"
+        fail(f"{args.pairs}: no room for samples of --max-new {args.max_new}: {sizes}")
 
 
 class Online:
@@ -158,7 +186,7 @@ class Online:
         for pair in pairs[rank::world]:
             chosen = pair.sequences[0]
             for i in range(args.samples):
-                prompts.append(chosen.ids[: chosen.start])
+                prompts.append(list(chosen.ids[: chosen.start]))
                 seeds.append(stable_hash(args.seed, "sample", step, pair.pair_id, i))
         responses = sample(policy, prompts, seeds, args.max_new, self.end_id)
         sequences = []
@@ -207,7 +235,7 @@ def with_sample(pair, sequences, logps):
 if __name__ == "__main__":
     try:
         args = parse_args()
-        train_dpo.main(args, Online(args))
+        train_dpo.main(args, Online(args), check_room)
     except NotImplementedError as error:  # of packed_attention: samples may be longer than all pairs
         fail(f"prompt and sample cannot be packed into a row: {error}; use a smaller --max-new")
     except KeyboardInterrupt:

@@ -126,11 +126,11 @@ def float32(folder):
 
 def prompt_of(pair):
     chosen = pair.sequences[0]
-    return chosen.ids[: chosen.start]
+    return list(chosen.ids[: chosen.start])
 
 
 def responses_of(pair):
-    return [sequence.ids[sequence.start :] for sequence in pair.sequences]
+    return [list(sequence.ids[sequence.start :]) for sequence in pair.sequences]
 
 
 @torch.no_grad()
