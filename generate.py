@@ -17,8 +17,7 @@ answers the prompts of an evaluation (S1, Appendix D).
 
 If a run is stopped, the same command, without --overwrite, resumes it. With backend hf on a CPU in float32
 the rows are then equal byte for byte; on a GPU numbers differ slightly with what else is in a batch. Prints
-one JSON object last: rows, responses, tokens and their quantiles, how many responses were truncated or empty,
-and for how many prompts all are equal.
+one JSON object last: rows, responses, their tokens, how many were truncated or empty, and the like.
 """
 
 import argparse
@@ -33,7 +32,7 @@ import time
 from collections import Counter
 from typing import NamedTuple, Required, TypedDict
 
-from common import Message, append_rows, as_messages, begin_output, fail, make_record, note, run_date
+from common import Message, append_rows, as_messages, begin_output, fail, make_record, note
 
 # S1 and S2 do not give max_tokens (2,048 is that of S1's code), S3 gives no top_p
 PRESETS = {
@@ -45,6 +44,8 @@ GREEDY = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 BLOCK = 64  # rows that a shard takes at once, and that backend hf works on before the next
 CANDIDATES = 1024  # these best tokens are tried first; all are sorted if they do not reach top-p
 MAY_CHANGE = {"limit", "batch_size", "tensor_parallel"}  # in a resumed run
+PADDED = {"float32": 1e-3, "bfloat16": 0.05}  # of the logits' deviation; measured 1e-6, leaks from 0.1
+PADDING = "padding before a prompt changes its logits"
 NOT_FINITE = "the first logits are not finite: the weights are damaged, or too large for --dtype"
 # keys of an earlier run and of later stages, about responses that are being replaced
 EARLIER = ("responses", "wins", "cosine", "labeler", "prompt_token_ids", "prompt_tokenizer")
@@ -124,7 +125,7 @@ from tqdm import tqdm  # noqa: E402
 
 from chat import Chat, answer, prompt_ids, read_chat  # noqa: E402
 from common import open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
-from loading import context_length, load_model, special_tokens  # noqa: E402
+from loading import SAMPLE, context_length, load_model, run_date, special_tokens  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 
@@ -183,21 +184,15 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
 
 
 def best_tokens(logits, width, top_k):
-    """The cumulative probability of the `width` best tokens, and these tokens; (B, width) each.
-
-    With top-k their probabilities add up to 1; without it they are those under the whole vocabulary.
-    """
+    """Cumulative probabilities of the `width` best tokens, with top-k up to 1, and these; (B, width) each."""
     values, tokens = logits.topk(width, dim=-1)
     total = (values if top_k else logits).double().logsumexp(-1, keepdim=True)
     return (values.double() - total).exp().cumsum(-1), tokens
 
 
 # ----- samplers: sample(requests) yields (request, token ids) in the order in which they end
-def hf_sampler(args, tokens, longest, more_processors=None):
-    """Load the model with transformers. Returns sample(requests), which works on batches of similar length.
-
-    `more_processors(mask)` gives logits processors that come before the draw (recipes/sample_mixture.py).
-    """
+def hf_sampler(args, tokens, longest, more_processors=lambda mask: []):
+    """sample(requests) of transformers; processors of logits from more_processors(mask) precede the draw."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
@@ -208,23 +203,45 @@ def hf_sampler(args, tokens, longest, more_processors=None):
         eos_token_id=tokens.stop_ids,
         pad_token_id=tokens.pad_id,
     )
-    size = args.batch_size or 64
+    equal = reads_padding(model, tokens, args.dtype)
+    if equal:
+        note(f"{args.model}: {PADDING}; only prompts of one length share a batch")
 
     @torch.inference_mode()
     def sample(requests):
-        requests = sorted(requests, key=lambda request: len(request.ids))
-        for start in range(0, len(requests), size):
-            batch = requests[start : start + size]
+        for batch in batches(requests, args.batch_size or 64, equal):
             ids, mask = pad_left([request.ids for request in batch], tokens.pad_id, model.device)
-            processors = [check_logits(args.model, ids.shape[1])]
-            if more_processors:
-                processors += more_processors(mask)
+            processors = [check_logits(args.model, ids.shape[1]), *more_processors(mask)]
             if not args.greedy:
                 processors.append(draw_by(batch, ids, args))
             output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
             yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
 
     return sample
+
+
+@torch.inference_mode()
+def reads_padding(model, tokens, dtype):
+    """Whether a prompt's first logits depend on masked tokens before it, as those of recurrent layers may."""
+    ids = tokens.chat.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    options, logits = {"output_logits": True, "return_dict_in_generate": True}, []
+    options["max_new_tokens"] = 2  # the second reads what the prompt has left in the cache
+    for prompts in [ids[:8]], [ids[:8], ids[:12]]:
+        rows, mask = pad_left(prompts, tokens.pad_id, model.device)
+        output = model.generate(rows, attention_mask=mask, **options)
+        logits.append(torch.stack(output.logits)[:, 0].float())  # (2, V), of the first prompt
+    bare, padded = logits
+    return (bare - padded).abs().mean() > PADDED[dtype] * bare.std()
+
+
+def batches(requests, size, equal):
+    """Yield at most `size` requests of similar length, or of equal length."""
+    requests = sorted(requests, key=lambda request: len(request.ids))
+    while requests:
+        longest = len(requests[0].ids) if equal else math.inf
+        batch = [request for request in requests[:size] if len(request.ids) <= longest]
+        yield batch
+        requests = requests[len(batch) :]
 
 
 def pad_left(sequences, pad_id, device):
@@ -260,11 +277,7 @@ def draw_by(batch, ids, args):
 
 
 def vllm_sampler(args, tokens, longest):
-    """Start vllm's engine for sequences of up to `longest` tokens. Every request has its own seed.
-
-    Returns sample(requests), which hands over all requests at once: the engine never waits for the last
-    responses of a batch.
-    """
+    """sample(requests) of vllm, which gets all at once, each with its own seed, of up to `longest` tokens."""
     from transformers import AutoModelForCausalLM
 
     # vllm would leave a missing weight as it is in memory
@@ -280,17 +293,10 @@ def vllm_sampler(args, tokens, longest):
     # compiled bfloat16 gave wrong text, seeds crash with chunked prefill, cached prefixes change the rounding
     cpu = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": False}
     cpu["max_num_batched_tokens"] = max(8192, longest)
+    options = {"revision": args.revision, "dtype": args.dtype, "tensor_parallel_size": args.tensor_parallel}
     # generation_config="vllm": the model's generation_config.json must not take part
-    llm = LLM(
-        args.model,
-        revision=args.revision,
-        dtype=args.dtype,
-        generation_config="vllm",
-        max_model_len=longest,
-        tensor_parallel_size=args.tensor_parallel,
-        skip_tokenizer_init=True,
-        **({} if torch.cuda.is_available() else cpu),
-    )
+    options |= {"generation_config": "vllm", "max_model_len": longest, "skip_tokenizer_init": True}
+    llm = LLM(args.model, **options, **({} if torch.cuda.is_available() else cpu))
     # vllm 0.32 writes token 0 without end where logits are NaN; a first token shows them in time
     probe = SamplingParams(max_tokens=1, logprobs=0, detokenize=False)
     (output,) = llm.generate({"prompt_token_ids": tokens.stop_ids[:1]}, probe, use_tqdm=False)
@@ -388,9 +394,7 @@ def encode_prompts(rows, args, tokens):
 def sample_rows(prompts, sample, args, tokens, progress):
     """Yield rows in the order of the prompts, each as soon as it and all before it are complete."""
     responses = {index: [None] * args.n for index in range(len(prompts))}
-    requests = [
-        Request(index, row["id"], k, ids) for index, (row, ids) in enumerate(prompts) for k in range(args.n)
-    ]
+    requests = [Request(i, row["id"], k, ids) for i, (row, ids) in enumerate(prompts) for k in range(args.n)]
     next_index = 0
     for request, sampled in sample(requests):
         responses[request.index][request.sample] = make_response(sampled, args, tokens)
@@ -404,15 +408,10 @@ def make_response(sampled, args, tokens):
     """A response of the sampled tokens, up to the first that ends a response."""
     ends = [position for position, token in enumerate(sampled) if token in tokens.stop_ids]
     token_ids = sampled[: ends[0]] if ends else sampled
-    response = {
-        "text": tokens.chat.tokenizer.decode(token_ids, skip_special_tokens=True),
-        "source": args.source,
-        "model": args.model,
-        "finish": "stop" if ends else "length",
-        "tokens": len(token_ids),
-        "token_ids": token_ids,
-        "tokenizer": tokens.chat.fingerprint,
-    }
+    text = tokens.chat.tokenizer.decode(token_ids, skip_special_tokens=True)
+    finish = "stop" if ends else "length"
+    response = {"text": text, "source": args.source, "model": args.model, "finish": finish}
+    response |= {"tokens": len(token_ids), "token_ids": token_ids, "tokenizer": tokens.chat.fingerprint}
     final = final_text(token_ids, tokens)
     return response if final is None else response | {"final": final}
 

@@ -1,14 +1,18 @@
 """
-Tokenizers and models from a local folder or from the hub, and what their configs do not say.
+Tokenizers and models from a local folder or from the hub, what their configs do not say; the day of a run.
 """
 
+import json
 import os
 import re
 import sys
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
 
-from common import fail, note, stable_hash
+from common import fail, meta_path, note, stable_hash
 
-SAMPLE = "It was  a café:\n\n\tin 2024, 100 km away.\n"  # tokenizers differ in spaces, lines, digits
+SAMPLE = "It was  a café:\n\n\tin 2024, 100 km.\n\nI'll 中文| a  b|\nuser\n\nHi"  # |: a special token
 ROUNDING = {"float32": 2e-4, "bfloat16": 0.3}  # of the log-probability of a token; of T tokens, times sqrt(T)
 
 
@@ -18,7 +22,6 @@ def load_tokenizer(name, revision=None):
 
     transformers chooses a class by names in the configs, which may be wrong: tokenizer.json decides.
     """
-    from tokenizers import Tokenizer
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, logging
     from transformers.utils import cached_file
 
@@ -36,16 +39,27 @@ def load_tokenizer(name, revision=None):
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         path = cached_file(name, "tokenizer.json", **options)
-        ids = Tokenizer.from_file(path).encode(SAMPLE, add_special_tokens=False).ids if path else None
         for loader in AutoTokenizer, PreTrainedTokenizerFast:
             tokenizer = loader.from_pretrained(name, revision=revision)
-            if ids in (None, tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]):
+            if not path or reads_as(tokenizer, path):
                 return tokenizer, config
             note(f"{name}: transformers' {type(tokenizer).__name__} is not the tokenizer of tokenizer.json")
         raise ValueError("no class of transformers reads as tokenizer.json does")
     except Exception as error:  # damaged files raise many kinds, even a bare Exception
         reason = str(error).partition("\n")[0]
         fail(f"{name}: {problem}: {type(error).__name__}: {reason}")
+
+
+def reads_as(tokenizer, path):
+    """Whether SAMPLE has the ids that the tokenizer.json at `path` gives it, around special tokens too."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(path)
+    backend.no_truncation()
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    text = SAMPLE.replace("|", special[-1] if special else "")
+    ids = backend.encode(text, add_special_tokens=False).ids
+    return tokenizer(text, add_special_tokens=False)["input_ids"] == ids
 
 
 def fingerprint(tokenizer):
@@ -63,6 +77,17 @@ def special_tokens(tokenizer):
     """A pattern that finds a tokenizer's special tokens in a text, which a model would read as tokens."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+
+def run_date(out, overwrite):
+    """The day that chat templates see: that of the run in --out, which may go on, or today."""
+    day = str(date.today())
+    if overwrite:
+        return day
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no record, a damaged one, or one without
+        record = json.loads(Path(meta_path(out)).read_text())
+        day = str(date.fromisoformat(record["args"]["date"]))
+    return day
 
 
 # ----- models
@@ -124,6 +149,7 @@ def context_length(config):
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        limit = min(limit, rope["original_max_position_embeddings"])
+    for part in rope, *rope.values():  # some have parameters for each type of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limit = min(limit, part["original_max_position_embeddings"])
     return limit

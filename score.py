@@ -115,8 +115,8 @@ from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from chat import answer, chat_of, encode, render  # noqa: E402
-from common import append_rows, begin_output, open_output, read_jsonl, run_date, write_record  # noqa: E402
-from loading import context_length, load_model, load_tokenizer, special_tokens  # noqa: E402
+from common import append_rows, begin_output, open_output, read_jsonl, write_record  # noqa: E402
+from loading import context_length, load_model, load_tokenizer, run_date, special_tokens  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 

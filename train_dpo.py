@@ -888,7 +888,7 @@ def main(args, run_step=forward_backward, check_pairs=lambda *_: None):
     """Train; recipes/train_online.py brings its own run_step, and a check of what is trained on."""
     started = time.time()
     start_processes(args)
-    day = common.run_date(f"{args.out}/metrics.jsonl", args.overwrite)
+    day = loading.run_date(f"{args.out}/metrics.jsonl", args.overwrite)
     chat, config = read_chat(args.model, args.revision, args.template_kwargs, day)
     args.date = chat.day  # in the record, for a run that goes on tomorrow
     models = {args.reference or args.model: None, args.model: args.revision}  # the reference is the first

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from chat import answer, read_chat
-from common import fail, run_date
-from loading import load_model, load_tokenizer
+from common import fail
+from loading import load_model, load_tokenizer, run_date
 
 score = logp.score  # the stage that both vary
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}

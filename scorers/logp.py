@@ -27,8 +27,8 @@ import torch.nn.functional as F  # noqa: E402
 
 import score  # noqa: E402
 from chat import prompt_ids, read_chat, response_ids, sampled_ids  # noqa: E402
-from common import fail, note, run_date  # noqa: E402
-from loading import check_logps, load_model, output_head, special_tokens  # noqa: E402
+from common import fail, note  # noqa: E402
+from loading import check_logps, load_model, output_head, run_date, special_tokens  # noqa: E402
 
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once
 

@@ -19,8 +19,7 @@ from models import tiny
 from test_generate import with_template
 
 from chat import answer, prompt_ids, read_chat, response_ids, sampled_ids
-from common import run_date
-from loading import load_tokenizer
+from loading import load_tokenizer, run_date
 
 # what the templates below write; <think> and </think> are tokens, but not special ones, as in Qwen3
 SPECIAL = "<s> </s> <|user|> <|system|> <|assistant|> <|end|> <|start|> <|channel|> <|message|>".split()

@@ -29,8 +29,8 @@ from models import make_gemma
 from safetensors.torch import load_file, save_file
 from test_shapes import MISSING, NUMBERS, STRINGS, VALUES, admits, key_of, places, spelled, with_change
 
-import common
 import generate
+import loading
 from chat import read_chat
 from generate import sample_tokens
 from loading import fingerprint, load_tokenizer
@@ -809,7 +809,7 @@ def test_a_template_that_asks_for_the_day_has_that_of_the_runs_beginning(
     yesterday, today = (str(day.today()) for day in (Yesterday, datetime.date))
     model = with_template(tmp_path / "model", policy, "{{ strftime_now('%Y-%m-%d: ') }}" + CHATML)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "date", Yesterday)
+        patch.setattr(loading, "date", Yesterday)
         rows, _ = run(tmp_path, capsys, model, PROMPTS, "--n", "1")
     out = tmp_path / "out.jsonl"
     whole, tokenizer = out.read_bytes(), load_tokenizer(model)[0]

@@ -29,8 +29,8 @@ from test_generate import with_template
 from train_oracle import float64, parse, refused_run, train
 
 import build_pairs
-import common
 import generate
+import loading
 import score
 import train_dpo
 from chat import read_chat
@@ -258,13 +258,13 @@ def test_a_prompt_that_was_sampled_in_two_ways_is_refused(tmp_path, thinking, ca
 # ----- dates
 @contextlib.contextmanager
 def on_day(monkeypatch, day):
-    class Day(common.date):
+    class Day(loading.date):
         @classmethod
         def today(cls):
             return cls.fromisoformat(day)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "date", Day)
+        patch.setattr(loading, "date", Day)
         yield
 
 

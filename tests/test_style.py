@@ -23,7 +23,7 @@ SIZES = {  # DESIGN's
     "evaluate": 470,
     "boundary": 260,
 }
-SHARED = {"common": 290, "chat": 220, "loading": 130}
+SHARED = {"common": 290, "chat": 220, "loading": 160}
 LARGE_SIDE = {"report/table.py": 330, "report/figure.py": 330}  # others 300
 FOLDERS = ("data", "scorers", "recipes", "report", "results")
 VAGUE = "some of own found known alone place places seen mark where each taken".split()

@@ -49,6 +49,7 @@ from train_oracle import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import common
+import loading
 import train_dpo
 from chat import chat_of, measured
 from loading import fingerprint
@@ -1117,7 +1118,7 @@ def test_a_run_that_goes_on_after_midnight_has_the_losses_of_one_day(
     flags = [*whole_run.flags, "--model", model, "--save-every", 2]
 
     def run(name, day, steps=6):
-        class Day(common.date):
+        class Day(loading.date):
             @classmethod
             def today(cls):
                 return cls.fromisoformat(day)
@@ -1128,7 +1129,7 @@ def test_a_run_that_goes_on_after_midnight_has_the_losses_of_one_day(
             common.append_rows(file, rows)
 
         with monkeypatch.context() as patch:
-            patch.setattr(common, "date", Day)
+            patch.setattr(loading, "date", Day)
             patch.setattr(train_dpo, "append_rows", append)
             with contextlib.suppress(KeyboardInterrupt):
                 return train(*flags, "--out", tmp_path / name)
