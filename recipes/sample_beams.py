@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import generate
-from common import stable_hash
+from common import note, stable_hash
 from loading import load_model
 
 PRESET = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 2048}
@@ -39,6 +39,10 @@ def beam_sampler(args, tokens, longest):
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = load_model(AutoModelForCausalLM, args.model, args.revision, args.dtype)
+    model.generation_config = GenerationConfig(pad_token_id=tokens.pad_id)  # not the model's own
+    equal = generate.reads_padding(model, tokens, args.dtype)
+    if equal:
+        note(f"{args.model}: {generate.PADDING}; only prompts of one length share a batch")
     model.generation_config = GenerationConfig(
         max_new_tokens=args.max_tokens,
         do_sample=True,
@@ -52,9 +56,7 @@ def beam_sampler(args, tokens, longest):
 
     @torch.inference_mode()
     def sample(requests):
-        requests = sorted(requests, key=lambda request: len(request.ids))
-        for start in range(0, len(requests), args.beam_batch):
-            batch = requests[start : start + args.beam_batch]
+        for batch in generate.batches(requests, args.beam_batch, equal):
             ids, mask = generate.pad_left([request.ids for request in batch], tokens.pad_id, model.device)
             check = generate.check_logits(args.model, ids.shape[1])
             names = [request.prompt_id for request in batch]

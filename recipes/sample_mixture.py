@@ -74,6 +74,9 @@ def mixer(reference, mask, weights, vocabulary):
             use_cache=True,
             logits_to_keep=1,
         )
+        if getattr(output, "past_key_values", None) is None:
+            kind = reference.config.model_type
+            fail(f"{reference.name_or_path}: {kind} models keep no past_key_values, which a mixture needs")
         cache, n_done = output.past_key_values, input_ids.shape[1]
         return mix_logits(logits, output.logits[:, -1], weights, vocabulary)
 
@@ -81,7 +84,7 @@ def mixer(reference, mask, weights, vocabulary):
 
 
 def mixture_sampler(args, tokens, longest):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     tokenizer, config = load_tokenizer(args.reference, None)
     if fingerprint(tokenizer) != tokens.chat.fingerprint:
@@ -90,6 +93,9 @@ def mixture_sampler(args, tokens, longest):
     if context < tokens.context:
         fail(f"{args.reference}: its context of {context} is shorter than that of {args.model}")
     reference = load_model(AutoModelForCausalLM, args.reference, None, args.dtype)
+    reference.generation_config = GenerationConfig(pad_token_id=tokens.pad_id)  # not the model's own
+    if args.batch_size != 1 and generate.reads_padding(reference, tokens, args.dtype):
+        fail(f"{args.reference}: {generate.PADDING}; use --batch-size 1")
     vocabulary = max(tokens.chat.tokenizer.get_vocab().values()) + 1
 
     def processors(mask):

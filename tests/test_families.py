@@ -5,6 +5,7 @@ Covers  a tiny random model of each family: two steps against a plain float64 lo
         row and what is said where not, the exported folder, scorers/logp.py's number of the exported model
         against the trained policy's, rewards of its ForSequenceClassification against transformers alone; two
         processes against one where rows have one sequence. The README's table is the one that is made here.
+        Responses and scores beside longer ones, where padding runs through a model's states.
 Run     python -m pytest tests/test_families.py     (prints the table: python tests/test_families.py)
 """
 
@@ -19,9 +20,12 @@ import torch
 from conftest import REPO, make_tokenizer, read_rows, write_rows
 from processes import two_processes
 from train_oracle import check_rows, close, make_pairs, parse, plain_run, train, without_noise
+from transformers import AutoModelForCausalLM
 
+import generate
 import score
 import train_dpo
+from recipes import sample_mixture, train_online
 from scorers import logp
 
 SIZES = {
@@ -218,8 +222,6 @@ TRAINED = [name for name, (_, _, training) in FAMILIES.items() if training != RE
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_family_trains_and_its_export_is_what_was_trained(name, pairs, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     kind, changes, training = FAMILIES[name]
     model, out = random_model(tmp_path / "model", kind, changes), tmp_path / "out"
     flags = ["--model", model, "--pairs", pairs, "--eval-pairs", pairs, "--out", out]
@@ -294,6 +296,99 @@ def test_two_processes_and_rows_of_one_sequence(name, tmp_path):
     two_processes("train_dpo.py", *flags, "--out", tmp_path / "two" / "out")
     one, two = (read_rows(tmp_path / folder / "out" / "metrics.jsonl") for folder in ("one", "two"))
     close(without_noise(two), without_noise(one))
+
+
+# ----- padding
+STATES = [name for name, (_, _, training) in FAMILIES.items() if training in (TOLD, LEAK)]
+WINDOWS = ["gemma2", "gemma3 (longer than its window)", "gpt_oss"]
+PADDED = {"recurrent_gemma": 0.1, "minimax": 0.3}  # least difference of logits behind padding, in deviations
+
+
+@torch.no_grad()
+def behind_padding(model, ids):
+    """How far padding moves the logits of two tokens after a prompt, one of them by way of the cache."""
+    model, rows = AutoModelForCausalLM.from_pretrained(model).eval(), []
+    for padding in (0, 5):
+        mask = torch.tensor([[0] * padding + [1] * len(ids)])
+        inputs = {"input_ids": torch.tensor([[258] * padding + ids]), "attention_mask": mask}
+        settings = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+        rows.append(torch.cat(model.generate(**inputs, do_sample=False, **settings).logits))
+    return ((rows[0] - rows[1]).abs().mean() / rows[0].std()).item()
+
+
+@pytest.mark.parametrize("name", [*STATES, *WINDOWS])
+def test_a_response_is_the_same_beside_longer_prompts(name, tmp_path):
+    """Tokens in a batch are those of prompts by themselves; what reads padding gets none."""
+    model = random_model(tmp_path / "model", *FAMILIES[name][:2])
+    apart = behind_padding(model, list(range(60, 70)))
+    assert apart > PADDED[name] if name in PADDED else apart < 1e-5
+    texts = ["a", "b?", "many", "more", "and a longer question", "the longest of all these questions " * 2]
+    rows = [{"id": str(i), "prompt": text} for i, text in enumerate(texts)]
+    flags = ["--model", model, "--prompts", write_rows(tmp_path / "prompts.jsonl", rows)]
+    flags += ["--backend", "hf", "--max-tokens", "12", "--n", "1", "--temperature", "1", "--top-p", "1"]
+    found = []
+    for size in ("64", "1"):
+        out = ["--batch-size", size, "--out", str(tmp_path / f"{size}.jsonl")]
+        _, said = quietly(generate.main, generate.parse_args([*flags, *out]))
+        told = "padding before a prompt changes its logits; only prompts of one length share a batch" in said
+        assert told == (name in PADDED)
+        found.append([row["responses"][0]["token_ids"] for row in read_rows(tmp_path / f"{size}.jsonl")])
+    assert found[0] == found[1] and len(set(map(tuple, found[0]))) > 3
+
+
+NO_REFERENCES = {
+    "recurrent_gemma": "padding before a prompt changes its logits; use --batch-size 1",
+    "minimax": "padding before a prompt changes its logits; use --batch-size 1",
+    "mamba": "mamba models keep no past_key_values, which a mixture needs",
+}
+
+
+@pytest.mark.parametrize("name", NO_REFERENCES)
+def test_models_that_are_no_reference_of_a_mixture(name, tmp_path, capsys):
+    model = random_model(tmp_path / "model", *FAMILIES[name][:2])
+    flags = ["--model", model, "--reference", model, "--weights", "0.5", "0.5", "--backend", "hf"]
+    flags += ["--prompts", write_rows(tmp_path / "prompts.jsonl", [{"id": "1", "prompt": "a"}])]
+    args = sample_mixture.parse_args([*flags, "--out", str(tmp_path / "out.jsonl"), "--max-tokens", "2"])
+    with pytest.raises(SystemExit) as stop:
+        generate.main(args, sample_mixture.mixture_sampler)
+    assert stop.value.code == 2 and f"{model}: {NO_REFERENCES[name]}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "minimax", "qwen3_5"])
+def test_samples_in_training_ignore_other_prompts(name, tmp_path):
+    model = random_model(tmp_path / "model", *FAMILIES[name][:2])
+    flags = ["--model", model, "--pairs", "p", "--out", "o"]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    policy = train_dpo.load_policy(model, None, parse(*flags))
+    policy.pack(False)  # as check_model decides
+    prompts = [list(range(60, 60 + length)) for length in (3, 11, 20, 11)]
+    together = train_online.sample(policy, prompts, [1, 2, 3, 4], 9, 257)
+    single = [train_online.sample(policy, [prompt], [i], 9, 257)[0] for i, prompt in enumerate(prompts, 1)]
+    assert together == single and together[1] != together[3]
+    del policy
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "minimax", "nemotron_h", "lfm2"])
+def test_padding_on_the_right_changes_no_score(name, tmp_path):
+    """score.py gives no mask: nothing reads what follows it."""
+    texts = ["abc" * 20, "bcd" * 21, "cd" * 32]  # in one batch, of 60 to 64 bytes
+    responses = [{"text": text, "source": "on"} for text in texts]
+    rows = write_rows(tmp_path / "on.jsonl", [{"id": "1", "prompt": "Hi", "responses": responses}])
+    kind, changes, _ = FAMILIES[name]
+    scorers = [("logp", "CausalLM", logp, logp.LogProbability)]
+    if has_rewards(kind):
+        scorers.append(("reward", "SequenceClassification", score, score.RewardModel))
+    for key, task, module, scorer in scorers:
+        model, found = random_model(tmp_path / key, kind, changes, task), []
+        for size, padded in (("100000", True), ("1", False)):
+            out = str(tmp_path / f"{key}{size}.jsonl")
+            flags = ["--model", model, "--responses", rows, "--out", out, "--batch-tokens", size]
+            counts, _ = quietly(score.main, module.parse_args(flags), scorer)
+            assert (counts["padding"] > 0) == padded
+            found += [[response[key] for response in read_rows(out)[0]["responses"]]]
+        assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-4)
 
 
 def test_the_table_of_the_readme_is_this_one():
