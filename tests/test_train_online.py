@@ -4,7 +4,7 @@ recipes/train_online.py: HyPO and online DPO, which sample from the policy in ev
 Covers  samples: their probabilities, alike in any batch, none of the model's own settings, the model left as
         it was; HyPO's divergence by hand and on a policy whose nine responses can be enumerated; S3 Theorem
         4.5; a step's gradient against a plain float64 model; whole runs by hand; lambda; counts of tokens;
-        --eval-pairs; two processes against one; kill -9 and the same command; flags.
+        --eval-pairs; two processes against one; kill -9 and the same command; room in the context; flags.
 Run     python -m pytest tests/test_train_online.py
 """
 
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from train_oracle import GIVEN, LR, end_processes, float64, make_pairs, read_pairs, without_noise
 from train_oracle import parse as parse_plain
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_dpo
 from common import stable_hash
@@ -676,6 +676,24 @@ def test_a_killed_hypo_run_resumed_is_the_same_run(ending, pairs_file, tmp_path)
 
 
 # ----- flags
+def test_samples_must_have_room_in_the_context(ending, pairs_file, tmp_path, capsys):
+    pairs = load_pairs(ending, pairs_file)
+    longest = max(pair.sequences[0].start for pair in pairs)
+    assert longest > min(pair.sequences[0].start for pair in pairs)
+    flags = ["--model", ending, "--pairs", pairs_file, "--out", tmp_path / "out", "--method", "hypo"]
+    room = 512 - longest
+    args = parse(*flags, "--max-new", room + 1)
+    with pytest.raises(SystemExit) as stop:
+        train_dpo.main(args, train_online.Online(args), train_online.check_room)
+    end_processes()
+    said = f"the longest prompt has {longest} tokens, and the context of {ending} is 512\n"
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.endswith(
+        f"{pairs_file}: no room for samples of --max-new {room + 1}: {said}"
+    )
+    train_online.check_room(pairs, AutoConfig.from_pretrained(ending), parse(*flags, "--max-new", room))
+
+
 def test_settings():
     args = parse(*GIVEN, "--method", "hypo")
     assert (args.samples, args.hypo_lambda, args.max_new) == (2, 1e-4, 256)
