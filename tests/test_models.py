@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Gemma3TextConfig,
     MambaConfig,
 )
 
@@ -156,6 +157,23 @@ def test_context_length_without_longrope(policy, longrope, tmp_path):
     config.rope_parameters = config.rope_parameters | {"original_max_position_embeddings": 600}
     assert loading.context_length(config) == 512
     assert loading.context_length(MambaConfig()) > 10**9
+
+
+def test_context_length_of_longrope_in_one_type_of_layers():
+    """Olmo-3's and Gemma-3's parameters are nested by layer type."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 96} | factors
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    for parameters, length in (
+        ({"full_attention": longrope, "sliding_attention": plain}, 96),
+        ({"full_attention": plain, "sliding_attention": plain}, 512),
+    ):
+        sizes = {"max_position_embeddings": 512, "num_hidden_layers": 2, "head_dim": 8}
+        config = Gemma3TextConfig(**sizes, rope_parameters=parameters)
+        assert (
+            config.rope_parameters["full_attention"]["rope_type"] == parameters["full_attention"]["rope_type"]
+        )
+        assert loading.context_length(config) == length
 
 
 def responses_file(path, texts):
