@@ -1,8 +1,6 @@
-"""
-From a chat to token ids: what a model reads is what its chat template renders, or a sentence says why not.
+"""From a chat to token ids: what a model reads is what its chat template renders, or a sentence says why not.
 
-`read_chat` measures what a template does to a chat of its own; `prompt_ids` and `response_ids` follow it.
-"""
+`read_chat` measures what a template does to a chat of its own; `prompt_ids` and `response_ids` follow it."""
 
 import re
 from contextlib import suppress
@@ -12,8 +10,8 @@ from os.path import commonprefix
 from typing import NamedTuple
 
 from common import fail, stable_hash
-from loading import fingerprint, load_tokenizer
 
+ROLES = ("system", "user", "assistant", "user")
 SYSTEM, QUESTION, ANSWER = "Vebmy", "Zuvqo", "Kwimab"  # no template has these words
 OPEN = re.compile(r"(?i)(<|\[|<seed:|<\|start_)think(ing)?\W+$")  # a think block that nothing has closed
 CLOSE = """--template-kwargs '{"enable_thinking": false}' closes it where the template has this switch"""
@@ -45,7 +43,9 @@ def encode(chat, texts):
 # ----- what a template does
 def read_chat(name, revision=None, switches=None, day=None):
     """(Chat, config) of a model that is sampled from or trained."""
-    tokenizer, config = load_tokenizer(name, revision)
+    import loading  # here: stages that run no model need no loading.py
+
+    tokenizer, config = loading.load_tokenizer(name, revision)
     try:
         return measured(chat_of(tokenizer, config, switches or {}, day)), config
     except ValueError as error:
@@ -54,6 +54,8 @@ def read_chat(name, revision=None, switches=None, day=None):
 
 def chat_of(tokenizer, config, switches, day):
     """The Chat of a model that only reads, as a reward model; a template that loses a text is refused."""
+    import loading
+
     name, template = tokenizer.name_or_path, tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if not template:
@@ -61,7 +63,7 @@ def chat_of(tokenizer, config, switches, day):
     for switch in switches:
         if switch not in template:
             fail(f"--template-kwargs: the chat template of {name} has no variable {switch!r}")
-    ids = fingerprint(tokenizer)
+    ids = loading.fingerprint(tokenizer)
     ids = ids, f"{stable_hash(ids, template, tokenizer.special_tokens_map):016x}"
     day = day if "strftime_now" in template else None
     chat = Chat(tokenizer, config.get_text_config().vocab_size, *ids, switches, day)
@@ -102,8 +104,7 @@ def measured(chat):
 
 def conversation(*texts):
     """Messages of these texts, the first of which is the system's."""
-    roles = "system", "user", "assistant", "user"
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return [{"role": role, "content": text} for role, text in zip(ROLES, texts, strict=False)]
 
 
 def render(chat, messages, generation=False):
@@ -138,11 +139,10 @@ def prompt_ids(chat, rows, counts):
     prompts, texts, problems = [None] * len(rows), {}, {}
     for index, row in enumerate(rows):
         ids = row.get("prompt_token_ids")
-        if ids and row.get("prompt_tokenizer") == chat.template and max(ids) < chat.vocabulary:
-            prompts[index] = list(ids)
-        else:
-            counts["prompts_rendered_anew"] += ids is not None
-        if prompts[index] is None or chat.switches:
+        usable = ids and row.get("prompt_tokenizer") == chat.template and max(ids) < chat.vocabulary
+        prompts[index] = list(ids) if usable else None
+        counts["prompts_rendered_anew"] += ids is not None and not usable
+        if not usable or chat.switches:
             try:
                 texts[index] = render(chat, row["prompt"], generation=True)
             except ValueError as error:

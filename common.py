@@ -111,7 +111,8 @@ def merged(first, second, paths):
         why = f"the prompt {first['id']} has other prompt_token_ids"
         fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
     for name in ("prompt_token_ids", "prompt_tokenizer"):  # those that on-policy responses answer
-        row.pop(name, None)
+        if name in row:
+            row[name] = None
         if sampled and not differ:
             row[name] = sampled[0].get(name)
     n, m = len(first["responses"]), len(second["responses"])
