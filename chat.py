@@ -40,7 +40,6 @@ def encode(chat, texts):
     return [entry.ids for entry in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-# ----- what a template does
 def read_chat(name, revision=None, switches=None, day=None):
     """(Chat, config) of a model that is sampled from or trained."""
     import loading  # here: stages that run no model need no loading.py
@@ -61,7 +60,7 @@ def chat_of(tokenizer, config, switches, day):
     if not template:
         fail(f"{name}: no chat template; save one in the model folder as chat_template.jinja")
     for switch in switches:
-        if switch not in template:
+        if not re.search(rf"\b{re.escape(switch)}\b", template):
             fail(f"--template-kwargs: the chat template of {name} has no variable {switch!r}")
     ids = loading.fingerprint(tokenizer)
     ids = ids, f"{stable_hash(ids, template, tokenizer.special_tokens_map):016x}"
@@ -133,7 +132,6 @@ def render(chat, messages, generation=False):
     return text
 
 
-# ----- token ids
 def prompt_ids(chat, rows, counts):
     """([ids of each row's prompt, or None], {index: why}); prompt_token_ids of this template stay."""
     prompts, texts, problems = [None] * len(rows), {}, {}
@@ -185,15 +183,17 @@ def response_ids(chat, prompts, responses, counts):
         if ids is None and prompt is not None:
             counts["responses_of_another_tokenizer"] += response.get("token_ids") is not None
             with suppress(ValueError):
-                turns = conversation(SYSTEM, QUESTION, response["text"])
-                texts[index] = render(chat, turns).removesuffix(chat.ending)
+                text = render(chat, conversation(SYSTEM, QUESTION, response["text"]))
+                reasoning = response["text"].rpartition("</think>")[0].strip()
+                if reasoning.removeprefix("<think>").strip() in text:
+                    texts[index] = text.removesuffix(chat.ending)
     generation, answer = encode(chat, [chat.generation, chat.answer])
     for (index, text), ids in zip(texts.items(), encode(chat, texts.values()), strict=True):
         header, header_ids, prompt = chat.generation, generation, prompts[index]
         if text.startswith(chat.answer):  # else it has reasoning
             header, header_ids, prompt = chat.answer, answer, before_answer(chat, prompt, generation, answer)
-        elif not text.startswith(header):  # reasoning, where a prompt ends with an empty think block
-            continue
+        elif not text.startswith(header) or before_answer(chat, prompt, generation, answer) == prompt:
+            continue  # reasoning, where a prompt ends with an empty think block
         n = len(header_ids)
         if ids[:n] != header_ids:
             counts["responses_tokenized_without_header"] += 1

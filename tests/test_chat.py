@@ -376,6 +376,25 @@ def test_reasoning_where_every_prompt_ends_with_an_empty_think_block(read):
     assert pairs[2][0] == prompt and text_of(chat, pairs[2][1]) == "The answer"
 
 
+def test_reasoning_after_a_prompt_that_was_sampled_with_thinking_off(read):
+    """With the switch or without it: no second think block follows that of the prompt."""
+    chat, off = read(QWEN3 + QWEN3_BEGIN), read(QWEN3 + QWEN3_BEGIN, switches={"enable_thinking": False})
+    (closed,), _ = prompt_ids(off, [{"prompt": CHAT}], Counter())
+    text = {"text": "<think>\nso\n</think>\n\nThe answer", "finish": "stop"}
+    assert response_ids(chat, [closed], [text], Counter()) == response_ids(off, [closed], [text], Counter())
+    assert response_ids(chat, [closed], [text], Counter()) == [None]
+    assert sequence(chat, CHAT, text) is not None
+
+
+@pytest.mark.parametrize("text", ["<think>\nso\n</think>\n\nThe answer", "Two <think>in</think> text"])
+def test_reasoning_that_the_template_drops_is_a_lost_response(read, text):
+    dropping = TURNS.replace("m.content", "m.content.split('</think>')[-1].lstrip()")
+    assert sequence(read(dropping + BEGIN), CHAT, {"text": text}) is None
+    assert sequence(read(TURNS + BEGIN), CHAT, {"text": text}) is not None
+    two = sequence(read(QWEN3 + QWEN3_BEGIN), CHAT, {"text": text})
+    assert (two is None) == text.startswith("Two")  # its template would lose the first word
+
+
 def test_an_open_think_block_that_no_answer_closes(read, capsys):
     chat = read(R1 + R1_BEGIN)
     (prompt,), _ = prompt_ids(chat, [{"prompt": CHAT}], Counter())
@@ -479,6 +498,9 @@ def test_a_switch_that_the_template_does_not_have(tmp_path, models, capsys):
     model = with_template(tmp_path / "model", models["bytes"], TURNS + BEGIN)
     err = refusal(capsys, read_chat, model, switches={"enable_thinking": False})
     assert f"--template-kwargs: the chat template of {model} has no variable 'enable_thinking'" in err
+    model = with_template(tmp_path / "qwen3", models["bytes"], QWEN3 + QWEN3_BEGIN)
+    err = refusal(capsys, read_chat, model, switches={"thinking": False})  # a part of a variable's name
+    assert f"--template-kwargs: the chat template of {model} has no variable 'thinking'" in err
 
 
 # ----- the ids of a prompt
