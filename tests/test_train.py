@@ -1072,7 +1072,7 @@ def test_a_finished_run_is_neither_begun_again_nor_changed(whole_run, tmp_path, 
         ("--seed", 1): "with seed = 0, not 1",
         ("--loss", "slic"): "with beta = 0.1, not 1.0",
         ("--dtype", "bfloat16"): "with dtype = 'float32', not 'bfloat16'",
-        ("--template-kwargs", '{"a": 1}'): "with template_kwargs = {}, not {'a': 1}",
+        ("--template-kwargs", '{"message": 1}'): "with template_kwargs = {}, not {'message': 1}",
     }
     for flags, sentence in changes.items():
         assert sentence in refused_run(capsys, *whole_run.flags, "--out", out, *flags)
