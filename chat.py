@@ -62,10 +62,10 @@ def chat_of(tokenizer, config, switches, day):
     for switch in switches:
         if not re.search(rf"\b{re.escape(switch)}\b", template):
             fail(f"--template-kwargs: the chat template of {name} has no variable {switch!r}")
-    ids = loading.fingerprint(tokenizer)
-    ids = ids, f"{stable_hash(ids, template, tokenizer.special_tokens_map):016x}"
+    fingerprint = loading.fingerprint(tokenizer)
+    of_template = f"{stable_hash(fingerprint, template, tokenizer.special_tokens_map):016x}"
     day = day if "strftime_now" in template else None
-    chat = Chat(tokenizer, config.get_text_config().vocab_size, *ids, switches, day)
+    chat = Chat(tokenizer, config.get_text_config().vocab_size, fingerprint, of_template, switches, day)
     problems = []
     for parts, folds in product((False, True), repeat=2):
         chat = chat._replace(parts=parts, folds=folds)
@@ -78,7 +78,7 @@ def chat_of(tokenizer, config, switches, day):
             fail(f"{name}: a rendered chat begins with two tokens that begin a text")
         if not parts or "'type'" not in text:  # a list of parts that was printed
             return chat
-    fail(f"{name}: {problems[1]}")
+    fail(f"{name}: {problems[1]}")  # of contents that are texts, without a system turn
 
 
 def measured(chat):
@@ -197,7 +197,7 @@ def response_ids(chat, prompts, responses, counts):
         n = len(header_ids)
         if ids[:n] != header_ids:
             counts["responses_tokenized_without_header"] += 1
-            (ids,), n = encode(chat, [text.removeprefix(header)]), 0
+            ids = header_ids + encode(chat, [text.removeprefix(header)])[0]
         sequences[index] = prompt, ids[n:]
     for sequence, response in zip(sequences, responses, strict=True):
         if sequence and response.get("finish") != "length":
