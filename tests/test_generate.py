@@ -305,7 +305,7 @@ def test_a_larger_limit_goes_on(tmp_path, capsys, policy, small_blocks):
     assert printed["resumed_rows"] == 4
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     err = refused(tmp_path, capsys, policy, PROMPTS, "--n", "2", "--limit", "6")
-    assert "already has more rows than the 6 requested" in err
+    assert "not the row that this run of 6 rows writes there" in err
 
 
 @pytest.mark.parametrize("backend", ["hf", "vllm"])
@@ -545,14 +545,16 @@ def test_rows_that_are_not_those_of_the_run_are_refused(tmp_path, capsys, policy
     run(tmp_path, capsys, policy, PROMPTS[:3], "--n", "1")
     out = tmp_path / "out.jsonl"
     first, second, third = out.read_text().splitlines(keepends=True)
-    remedy = "this is not the row 'p1' of this run; use another --out, or --overwrite to start over"
+    remedy = (
+        "not the row that this run of 3 rows writes there; use another --out, or --overwrite to start over"
+    )
     foreign = {
         first + '{"id": "q", "a": 1}\n': f"{out}:2: {remedy}",
         first + third: f"{out}:2: {remedy}",
         first + "\n" + second: f"{out}:3: {remedy}",  # a blank line would be cut as if it were a row
         first + '{"prompt": "no id"}\n': f"{out}:2: ",
         first + "no JSON\n" + third: f"{out}:2: ",
-        first + second + third + third: f"--out {out} already has more rows than the 3 requested",
+        first + second + third + third: f"{out}:4: not the row that this run of 3 rows writes there",
     }
     for text, sentence in foreign.items():
         out.write_text(text)

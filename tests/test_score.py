@@ -918,10 +918,10 @@ def test_rows_of_another_run_in_out(tmp_path, capsys):
     path = tmp_path / "scored.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     for number, foreign, sentence in (
-        (1, '{"id": "x"}\n', "this is not the row 'p1' of this run"),
-        (2, lines[0], "this is not the row 'p2' of this run"),
+        (1, '{"id": "x"}\n', "not the row that this run of 3 rows writes there"),
+        (2, lines[0], "not the row that this run of 3 rows writes there"),
         (1, '{"a": 1}\n', "scored.jsonl:2: "),
-        (3, lines[0], "already has more rows than the 3 requested"),
+        (3, lines[0], "not the row that this run of 3 rows writes there"),
     ):
         path.write_text("".join([*lines[:number], foreign, *lines[number + 1 :]]))
         before = path.read_bytes()

@@ -1175,7 +1175,7 @@ def test_more_steps_than_the_run_has_are_refused(whole_run, tmp_path, capsys):
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "loss": 1.0}\n')
     said = refused_run(capsys, *whole_run.flags, "--out", out)
-    assert "already has more rows than the 6 requested" in said
+    assert "not the row that this run of 6 rows writes there" in said
 
 
 def test_a_run_that_another_process_writes_is_refused(whole_run, tmp_path, capsys):
