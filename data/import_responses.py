@@ -1,20 +1,26 @@
 """
 Stage 1 without sampling: other people's answers -> responses, the off-policy data of the papers.
 
-Reads   --data FILE_OR_HUB_ID ...  JSONL, a .json list, .parquet or data sets of the hub, in the form --format
-            rows                     ours: a Row (below); its other keys are passed on
+Reads   --data FILE_OR_HUB_ID ...  JSONL, JSON lists, parquet, CSV, .gz, or hub ids, in the form --format
+            rows                     ours: a Row (below)
+            pairs                    prompt, chosen, rejected, as text or as messages (read_tables.py)
+            csv                      the same columns as CSV, or question, answer_a, answer_b, better (a or b)
             ultrafeedback            openbmb/UltraFeedback: answers of four models, rated by GPT-4
             ultrafeedback_binarized  HuggingFaceH4/ultrafeedback_binarized: pairs, the chosen answer first
             helpsteer2               nvidia/HelpSteer2: two answers to a prompt, rated by people
             oasst2                   OpenAssistant/oasst2: first turns with at least 3 answers (S3 5.1)
             alpaca_eval              the outputs of a model as AlpacaEval keeps them
-Writes  --out FILE  a row per prompt: id, prompt, responses; and x.meta.json, the record of the run
+Writes  --out FILE  a row per prompt or pair: id, prompt, responses; and x.meta.json, the record of the run
 
-Rows of one prompt are merged, also those of several files, and their responses stay in order. A missing id
-becomes a hash of the prompt, and a score that is no number, such as "N/A", null. Prints one JSON object last,
-which counts what was written and left out. The papers are S1 SimpleMix, S3 "What Matters in Data for DPO?".
+A pair stays a row, its chosen answer first, as build_pairs.py --select given expects it; if an id or a prompt
+without one comes again, -2 is added to the id. Other rows of one prompt are merged, also those of several
+files, and their responses stay in order. A missing id becomes a hash of the prompt, and a score that is no
+number, such as "N/A", null. rows, pairs and csv pass all other columns on.
 
-    python data/import_responses.py --format rows --data data/train.jsonl --out out/off.jsonl
+Prints one JSON object last. Its "dropped" counts by reason the rows that are left out: duplicates of earlier
+rows, pairs with an empty answer or two equal ones. S1 is SimpleMix, S3 "What Matters in Data for DPO?".
+
+    python data/import_responses.py --format csv --data mine.csv --out out/off.jsonl
     python data/import_responses.py --format helpsteer2 --data nvidia/HelpSteer2 --out out/off.jsonl
 """
 
@@ -22,7 +28,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -31,16 +36,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 import msgspec
-from pyarrow.parquet import ParquetFile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Message, as_messages, fail, read_jsonl, write_output  # noqa: E402
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+from read_tables import Pair, from_pairs, is_hub_id, read_tables  # noqa: E402
+
+from chat import answer  # noqa: E402
+from common import Message, as_messages, fail, write_output  # noqa: E402
 
 # HelpSteer2's attributes, and their weights in the reward that S1's code makes of them
 WEIGHTS = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")  # of UltraFeedback
 SPLITS = {"ultrafeedback_binarized": "train_prefs", "alpaca_eval": "eval"}  # of hub ids; of the others train
-Prompt = str | list[Message]  # text is one user turn
+PAIRS = ("pairs", "csv", "ultrafeedback_binarized")  # whose rows are never merged
+Prompt = str | list[Message]  # text is one user turn, or hh-rlhf's turns
 
 
 # ----- the shape of the rows of each format, which may have other keys too
@@ -80,7 +88,7 @@ def parse_args(argv=None):
     return args
 
 
-# ----- a row of each format -> {"prompt", "responses"}, and "id" where it has one
+# ----- a row of each format -> {"prompt", "responses"}, and "id" where it has one; or why it is left out
 def from_rows(row, line):
     if "response" in row:
         row["responses"] = [{"text": row.pop("response"), "model": row.pop("model", None)}]
@@ -97,10 +105,11 @@ def from_ultra(row, line):
         scores = {name: entry.get(name) for name in ("overall_score", "fine-grained_score")}
         scores |= {name: (annotations.get(name) or {}).get("Rating") for name in ASPECTS}
         responses.append({"text": entry["response"], "model": entry.get("model"), "scores": scores})
-    return {"prompt": row["instruction"], "dataset": row["source"], "responses": responses}
+    row = {"prompt": row["instruction"], "dataset": row["source"], "responses": responses}
+    return row if responses else "without responses"
 
 
-def from_pair(row, line):
+def from_binarized(row, line):
     (*prompt, chosen), (*same_prompt, rejected) = row["chosen"], row["rejected"]
     if prompt != same_prompt or not chosen["role"] == rejected["role"] == "assistant":
         fail(f"{line}: expected chosen and rejected to be one prompt and two answers of the assistant to it")
@@ -128,32 +137,34 @@ def from_alpaca_eval(row, line):
     return {"prompt": row["instruction"], "dataset": row.get("dataset"), "responses": responses}
 
 
-def oasst2_prompts(table, left_out):
+def oasst2_prompts(table, dropped):
     """Rows of our own form from messages, of which each may come before the one that it answers."""
     prompts, answers = [], {}
     for line, row in table:
         if row.get("deleted"):
-            left_out["deleted_messages"] += 1
+            dropped["deleted message"] += 1
         elif row["role"] == "prompter" and row["parent_id"] is None:
             prompts.append((line, {"id": row["message_id"], "prompt": row["text"], "lang": row.get("lang")}))
         elif row["role"] == "assistant":
             entry = {"text": row["text"], "scores": {"oasst2_rank": row.get("rank")}}
             answers.setdefault(row["parent_id"], []).append(entry)
         else:
-            left_out["other_messages"] += 1
+            dropped["message of a later turn"] += 1
     for line, row in prompts:
         row["responses"] = answers.pop(row["id"], [])
         if len(row["responses"]) >= 3:
             yield line, row
         else:
-            left_out["prompts_with_under_3_answers"] += 1
-    left_out["other_messages"] += sum(map(len, answers.values()))  # answers to later turns
+            dropped["prompt with under 3 answers"] += 1
+    dropped["message of a later turn"] += sum(map(len, answers.values()))  # answers to later turns
 
 
 FORMATS = {  # (keys that a row must have, its translation)
     "rows": (Row, from_rows),
+    "pairs": (Pair, from_pairs),
+    "csv": (Pair, from_pairs),
     "ultrafeedback": ({"source": str | None, "instruction": Prompt, "completions": list[Entry]}, from_ultra),
-    "ultrafeedback_binarized": ({"chosen": Turns, "rejected": Turns}, from_pair),
+    "ultrafeedback_binarized": ({"chosen": Turns, "rejected": Turns}, from_binarized),
     "helpsteer2": ({"prompt": Prompt, "response": str, **dict.fromkeys(WEIGHTS, Any)}, from_helpsteer2),
     "oasst2": ({"message_id": str, "parent_id": str | None, "text": str, "role": str}, from_rows),
     "alpaca_eval": ({"instruction": Prompt, "output": str, "generator": str}, from_alpaca_eval),
@@ -168,11 +179,12 @@ def rating(value):
 
 
 def finish_row(row, line, source):
-    """(text of the prompt, the row with messages as its prompt, a text id and responses with all keys)."""
+    """(hash of the prompt, the row with messages as its prompt, a text id and responses with all keys)."""
     turns = as_messages(row["prompt"], line)
     row["prompt"] = [{"role": turn["role"], "content": turn["content"], **turn} for turn in turns]
     text = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
-    row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16] if row.get("id") is None else str(row["id"])
+    key = hashlib.sha256(text.encode()).hexdigest()
+    row["id"] = key[:16] if row.get("id") is None else str(row["id"])
     responses = []
     for entry in row["responses"]:
         entry = {"text": entry} if isinstance(entry, str) else entry
@@ -180,79 +192,77 @@ def finish_row(row, line, source):
         response |= {"finish": entry.get("finish"), "tokens": None, "token_ids": None, "tokenizer": None}
         scores = {name: rating(value) for name, value in (entry.get("scores") or {}).items()}
         responses.append(response | {"scores": scores or None})
-    for key in ("responses", "wins", "cosine", "labeler"):  # the last three are about earlier responses
-        row.pop(key, None)
-    return text, row | {"responses": responses}
+    for name in ("responses", "wins", "cosine", "labeler"):  # the last three are about earlier responses
+        row.pop(name, None)
+    return key, row | {"responses": responses}
+
+
+def numbers_of(row):
+    """What the record counts of a row's responses."""
+    responses = row["responses"]
+    cut = sum(response["finish"] == "length" for response in responses)
+    empty = sum(not answer(response).strip() for response in responses)
+    return Counter(responses=len(responses), truncated=cut, empty=empty)
 
 
 # ----- main
 def main(args):
     started = time.time()
-    keys, translate = FORMATS[args.format]
-    shape = Row if keys is Row else TypedDict(args.format, keys)
-    left_out, hub_files = Counter(rows_merged_into_others=0), {}
-    table = read_table(args, shape, hub_files)
-    table = oasst2_prompts(table, left_out) if args.format == "oasst2" else table
-    rows, prompts = {}, {}  # {text of the prompt: row}, {id: text of the prompt}
-    for line, row in table:
-        row = translate(row, line)
-        if not row["responses"]:
-            left_out["without_responses"] += 1
-            continue
-        text, row = finish_row(row, line, args.source)
-        if prompts.setdefault(row["id"], text) != text:
-            fail(f"{line}: the id {row['id']} has another prompt in an earlier row")
-        first = rows.setdefault(text, row)
-        if first is not row:
-            first["responses"] += row["responses"]
-            left_out["rows_merged_into_others"] += 1
+    dropped, hub_files = Counter(), {}
+    rows, merged = gather(args, dropped, hub_files)
     if not rows:
-        fail(f"{', '.join(args.data)}: no prompt with responses is left: {json.dumps(left_out)}")
+        fail(f"{', '.join(args.data)}: no prompt with responses is left; dropped: {json.dumps(dropped)}")
     rows = list(rows.values())[: args.limit]
-    responses = [response for row in rows for response in row["responses"]]
-    counts = {"rows": len(rows), "responses": len(responses), **left_out}
-    counts["truncated"] = sum(response["finish"] == "length" for response in responses)
-    counts["empty"] = sum(not response["text"].rpartition("</think>")[2].strip() for response in responses)
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    counts = {"rows": len(rows), "responses": 0, "truncated": 0, "empty": 0}
+    counts |= sum((numbers for _, numbers in rows), Counter())
+    counts |= {"rows_merged_into_others": merged, "dropped": dropped}
     files = [name for name in args.data if name not in hub_files]
+    lines = (one_line(parts) for parts, _ in rows)
     seconds = round(time.time() - started, 2)
     write_output(args, files, lines, counts=counts, hub_files=hub_files, seconds=seconds)
     print(json.dumps({"out": args.out, **counts}))
 
 
-def is_hub_id(name):
-    is_file = os.path.exists(name) or name.endswith((".json", ".jsonl", ".parquet", ".gz"))
-    return not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-def read_table(args, shape, hub_files):
-    """Yield ("file:row", row) of all data; a row that does not fit the TypedDict `shape` ends the run."""
-    for name in args.data:
-        is_list = name.endswith(".json") and os.path.isfile(name) and Path(name).read_bytes()[:1] == b"["
-        if not is_list and not name.endswith(".parquet") and not is_hub_id(name):
-            yield from read_jsonl(name, shape)
+def gather(args, dropped, hub_files):
+    """({prompt, or id of a pair: (its rows, numbers_of them)}, how many rows were merged into others)."""
+    keys, translate = FORMATS[args.format]
+    shape = TypedDict(args.format, keys) if isinstance(keys, dict) else keys
+    split = args.split or SPLITS.get(args.format, "train")
+    table = read_tables(args.data, split, args.format, shape, dropped, hub_files)
+    table = oasst2_prompts(table, dropped) if args.format == "oasst2" else table
+    rows, prompts, repeats, merged = {}, {}, Counter(), 0
+    for line, row in table:
+        row = translate(row, line)
+        if isinstance(row, str):
+            dropped[row] += 1
             continue
-        number = 0
-        try:
-            if is_list:
-                rows = msgspec.json.decode(Path(name).read_bytes())
-            elif name.endswith(".parquet"):
-                rows = ParquetFile(name).read().to_pylist()
-            else:
-                os.environ.update(HF_HUB_VERBOSITY="critical", DATASETS_VERBOSITY="critical")
-                import datasets  # slow, and needed only here
+        key, row = finish_row(row, line, args.source)
+        if args.format in PAIRS:
+            key = row["id"] = new_id(row["id"], prompts, repeats)
+        if prompts.setdefault(row["id"], key) != key:
+            fail(f"{line}: the id {row['id']} has another prompt in an earlier row")
+        parts, numbers = rows.setdefault(key, ([], Counter()))
+        merged += bool(parts)
+        parts.append(msgspec.json.encode(row))  # a tenth of the memory of the row
+        numbers.update(numbers_of(row))
+    return rows, merged
 
-                rows = datasets.load_dataset(name, split=args.split or SPLITS.get(args.format, "train"))
-                hub_files[name] = rows.cache_files  # their path contains the commit
-            for number, row in enumerate(rows, 1):
-                row = msgspec.json.decode(msgspec.json.encode(row))  # dates become text, nan null
-                if name in hub_files and shape is Row:  # `datasets` gives all rows the keys of all others
-                    row = {key: value for key, value in row.items() if value is not None}
-                msgspec.convert(row, shape)
-                yield f"{name}:{number}", row
-        except Exception as error:  # of many libraries
-            sentence = " ".join(str(error.__cause__ or error).split())[:300]
-            fail(f"{name}:{number}: {sentence}" if number else f"{name}: {sentence}")
+
+def new_id(name, ids, repeats):
+    """The id or, where an earlier row has it, the first of ID-2, ID-3, ... that none has."""
+    new = name
+    while new in ids:
+        repeats[name] += 1
+        new = f"{name}-{repeats[name] + 1}"
+    return new
+
+
+def one_line(parts):
+    """The rows of a prompt as one, with the responses of all."""
+    row, *others = map(msgspec.json.decode, parts)
+    for other in others:
+        row["responses"] += other["responses"]
+    return json.dumps(row, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_score_keeps_all_its_digits(tmp_path, capsys, kind):
     scores = [1.2345678901234567, 0.1 + 0.2, 1e-12, 1e300]
     given = [{**copy.deepcopy(ULTRA[0]), "prompt_id": None, "score_chosen": score} for score in scores]
     rows, _ = run_import(tmp_path, capsys, write_table(tmp_path / f"d.{kind}", given), FORM_OF_PAIRS)
-    assert [response["scores"]["ultrafeedback"] for response in rows[0]["responses"][::2]] == scores
+    assert [row["responses"][0]["scores"]["ultrafeedback"] for row in rows] == scores
 
 
 def test_dates_and_missing_numbers_of_a_parquet_file(tmp_path, capsys):
@@ -205,11 +205,12 @@ ULTRA = [ultra(k) for k in range(4)]
 def test_ultrafeedback_binarized(tmp_path, capsys, kind):
     data = write_table(tmp_path / f"train_prefs.{kind}", ULTRA)
     rows, printed = run_import(tmp_path, capsys, data, FORM_OF_PAIRS)
-    assert [row["id"] for row in rows] == ["id0", "id1", "id2"] and printed["rows_merged_into_others"] == 1
-    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": f"q{k}"}] for k in range(3)]
-    scores = [{"ultrafeedback": score} for score in (8.0, 5.5, 11.0, 5.5)]
-    texts = ["good 0", "bad 0", "good 3", "bad 3"]
-    assert texts_and_scores(rows[0]) == list(zip(texts, scores))
+    assert [row["id"] for row in rows] == ["id0", "id1", "id2", "id0-2"]  # a row stays a pair
+    assert printed["rows_merged_into_others"] == 0 and printed["dropped"] == {}
+    assert [row["prompt"][0]["content"] for row in rows] == ["q0", "q1", "q2", "q0"]
+    for k, row in enumerate(rows):
+        scores = [{"ultrafeedback": score} for score in (8.0 + k, 5.5)]
+        assert texts_and_scores(row) == list(zip([f"good {k}", f"bad {k}"], scores))
     assert {response["source"] for row in rows for response in row["responses"]} == {"off"}
 
 
@@ -305,8 +306,8 @@ def test_ultrafeedback(tmp_path, capsys, kind):
     assert row["dataset"] == "truthful_qa" and "source" not in row
     sources = [(response["model"], response["source"]) for response in row["responses"]]
     assert sources == [("a", "off"), ("b", "off"), ("c", "off")]
-    counts = [printed[name] for name in ("without_responses", "rows_merged_into_others", "responses")]
-    assert counts == [1, 1, 3]
+    assert (printed["rows_merged_into_others"], printed["responses"]) == (1, 3)
+    assert printed["dropped"] == {"without responses": 1}
 
 
 # ----- HelpSteer2
@@ -384,13 +385,13 @@ def test_oasst2_keeps_first_turns_with_three_answers(tmp_path, capsys, kind):
     ranks = [("a", 1.0), ("b", 0.0), ("c", None)]
     assert texts_and_scores(rows[0]) == [(text, {"oasst2_rank": rank}) for text, rank in ranks]
     assert [response["text"] for response in rows[1]["responses"]] == ["before its prompt", "d", "e"]
-    names = ("prompts_with_under_3_answers", "deleted_messages", "other_messages", "rows", "responses")
-    # others: again, later, h; with zwei's two answers all 20 messages are accounted for
-    assert [printed[name] for name in names] == [1, 2, 3, 3, 9]
+    # of later turns: again, later, h; with zwei's two answers all 20 messages are accounted for
+    reasons = {"prompt with under 3 answers": 1, "deleted message": 2, "message of a later turn": 3}
+    assert printed["dropped"] == reasons and (printed["rows"], printed["responses"]) == (3, 9)
     (tmp_path / "off.jsonl").unlink()
     err = refused(tmp_path, capsys, write_table(tmp_path / f"few.{kind}", TREES[:3]), "oasst2")
-    assert f"few.{kind}: no prompt with responses is left: " in err
-    assert '"prompts_with_under_3_answers": 1' in err
+    assert f"few.{kind}: no prompt with responses is left; dropped: " in err
+    assert '"prompt with under 3 answers": 1' in err
 
 
 def test_oasst2_in_two_files(tmp_path, capsys):
@@ -515,7 +516,7 @@ def test_a_table_without_the_columns_or_without_rows(tmp_path, capsys, form, kin
     err = refused(tmp_path, capsys, tmp_path / f"none.{kind}", form)
     sentence = "expected JSON lines, found no file or an empty one"
     if kind != "jsonl":
-        sentence = 'no prompt with responses is left: {"rows_merged_into_others": 0'
+        sentence = "no prompt with responses is left; dropped: {"
     assert f"none.{kind}: {sentence}" in err
 
 
@@ -527,7 +528,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys, form):
         ("numbers.json", b"[7]", ":1: "),
         ("brackets.json", b"[" * 1_500, ": "),
         ("torn.jsonl", f"{line}\n{line[:-3]}\n".encode(), ":2: "),
-        ("list.jsonl", f"[{line}]".encode(), ":1: "),
+        ("list.jsonl", f"[{line},".encode(), ": cannot be read: "),
         ("nan.jsonl", line[:-1].encode() + b', "unknown": NaN}', ":1: "),
         ("latin.jsonl", b'{"a": "\xfc"}', ":1: "),
         ("latin.json", b'[{"a": "\xfc"}]', ": "),
