@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,17 @@ sys.path.insert(0, str(REPO))
 import pytest  # noqa: E402
 from models import CHATML, make_policy, make_tokenizer  # noqa: E402, F401
 from processes import Script  # noqa: E402
+
+
+def tracked(*patterns):
+    """Files that git tracks, as paths in the repository; without git, files there. None is my_*: those are
+    a user's copies, which break no test."""
+    command = ["git", "ls-files", "--", *(f":(glob){pattern}" for pattern in patterns)]
+    lines = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.splitlines()
+    paths = {Path(line) for line in lines if (REPO / line).exists()}
+    if not paths:
+        paths = {path.relative_to(REPO) for pattern in patterns for path in REPO.glob(pattern)}
+    return sorted(str(path) for path in paths if not path.name.startswith("my_"))
 
 
 @pytest.fixture(scope="session")

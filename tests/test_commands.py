@@ -16,13 +16,12 @@ import sys
 from functools import lru_cache
 
 import pytest
-from conftest import REPO
+from conftest import REPO, tracked
 from test_style import SIDE, SIZES
 
 SCRIPTS = [f"{name}.py" for name in SIZES]
 SCRIPTS += [path for path in SIDE if "def parse_args(" in (REPO / path).read_text()]  # others are imported
-DOCUMENTS = [REPO / "README.md", REPO / "recipes" / "on_all_gpus.sh", *sorted(REPO.glob("*/README.md"))]
-DOCUMENTS += sorted(REPO.glob("results/*/README.md"))
+DOCUMENTS = tracked("README.md", "*/README.md", "results/*/README.md", "recipes/on_all_gpus.sh")
 
 
 def commands(text):
@@ -65,8 +64,7 @@ def sources():
         docstring = ast.get_docstring(ast.parse((REPO / script).read_text()))
         yield from ((script, command) for command in commands(docstring))
     for path in DOCUMENTS:
-        name = str(path.relative_to(REPO))
-        yield from ((name, command) for command in commands(path.read_text()))
+        yield from ((path, command) for command in commands((REPO / path).read_text()))
 
 
 SOURCES = list(sources())

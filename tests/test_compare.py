@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPO, write_rows
+from conftest import REPO, tracked, write_rows
 from test_lc import annotate, arrays, categories_of, entries, of_lengths, official, percentiles, rates_by_hand
 
 import evaluate
@@ -402,6 +402,6 @@ def test_a_line_of_differences(tmp_path, capsys):
 def test_tables_of_results_are_those_of_their_json(capsys):
     claims.main(claims.parse_args([str(REPO / "results" / "claims.json")]))
     assert capsys.readouterr().out in (REPO / "results" / "README.md").read_text()
-    for readme in sorted((REPO / "results").glob("*/README.md")):
+    for readme in [REPO / path for path in tracked("results/*/README.md")]:
         differences.main(differences.parse_args([str(readme.parent)]))
         assert capsys.readouterr().out in readme.read_text(), readme

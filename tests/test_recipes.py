@@ -3,13 +3,15 @@ demo.sh and the recipes from the first line to the last, with a stand-in for Pyt
 
 Covers  every command is understood by the script that it names; every file that it reads was made by an
         earlier one or is in the project; what a recipe needs and does not have is one sentence, before the
-        first command; a failed step ends it; a kill of on_all_gpus.sh reaches what it started.
+        first command; a failed step ends it; a kill of on_all_gpus.sh reaches what it started. Every name in
+        capitals reaches a command when it is set from outside; another start with other settings is refused.
 Run     python -m pytest tests/test_recipes.py
 """
 
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,10 +21,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, write_rows
+from conftest import REPO, tracked, write_rows
 from test_commands import SCRIPTS, module_of
 
-RECIPES = sorted(path.name for path in (REPO / "recipes").glob("*.sh") if path.name != "settings.sh")
+RECIPES = [path.removeprefix("recipes/") for path in tracked("recipes/*.sh")]
+RECIPES.remove("settings.sh")
 BEFORE = {"s1_fig3.sh": "s1_table2.sh"}  # the recipe whose verdicts it reads
 SAMPLES_NOTHING = ("s1_fig7.sh",)
 SOURCED = [name for name in RECIPES if "settings.sh" in (REPO / "recipes" / name).read_text()]
@@ -30,7 +33,7 @@ SOURCED = [name for name in RECIPES if "settings.sh" in (REPO / "recipes" / name
 # Notes "SCRIPT FLAGS" in commands.log, missing files in missing.log, and writes what the script would.
 STAND_IN = r"""#!/usr/bin/env bash
 case $1 in -c) echo 0.6; exit ;; -) cat >/dev/null; exit ;; esac
-[ "$1" = --nproc-per-node ] && shift 2
+[ "$1" = --nproc-per-node ] && { echo "gpus $2" >>gpus.log; shift 2; }
 printf '%s\n' "$(printf '%q ' "$@")" >>commands.log # at once: two GPUs write
 script=$1
 shift
@@ -51,7 +54,7 @@ for word in "$@"; do
   last=$word
 done
 case $script in
-  train_dpo.py | recipes/train_online.py)
+  train_dpo.py | my_train.py | recipes/train_online.py)
     mkdir -p "$out"
     touch "$out"/{config.json,metrics.jsonl,metrics.meta.json} ;;
   data/get_models.py) mkdir -p "$out"/{policy,reward}; touch "$out"/{policy,reward}/config.json ;;
@@ -70,6 +73,8 @@ def checkout(tmp_path):
         shutil.copytree(REPO / name, tmp_path / name)
     for name in ("demo.sh", "requirements.txt", "requirements-cpu.txt", "constraints.txt"):
         shutil.copy(REPO / name, tmp_path)
+    for name in ("build_pairs.py", "train_dpo.py", "score.py"):
+        (tmp_path / name).touch()
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     nvidia = "#!/bin/sh\n[ $# = 0 ] || printf '0\\n1\\n'\n"
@@ -216,6 +221,258 @@ def test_what_a_recipe_needs(checkout, variables, sentence):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
     assert not (checkout / "commands.log").exists() and not (checkout / "out").exists()
+
+
+# ----- names in capitals
+FLAGS = {  # words, and what shows that they came
+    "OFF_POLICY": ("--format pairs --data my_pairs.jsonl", "--data my_pairs.jsonl"),
+    "PREFERENCE": ("my_preference.py --model my/preference", "my_preference.py --model my/preference"),
+    "SAMPLE": ("--max-tokens 77 --top-p 0.7", "--max-tokens 77 --top-p 0.7"),
+    "PAIRS": ("--total 21 --seed 1", "--total 21 --seed 1"),
+    "TRAIN": ("--lr 4e-6 --batch-size 2", "--lr 4e-6 --batch-size 2"),
+    "ANSWER": ("my_answer.py --greedy", "my_answer.py --max-tokens 77 --top-p 0.7 --greedy"),
+}
+VALUES = {
+    "PAIRS_SCRIPT": ("my_pairs.py", "my_pairs.py --scored"),
+    "TRAIN_SCRIPT": ("my_train.py", "my_train.py --"),
+    "SCORE_SCRIPT": ("my_score.py", "my_score.py --model"),
+    "REWARD": ("my/reward", "--model my/reward"),
+    "MODEL": ("my/model", " my/model "),
+    "MODELS": ("my/model my/second", "--model my/second"),
+    "N_PROMPTS": ("7", "--limit 7"),
+    "N_PAIRS": ("20", r"--total (20|15)"),  # S2's demo takes three quarters
+    "N_EVAL": ("6", r"--limit 6|--allow-missing"),
+    "OUT": ("my_out", "--out my_out/"),
+    "JUDGE": ("my_judge", "--model my_judge"),
+    "PAIR_JUDGE": ("my_pair_judge", "--model my_pair_judge"),
+    "LABELER": ("my_labeler", "--model my_labeler"),
+    "ALPACA": ("my_alpaca", "my_alpaca/"),
+    "GPUS": ("3", "gpus 3"),
+    "SEEDS": ("5 6", "--seed 6"),
+    "SEED": ("8", "--seed 8"),
+    "SHARE": ("0.3", "--on-ratio 0.3"),
+    "SHARES": ("0.31", r"--on-ratio 0.31|:0.31"),
+    "ROUNDS": ("4", "round_4"),
+    "FILTERS": ("my_filter", "--filter my_filter:"),
+    "BETAS": ("0.7", "--beta 0.7"),
+    "RATES": ("3e-6", "--lr 3e-6"),
+    "LOSS": ("my_loss", "--loss my_loss"),
+    "STARTS": ("my/model my/start", "--model my/start"),
+    "FIG4": ("my_fig4", "my_fig4/"),
+    "STAGES": ("my_stages", "my_stages/"),
+    "TIERS": ("my_tiers", "my_tiers/"),
+    "RUN": ("my_run", "my_run_on.judged/"),
+    "LLAMA": ("my/llama", "--model my/llama"),
+    "PAPER": ("my_paper.csv", "--paper my_paper.csv"),
+    "HYPO": ("--method hypo --max-new 9", "--method hypo --max-new 9"),
+    "ONLINE": ("--method online-dpo --max-new 8", "--method online-dpo --max-new 8"),
+    "SFT": ("--loss sft --lr 3e-7", "--loss sft --lr 3e-7"),
+    "S3": ("--preset s3 --epochs 3", "--preset s3 --epochs 3"),
+    "OTHERS": ("my/first my/other", "--model my/other"),
+    "OTHER": ("--n 3", "--n 3 "),
+    "SEEN": ("my_seen.jsonl", "a prompt that was seen"),
+    "GAP": ("0.9", "--gap 0.9"),
+    "K": ("5", "--n 5"),
+    "RULES": ("my_rule", "--replace-rule my_rule"),
+    "SETS": ("my_set sft online", "my_set_seed6"),
+}
+SETTINGS = (REPO / "recipes" / "settings.sh").read_text()
+DATA = {  # at the demo's scale, at the papers'
+    "delta.sh": ["--format rows --data my.jsonl"] * 2,
+    "s1_table2.sh": ["helpsteer2", "demo"],
+    "s3_b1.sh": ["--format rows --data my.jsonl"] * 2,
+    "s3_gaps.sh": ["--format rows --data my.jsonl"] * 2,
+    "s3_onpolicy.sh": ["oasst2"] * 2,
+    "s3_tiers.sh": ["oasst2"] * 2,
+}
+COMES_FROM = {
+    "helpsteer2": "--data nvidia/HelpSteer2",
+    "oasst2": "--data OpenAssistant/oasst2",
+    "demo": "model_demo/",
+}
+
+
+def names_of(recipe, kind="setting|default"):
+    """The names in capitals that a recipe and settings.sh give a default."""
+    text = (REPO / "recipes" / recipe).read_text()
+    shared, s3 = SETTINGS, re.search(r"s3_settings\(\) {.*?\n}", SETTINGS, re.DOTALL)[0]
+    text += shared if "s3_settings" in text else shared.replace(s3, "")
+    return set(re.findall(rf"^ *(?:{kind}) ([A-Z][A-Z0-9_]*)", text, re.MULTILINE))
+
+
+def is_used(name, recipe, scale):
+    """Whether a recipe has a use for a name of its own or of settings.sh."""
+    if recipe == "s1_fig7.sh":
+        return name == "OUT" or scale == "paper" and name in ("ALPACA", "LABELER", "N_EVAL")
+    if recipe == "s1_fig3.sh":
+        paper = ("ALPACA", "N_EVAL")
+        return name in ("RUN", "PAPER", "OUT", *(paper if scale == "paper" else ["MODEL"]))
+    if scale == "demo" and name in ("JUDGE", "LABELER", "PAIR_JUDGE", "ALPACA", "GPUS"):
+        return False
+    if name == "PREFERENCE":
+        return recipe.startswith("s2")
+    if scale == "paper" and recipe.startswith("s2"):
+        return name not in ("REWARD", "SCORE_SCRIPT")
+    if name == "OFF_POLICY":
+        others = ("s3_b1.sh",) if scale == "demo" else ("delta.sh", *(r for r in RECIPES if r[:2] == "s3"))
+        return recipe not in others
+    return True
+
+
+def start(checkout, recipe, scale, variables):
+    """Run a recipe; returns what shows which variables came."""
+    for model in ("policy", "reward"):
+        (checkout / "out" / "models" / model).mkdir(parents=True, exist_ok=True)
+        (checkout / "out" / "models" / model / "config.json").touch()
+    shutil.copytree(checkout / "alpaca_eval", checkout / "my_alpaca", dirs_exist_ok=True)
+    for name in ("my_pairs.py", "my_train.py", "my_score.py", "my_paper.csv"):
+        (checkout / name).touch()
+    (checkout / "my_seen.jsonl").write_text("a prompt that was seen\n")
+    for name in ("on", "off"):
+        (checkout / f"my_run_{name}.judged").mkdir(exist_ok=True)
+        (checkout / f"my_run_{name}.judged" / "0.jsonl").touch()
+    needed = {"SCALE": scale, "JUDGE": "judge", "OPENAI_API_KEY": "key", "CUDA_VISIBLE_DEVICES": "0"}
+    done = run(checkout, f"recipes/{recipe}", **needed | variables)
+    assert done.returncode == 0, done.stderr
+    notes = [checkout / "commands.log", checkout / "gpus.log", *checkout.glob("my_*/seen.jsonl")]
+    return "\n".join(path.read_text() for path in notes if path.exists())
+
+
+def test_no_name_in_capitals_is_set_otherwise():
+    for path in [REPO / "recipes" / "settings.sh", *(REPO / "recipes" / name for name in SOURCED)]:
+        text = re.sub(r"<<'END'.*?\nEND\n", "\n", path.read_text(), flags=re.DOTALL)
+        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+        for line in lines:
+            for name, value in re.findall(r"(?<![\w$\"'{])([A-Z][A-Z0-9_]*)\+?=(\S*.*)", line):
+                nested = "bash recipes/" in line or "stop " in line
+                assert nested or f"${name}" in value or f"${{{name}:-" in value, f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("recipe", SOURCED)
+def test_every_name_can_be_set_from_outside(checkout, recipe, scale):
+    names = names_of(recipe) - {"DATA"}
+    assert names <= VALUES.keys() | FLAGS.keys()
+    quick = {name: VALUES[name] for name in ("SEEDS", "SHARES", "BETAS", "RATES", "FILTERS", "SETS", "OUT")}
+    quick |= {name: VALUES[name] for name in ("STAGES", "TIERS", "FIG4", "RUN", "JUDGE", "SEEN")}
+    for values in (VALUES, FLAGS | quick):
+        (checkout / "commands.log").unlink(missing_ok=True)
+        shutil.rmtree(checkout / "my_out", ignore_errors=True)
+        values = {name: value for name, value in values.items() if name in names}
+        text = start(checkout, recipe, scale, {name: value for name, (value, _) in values.items()})
+        came = {name for name, (_, shows) in values.items() if re.search(shows, text)}
+        assert came == {name for name in values if is_used(name, recipe, scale)}
+    if recipe not in ("s1_fig3.sh", "s1_fig7.sh"):  # which make everything again
+        lines = (checkout / "my_out" / "settings.txt").read_text().splitlines()
+        kept = {line.partition("=")[0] for line in lines} - {"JUDGE", "LABELER"}
+        assert kept == names_of(recipe, "setting") | {"SCALE"}
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("recipe", DATA)
+def test_data_from_outside(checkout, recipe, scale):
+    data = DATA[recipe][scale == "paper"]
+    text = start(checkout, recipe, scale, {"DATA": data, "MODEL": "my/model", "SEEDS": "0"})
+    assert COMES_FROM.get(data, data) in text
+    assert "UltraFeedback" not in text and "data/train.jsonl" not in text
+
+
+def test_the_names_of_supervised_training_at_the_start(checkout):
+    trl = checkout / ".venv-trl" / "bin" / "trl"
+    trl.parent.mkdir(parents=True)
+    trl.write_text('#!/bin/sh\necho "$@" >trl.log\n')
+    trl.chmod(0o755)
+    text = (REPO / "recipes" / "s2_sft.sh").read_text()
+    values = {
+        "MODEL": "my/model",
+        "OUT": "my_out",
+        "GPUS": "2",
+        "LAUNCH": "my_launch",
+        "ULTRACHAT": "my/chat",
+    }
+    assert set(re.findall(r"^([A-Z]+)=\$\{\1:-", text, re.MULTILINE)) == values.keys()
+    assert set(re.findall(r"^([A-Z]+)=", text, re.MULTILINE)) == values.keys()
+    assert run(checkout, "recipes/s2_sft.sh", **values).returncode == 0
+    command = (checkout / "trl.log").read_text() + (checkout / "my_out" / "data.yaml").read_text()
+    for words in ("path my/model", "dir my_out", "processes 2", "config my_launch", "path: my/chat"):
+        assert words in command
+
+
+def test_a_blank_is_no_flags(checkout):
+    text = start(checkout, "s1_fig4.sh", "demo", {"PAIRS": " ", "SAMPLE": "", "SHARES": "0.5"})
+    assert "build_pairs.py" in text and "--total" not in text  # and what is empty counts as not set:
+    assert "generate.py --max-tokens 48 --dtype float32 --backend hf --model" in text
+
+
+def test_two_models_have_start_answers_of_their_own(checkout):
+    text = start(checkout, "s1_table2.sh", "demo", {"MODELS": "my/first my/second"})
+    for name in ("first", "second"):
+        judged = rf"score.py .*/{name}_start.answers/0.jsonl .*/{name}_demo_on.answers/0.jsonl"
+        assert re.search(judged, text)
+
+
+@pytest.mark.parametrize(
+    "name, value, found",
+    [
+        ("SEEDS", "0", "SEEDS=0 1, this run has SEEDS=0"),
+        ("SEEDS", "0 1 2", "SEEDS=0 1, this run has SEEDS=0 1 2"),
+        ("N_EVAL", "8", "N_EVAL=64, this run has N_EVAL=8"),
+        (
+            "N_PAIRS",
+            "8",
+            "N_PAIRS=32, PAIRS=--total 32, this run has N_PAIRS=8, PAIRS=--total 8",
+        ),
+        (
+            "N_PROMPTS",
+            "8",
+            "N_PROMPTS=64, OFF_POLICY=--format rows --data data/train.jsonl --limit 64, this run has "
+            "N_PROMPTS=8, OFF_POLICY=--format rows --data data/train.jsonl --limit 8",
+        ),
+        ("MODEL", "my/model", "MODEL=out/models/policy, this run has MODEL=my/model"),
+        ("TRAIN_SCRIPT", "my_train.py", "TRAIN_SCRIPT=train_dpo.py, this run has TRAIN_SCRIPT=my_train.py"),
+        ("SAMPLE", " ", "SAMPLE=--max-tokens 48 --dtype float32 --backend hf, this run has SAMPLE= "),
+    ],
+)
+def test_other_settings_are_not_mixed(checkout, name, value, found):
+    first = {"OUT": "my_out", "SEEDS": "0 1", "SHARES": "0.5"}
+    start(checkout, "s1_fig4.sh", "demo", first)
+    before = (checkout / "commands.log").read_text()
+    done = run(checkout, "recipes/s1_fig4.sh", SCALE="demo", **first | {name: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"s1_fig4.sh: my_out/settings.txt has {found}; use another OUT\n"
+    assert (checkout / "commands.log").read_text() == before
+    again = start(checkout, "s1_fig4.sh", "demo", first | {"SHARES": "1", "GPUS": "2"})
+    assert again.count("--on-ratio 1") == 2  # other shares have names of their own: the table has all
+
+
+def test_a_script_that_does_not_exist(checkout):
+    make_demo_models(checkout)
+    for name in ("PAIRS_SCRIPT", "TRAIN_SCRIPT", "SCORE_SCRIPT"):
+        done = run(checkout, "recipes/s1_fig4.sh", SCALE="demo", **{name: "my_copy.py"})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"s1_fig4.sh: {name}=my_copy.py does not exist in {checkout}; give")
+        assert done.stderr.count("\n") == 1
+    done = run(checkout, "recipes/s1_fig4.sh", SCALE="demo", OUT="my out")
+    assert done.returncode == 2
+    assert done.stderr == "s1_fig4.sh: OUT=my out has a blank, where lists are split; use a path without\n"
+    assert not (checkout / "commands.log").exists() and sorted(os.listdir(checkout / "out")) == ["models"]
+
+
+def test_a_recipe_that_was_copied_elsewhere_runs_nothing(checkout):
+    shutil.copy(checkout / "recipes" / "s1_fig4.sh", checkout / "my_figure.sh")
+    done = run(checkout, "my_figure.sh", SCALE="demo")
+    assert done.returncode == 1 and "settings.sh: No such file" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (checkout / "commands.log").exists()
+    shutil.copy(checkout / "recipes" / "s1_fig4.sh", checkout / "recipes" / "my_figure.sh")
+    make_demo_models(checkout)
+    assert run(checkout, "recipes/my_figure.sh", SCALE="demo", SHARES="0.5").returncode == 0
+
+
+def test_the_runs_of_another_model(checkout):
+    done = run(checkout, "recipes/s1_fig3.sh", MODEL="my/model")
+    assert done.stderr.startswith(
+        "s1_fig3.sh: out/s1_table2/paper/model_ultrafeedback_on.judged/0.jsonl does"
+    )
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])

@@ -1,7 +1,7 @@
 """
 The form of the scripts: how long they are, what they import, how much a line says at once.
 
-Covers  files that git tracks (a copy beside them breaks nothing): formatted sizes, which are never raised;
+Covers  files that git tracks, but for my_*.py, a user's copies: formatted sizes, which are never raised;
         functions and statements that are too long; AST nodes per line of code; imports; names; `fmt: off`.
         Layout and line length are `ruff format --check` and `ruff check` in tests/run.sh.
 Run     python -m pytest tests/test_style.py
@@ -9,11 +9,10 @@ Run     python -m pytest tests/test_style.py
 
 import ast
 import io
-import subprocess
 import tokenize
 
 import pytest
-from conftest import REPO
+from conftest import REPO, tracked
 
 SIZES = {  # DESIGN's
     "generate": 500,
@@ -37,15 +36,7 @@ NO_CODE = {
 }
 
 
-def tracked():
-    """Python files of the top level and of FOLDERS that git tracks; without git those that are there."""
-    done = subprocess.run(["git", "ls-files", "*.py"], cwd=REPO, capture_output=True, text=True)
-    paths = [REPO / path for path in done.stdout.splitlines()] or [*REPO.glob("*.py"), *REPO.glob("*/*.py")]
-    paths = [path for path in paths if path.parent == REPO or path.parent.name in FOLDERS]
-    return sorted(str(path.relative_to(REPO)) for path in paths if path.exists())
-
-
-TRACKED = tracked()
+TRACKED = tracked("*.py", *(f"{folder}/*.py" for folder in FOLDERS))
 TOP = [path for path in TRACKED if "/" not in path]
 SIDE = [path for path in TRACKED if "/" in path]
 SCRIPTS = [f"{name}.py" for name in SIZES] + SIDE
@@ -67,6 +58,7 @@ def imported(nodes, path):
 
 
 def test_the_top_level_has_these_scripts():
+    """A copy that you commit is no such script if it is named my_NAME.py."""
     assert TOP == sorted(f"{name}.py" for name in SIZES | SHARED)
 
 
