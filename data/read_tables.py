@@ -116,7 +116,7 @@ def parquet_rows(file):
         if isinstance(file, gzip.GzipFile):  # whose end, which is read first, is far away
             shutil.copyfileobj(file, copy)
             file = copy
-        for batch in ParquetFile(file, pre_buffer=False).iter_batches(BATCH):
+        for batch in ParquetFile(file, pre_buffer=False, buffer_size=2**20).iter_batches(BATCH):
             yield from map(plain, batch.to_pylist())
 
 
