@@ -22,7 +22,7 @@ Wins = list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]]  # [i][j]: 
 Record = TypedDict("Record", {"args": dict, "inputs": dict, "models": dict})
 HH_TURN = r"(?s)\n\n(Human|Assistant): ?(.*?)(?=\n\n(?:Human|Assistant):|$)"  # of hh-rlhf's texts
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-CONVERT = "convert CSV, parquet and .json lists with data/import_responses.py --format ..."
+CONVERT = "convert with data/import_responses.py --format pairs, csv or another"
 START_OVER = "use another --out, or --overwrite to start over"
 
 
@@ -154,11 +154,12 @@ def make_record(args, inputs, models=()):
 
 def code_of_run():
     """{name: sha256} of the script, and of the modules that it imported from its folder or from this one."""
-    folders = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent
+    home = Path(__file__).resolve().parent
+    script = Path(getattr(sys.modules["__main__"], "__file__", __file__)).resolve()
     code = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "").resolve()
-        if path.parent in folders and path.is_file():
+        if path.parent in (home, script.parent) and path.is_file():
             code[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return code
 
@@ -204,17 +205,15 @@ def check_output(out, inputs):
 def write_output(args, inputs, lines, **facts):
     """The output of a quick script, which replaces an older one as a whole, and its record."""
     check_output(args.out, inputs)
-    record = make_record(args, inputs) | facts
     replace_file(args.out, lines)
-    write_record(args.out, record)
+    write_record(args.out, make_record(args, inputs) | facts)
 
 
 @contextmanager
 def open_output(args, record, may_change, ids, window=1, key="id"):
     """Lock --out to append rows. Yields (file, number of rows that stay, counts of a finished run or None).
 
-    `ids`: the `key` of every row that --out will have. A resumed run starts at a whole window of rows.
-    """
+    `ids`: the `key` of every row that --out will have. A resumed run starts at a whole window of rows."""
     check_output(args.out, record["inputs"])
     try:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -223,7 +222,7 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
     except BlockingIOError:
         fail(f"--out {args.out}: another process is writing this file")
     except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}: {error.filename}")
+        fail(f"--out {args.out}: {error}")
     try:
         done, counts = 0, None
         if file.tell() > 0 and not args.overwrite:

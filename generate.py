@@ -324,20 +324,22 @@ def vllm_sampler(args, tokens, longest):
 
 # ----- prompts
 def read_prompts(paths):
-    """{"file:line": row} of all files, with messages as prompts and without earlier responses."""
-    rows, ids = {}, set()
+    """({"file:line": row} with messages as prompts and without earlier responses, {reason: rows dropped})."""
+    rows, lines, dropped = {}, {}, Counter()  # lines: {id: "file:line"}
     for path in paths:
         for line, row in read_jsonl(path, Row):
             row["prompt"] = as_messages(row["prompt"], line)
-            if row.get("id") is None:
+            key = row.get("id")
+            if key is None:
                 text = json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)
-                row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-            row["id"] = str(row["id"])
-            if row["id"] in ids:
-                fail(f"{line}: duplicate id {row['id']}")
-            ids.add(row["id"])
-            rows[line] = {key: value for key, value in row.items() if key not in EARLIER}
-    return rows
+                key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            row = {name: value for name, value in row.items() if name not in EARLIER} | {"id": str(key)}
+            first = lines.setdefault(str(key), line)
+            if first != line and rows[first] != row:
+                fail(f"{line}: duplicate id {key}, that of {first}; give rows of one prompt an id each")
+            dropped["repeated row"] += first != line
+            rows[first] = row
+    return rows, dropped
 
 
 def read_tokens(args):
@@ -357,15 +359,15 @@ def read_tokens(args):
     return Tokens(chat, special_tokens(tokenizer), sorted(stop_ids), pad_id, context_length(config))
 
 
-def encode_prompts(rows, args, tokens):
+def encode_prompts(rows, args, tokens, dropped):
     """([(row, ids of its prompt), ...] of this shard, counts), without prompts that cannot be answered."""
     chat, room = tokens.chat, tokens.context - args.max_tokens
-    fitting, too_long, rejected = [], [], []
+    fitting, too_long = [], []
     prompts, problems = prompt_ids(chat, list(rows.values()), Counter())
     for index, (line, row) in enumerate(rows.items()):
         ids = prompts[index]
         if index in problems:
-            rejected.append(row["id"])
+            dropped["rejected by the chat template"] += 1
             note(f"{line}: skipped the prompt {row['id']}: {problems[index]}")
         elif max(ids) >= chat.vocabulary:
             fail(f"{args.model}: the id {max(ids)} is beyond the model's {chat.vocabulary} embeddings")
@@ -373,21 +375,20 @@ def encode_prompts(rows, args, tokens):
             too_long.append(row["id"])
         else:
             fitting.append((row | {"prompt_token_ids": ids, "prompt_tokenizer": chat.template}, ids))
-    if len(rejected) == len(rows):
+    if dropped["rejected by the chat template"] == len(rows):
         fail(f"{', '.join(args.prompts)}: the chat template of {args.model} rejects all prompts")
     if not fitting:
         response = f"{args.max_tokens} tokens in the context of {args.model}, which is {tokens.context}"
         fail(f"{', '.join(args.prompts)}: no prompt leaves room for {response}; use a smaller --max-tokens")
     if too_long:
-        names = ", ".join(too_long[:20]) + (", ..." if len(too_long) > 20 else "")
-        note(f"skipped {len(too_long)} prompts of more than {room} tokens: {names}")
+        note(f"skipped {len(too_long)} prompts of more than {room} tokens: {', '.join(too_long[:20])}")
     prompts = shard_of(fitting[: args.limit], BLOCK, args.shard)
     texts = ["\n".join(message["content"] for message in row["prompt"]) for row, _ in prompts]
     n_special = sum(bool(tokens.special.search(text)) for text in texts)
     if n_special:
         note(f"{n_special} prompts contain special tokens as plain text, which the model reads as tokens")
-    counts = {"skipped_too_long": len(too_long), "skipped_by_template": len(rejected)}
-    return prompts, counts | {"prompts_with_special_tokens": n_special}
+    dropped["too long"] += len(too_long)
+    return prompts, {"dropped": +dropped, "prompts_with_special_tokens": n_special}
 
 
 # ----- rows
@@ -461,9 +462,9 @@ def main(args, make_sampler=None, make_rows=sample_rows, other_models=()):
     make_sampler = make_sampler or (hf_sampler if hf else vllm_sampler)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    rows = read_prompts(args.prompts)
+    rows, dropped = read_prompts(args.prompts)
     tokens = read_tokens(args)
-    prompts, counts = encode_prompts(rows, args, tokens)
+    prompts, counts = encode_prompts(rows, args, tokens, dropped)
     record = make_record(args, args.prompts, [(args.model, args.revision), *other_models])
     # transformers: the blocks of a resumed run must be those of the whole run. vllm: all requests at once
     block, window = (BLOCK, BLOCK) if hf else (len(prompts), 1)

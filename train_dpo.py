@@ -107,7 +107,8 @@ def number(kind, allow_0=False, below=math.inf):
 
 # ----- losses: torch is imported below, after the flags, so that --help and wrong flags answer at once
 class Batch(NamedTuple):
-    # a packed row of B pairs, not a step: a mean over B would depend on --micro-tokens and the GPUs
+    # a packed row of B pairs, not a step: a mean over B would depend on --micro-tokens and the GPUs;
+    # recipes/train_kto.py shows a loss with a mean over the step
     chosen: "torch.Tensor"  # (B,) log(pi(y_w|x) / pi_ref(y_w|x)), or log pi(y_w|x) without a reference
     rejected: "torch.Tensor | None"  # (B,) the same of y_l; None for a loss without a rejected side
     logps: "torch.Tensor"  # (B, 2) log pi of chosen and rejected; (B, 1) without a rejected side
@@ -231,6 +232,8 @@ def parse_args(argv=None, parser=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()
+    for path in filter(None, (ARGS.pairs, ARGS.eval_pairs)):
+        next(read_jsonl(path, Row), None)  # a file of another format ends the run before torch is imported
 
 # torch reads these: rows of different lengths fragment a GPU's memory; huge pages make a CPU a tenth faster
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -661,25 +664,28 @@ def read_pair(row, line):
     """The row with its line, a pair_id, messages as its prompt, and its responses, chosen and rejected."""
     prompts, responses = [], []
     for side in ("chosen", "rejected"):
-        messages = row[side]
+        prompt, messages = row.get("prompt"), row[side]
         if isinstance(messages, str):
+            if messages.startswith("\n\nHuman:"):  # hh-rlhf's text of a whole conversation
+                prompt, _, messages = messages.rpartition("\n\nAssistant:")
             messages = [{"role": "assistant", "content": messages}]
         if not messages or messages[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
-        text = messages[-1]["content"]
-        if not text.strip():
-            fail(f"{line}: the {side} response is empty")
         details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
-        responses.append({"text": text, **details})
-        prompts.append(messages[:-1] or row.get("prompt"))
+        responses.append({"text": messages[-1]["content"], **details})
+        prompts.append(messages[:-1] or prompt)
     if prompts[0] != prompts[1]:
         fail(f"{line}: chosen and rejected answer different prompts")
     prompt = as_messages(prompts[0], line)
     prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]
     pair_id = row.get("pair_id")
-    if pair_id is None:  # the role of a turn is first in this hash
-        pair_id = f"{stable_hash(json.dumps(prompt), *(response['text'] for response in responses)):016x}"
-    return row | {"line": line, "pair_id": str(pair_id), "prompt": prompt, "responses": responses}
+    named = pair_id is not None
+    if not named:  # the role of a turn is first in this hash
+        texts = [response["text"] for response in responses]
+        pair_id = f"{stable_hash(json.dumps(prompt), *texts):016x}"
+    row |= {"line": line, "pair_id": str(pair_id), "named": named}
+    row |= {"prompt": prompt, "responses": responses}
+    return row
 
 
 def load_pairs(path, chat, config, args):
@@ -692,7 +698,9 @@ def load_pairs(path, chat, config, args):
         for row, sequences, reason in encoded(window, chat, counts):
             line = row["line"]
             if row["pair_id"] in pair_ids:
-                fail(f"{line}: duplicate pair_id {row['pair_id']} in this file")
+                if row["named"]:
+                    fail(f"{line}: duplicate pair_id {row['pair_id']} in this file")
+                reason = "duplicate"
             pair_ids.add(row["pair_id"])
             rewards = row.get("chosen_reward"), row.get("rejected_reward")
             if loss.rewards and None in rewards:
@@ -726,7 +734,7 @@ def encoded(rows, chat, counts):
         line = row["line"]
         pair = parts[2 * index : 2 * index + 2]
         reason = why_dropped(pair, row["responses"], chat, special)
-        if None in pair:
+        if reason == "rejected by the chat template":
             note_once(f"{line}: {problems.get(index, 'the chat template loses a response')}")
         if not reason:
             pair = [Sequence(array("I", prompt + completion), len(prompt)) for prompt, completion in pair]
@@ -737,6 +745,8 @@ def encoded(rows, chat, counts):
 
 def why_dropped(pair, responses, chat, special):
     """Why [(ids of the prompt, ids of the response), ...] make no pair; None if they do."""
+    if not all(response["text"].strip() for response in responses):
+        return "empty"
     if None in pair:
         return "rejected by the chat template"
     for response in responses:

@@ -321,13 +321,6 @@ def test_wins_of_another_shape(tmp_path, capsys, policy, command, wins):
     assert 'data.jsonl:2: expected "wins" to have a row and a column for every response' in err
 
 
-def test_an_empty_response_in_a_pair(tmp_path, capsys, policy):
-    rows = good_rows("train_dpo")
-    rows[1]["rejected"] = [{"role": "assistant", "content": " \n"}]
-    err = refused(tmp_path, capsys, "train_dpo", write_rows(tmp_path / "data.jsonl", rows), policy)
-    assert "data.jsonl:2: the rejected response is empty" in err
-
-
 MESSAGES = "expected {} to be text, or messages that end with the assistant's"
 
 

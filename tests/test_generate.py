@@ -291,10 +291,24 @@ def test_several_prompt_files_are_read_as_one(tmp_path, capsys, policy):
     assert read_rows(tmp_path / "two.jsonl") == whole
     record = json.loads((tmp_path / "two.meta.json").read_text())
     assert list(record["inputs"]) == [first, rest]
-    again = write_rows(tmp_path / "again.jsonl", PROMPTS[10:])
+    other = write_rows(tmp_path / "other.jsonl", [PROMPTS[10] | {"prompt": "another"}])
     with pytest.raises(SystemExit):
-        generate.main(generate.parse_args([*flags[:-1], str(tmp_path / "x.jsonl"), "--prompts", rest, again]))
-    assert f"{again}:1: duplicate id p10" in capsys.readouterr().err
+        generate.main(generate.parse_args([*flags[:-1], str(tmp_path / "x.jsonl"), "--prompts", rest, other]))
+    assert f"{other}:1: duplicate id p10, that of {rest}:7; give rows" in capsys.readouterr().err
+
+
+def test_repeated_prompts_are_dropped_or_named(tmp_path, capsys, policy):
+    rows = [{"prompt": "hi"}, {"prompt": "hello", "answer": 1}, {"prompt": "hi"}, PROMPTS[0], PROMPTS[0]]
+    sampled, printed = run(tmp_path, capsys, policy, rows, "--n", "1")
+    assert [row["prompt"][0]["content"] for row in sampled][:2] == ["hi", "hello"]
+    assert printed["rows"] == 3 and printed["dropped"] == {"repeated row": 2}
+    err = refused(
+        tmp_path, capsys, policy, [*rows, {"prompt": "hello", "answer": 2}], "--n", "1", out="x.jsonl"
+    )
+    assert (
+        "prompts.jsonl:6: duplicate id " in err
+        and "prompts.jsonl:2; give rows of one prompt an id each" in err
+    )
 
 
 # ----- runs that were stopped
@@ -700,7 +714,7 @@ def test_prompts_too_long_are_named_and_skipped(tmp_path, capsys, policy):
     generate.main(generate.parse_args(flags))
     printed = capsys.readouterr()
     assert "skipped 1 prompts of more than 500 tokens: long" in printed.err
-    assert json.loads(printed.out.splitlines()[-1])["skipped_too_long"] == 1
+    assert json.loads(printed.out.splitlines()[-1])["dropped"] == {"too long": 1}
     assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["p0", "p1"]
     err = refused(tmp_path, capsys, policy, rows[1:2], "--n", "1", out="none.jsonl")
     assert f"{path}: no prompt leaves room for 12 tokens in the context of {policy}, which is 512" in err
@@ -850,9 +864,9 @@ def test_rows_that_the_template_rejects_are_named_and_the_others_go_on(tmp_path,
     ]
     assert [line for line in printed.err.splitlines() if line.startswith("generate.py")] == expected
     counts = json.loads(printed.out.splitlines()[-1])
-    assert (counts["rows"], counts["skipped_by_template"], counts["skipped_too_long"]) == (2, 2, 0)
+    assert counts["rows"] == 2 and counts["dropped"] == {"rejected by the chat template": 2}
     assert [row["id"] for row in read_rows(out)] == ["p0", "p1"]
-    assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["skipped_by_template"] == 2
+    assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["dropped"] == counts["dropped"]
     # what stays is what it is without them, and a complete run stays complete
     plain, _ = run(tmp_path, capsys, model, PROMPTS[:2], "--n", "1", out="plain.jsonl", name="two.jsonl")
     assert plain == read_rows(out)

@@ -349,8 +349,8 @@ def test_a_conversation_beyond_the_context_is_skipped_and_counted(tmp_path, samp
     prompts = [{"id": "a", "prompt": "hi"}, {"id": "b", "prompt": "x" * 300}]
     rows, printed = sample(policy, DIVERSE, prompts=prompts)
     assert [len(row["responses"]) for row in rows] == [2, 1]
-    counts = [printed[name] for name in ("responses", "skipped_context_too_long", "skipped_too_long")]
-    assert counts == [3, 5, 0]
+    counts = [printed[name] for name in ("responses", "skipped_context_too_long", "dropped")]
+    assert counts == [3, 5, {}]
 
 
 def test_diverse_rows_ignore_windows_and_go_on(tmp_path, sample, policy, monkeypatch, capsys):

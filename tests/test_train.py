@@ -11,6 +11,7 @@ Run     python -m pytest tests/test_train.py     (losses, packing, gradients: te
 
 import contextlib
 import fcntl
+import gzip
 import json
 import math
 import os
@@ -18,12 +19,14 @@ import re
 import resource
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHATML, make_policy, make_tokenizer, read_rows, write_rows
+from conftest import CHATML, REPO, make_policy, make_tokenizer, read_rows, write_rows
 from safetensors.torch import load_file, save_file
 from train_oracle import (
     GIVEN,
@@ -662,6 +665,51 @@ def test_too_long_and_identical_pairs_are_dropped_and_counted(tmp_path, tokenize
     assert dropped == {"too long (off)": 2, "too long (on)": 1, "identical (cross)": 1}
 
 
+def test_repeated_and_empty_pairs_of_others_are_dropped_and_counted(tmp_path, tokenizer, capsys):
+    other = {name: BUILT[name] for name in ("prompt", "chosen", "rejected")}
+    empty = {**other, "rejected": [{"role": "assistant", "content": " \n"}]}
+    turned = {**other, "chosen": BUILT["rejected"], "rejected": BUILT["chosen"]}
+    rows = [other, empty, other, turned, {**other, "chosen": ""}, {**other, "source": "off"}]
+    kept, dropped = loaded(tmp_path, tokenizer, rows)
+    assert len({pair.pair_id for pair in kept}) == len(kept) == 2
+    assert dropped == {"empty": 2, "duplicate": 1, "duplicate (off)": 1}
+    assert capsys.readouterr().err.count("\n") == 1  # the counts, and no sentence for a row
+
+
+def test_conversations_as_texts(tmp_path, tokenizer):
+    """hh-rlhf has a conversation as one text; messages of the same turns give the same ids."""
+    text = "\n\nHuman: Hi\n\nAssistant: yes\n\nthen\n\nHuman: And?\n\nAssistant:"
+    turns = [*messages("Hi", "yes\n\nthen"), {"role": "user", "content": "And?"}]
+    as_text = [
+        {"chosen": f"{text} good", "rejected": f"{text} bad"},
+        {"prompt": text, "chosen": " good", "rejected": " bad"},
+    ]
+    for row in as_text:
+        (pair,), _ = loaded(tmp_path, tokenizer, [row])
+        (same,), _ = loaded(tmp_path, tokenizer, [{"prompt": turns, "chosen": " good", "rejected": " bad"}])
+        assert pair == same
+
+
+@pytest.mark.parametrize(
+    "data, found",
+    [
+        (b"prompt,chosen,rejected\nHi,yes,no\n", "found b'prompt,chosen,reject'"),
+        (b"PAR1\x15\x04", "found b'PAR1\\x15\\x04'"),
+        (b'[{"prompt": "Hi", "chosen": "yes", "rejected": "no"}]', 'found b\'[{"prompt": "Hi", "c\''),
+        (gzip.compress(b"prompt,chosen\nHi,yes\n"), "found b'prompt,chosen'"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_before_torch_is_imported(data, found, tmp_path):
+    (tmp_path / "pairs.data").write_bytes(data)
+    flags = ["--model", "none", "--out", tmp_path / "x", "--pairs", tmp_path / "pairs.data"]
+    words = [sys.executable, "-X", "importtime", REPO / "train_dpo.py", *flags]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and " torch\n" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert f"pairs.data: expected a JSON object in each line, {found}; convert with data/" in said
+    assert "data/import_responses.py --format pairs, csv or another" in said
+
+
 def test_special_tokens_in_a_text_drop_its_pair_unless_its_ids_were_sampled(tmp_path, tokenizer, capsys):
     ids = tokenizer("yes<|im_end|>no")["input_ids"]
     loud = {**BUILT, "chosen": "yes<|im_end|>no"}
@@ -748,8 +796,6 @@ def test_dropped_pairs_stand_in_the_summary(whole_run, pairs_file, tmp_path):
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"chosen": ""}, "the chosen response is empty"),
-        ({"rejected": [{"role": "assistant", "content": " \n"}]}, "the rejected response is empty"),
         ({"pair_id": "p"}, "duplicate pair_id p in this file"),
         ({"chosen": messages("Hi", "yes"), "rejected": messages("Ho", "no")}, "answer different prompts"),
         ({"chosen": messages("Hi")}, "messages that end with the assistant's"),
