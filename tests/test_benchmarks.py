@@ -539,6 +539,7 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_simplemix(files, long_policy, punkt, tmp_path):
     run_script(
@@ -589,6 +590,7 @@ def test_simplemix(files, long_policy, punkt, tmp_path):
     assert not result["chat_template"]
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_what_matters(files, long_policy, punkt, tmp_path):
     convert("what-matters", files, tmp_path / "data")

@@ -252,6 +252,7 @@ def test_annotations_are_measured_as_evaluate_measures_them(tmp_path, one_draw):
         assert cell["reward"]["difference"] is None and cell["reward"]["ci"] is None
 
 
+@pytest.mark.slow
 def test_intervals_of_annotations_against_a_slow_bootstrap(tmp_path, monkeypatch):
     gamma, gamed = official(tmp_path / "hub")
     monkeypatch.setattr(evaluate, "choose_C", lambda *args: 3.0)

@@ -472,6 +472,7 @@ def processes(tmp_path_factory, policy):
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(processes):
     """Always the same bytes in the end, which the driver asserts, and never a refusal."""
     ((statuses, lefts), _, _), _ = processes

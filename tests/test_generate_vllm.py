@@ -20,6 +20,7 @@ import generate
 from loading import load_tokenizer
 
 pytest.importorskip("vllm")
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 PROMPTS = [{"id": f"p{k}", "prompt": "Tell me " + "more " * (3 * k % 7) + str(k)} for k in range(6)]
 ON_CPU = {

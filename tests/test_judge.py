@@ -1072,6 +1072,8 @@ def same_wins(rows, expected):
                 assert row["wins"][i][j] + row["wins"][j][i] == pytest.approx(1)
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_verdicts_of_a_real_judge(tmp_path, capsys, oracle, server):
     data, verdicts = real_rows(), oracle[1]
     rows, printed = run(tmp_path, capsys, data, *server)
@@ -1091,6 +1093,8 @@ def test_verdicts_of_a_real_judge(tmp_path, capsys, oracle, server):
     assert {is_swapped(row["prompt"]) for row in data} == {False, True}
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_a_real_judge_with_a_baseline(tmp_path, capsys, oracle, server):
     # rows in which every pair has a verdict, since more than 1 % without one is an error here
     data = [
@@ -1107,6 +1111,8 @@ def test_a_real_judge_with_a_baseline(tmp_path, capsys, oracle, server):
     assert all(row["wins"][0][1] is None and row["labeler"] == "judge:tiny:base" for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_a_real_judge_goes_on_to_the_same_bytes(tmp_path, capsys, server, monkeypatch):
     monkeypatch.setattr(judge.Judge, "window", 4)
     data = real_rows()
@@ -1122,6 +1128,8 @@ def test_a_real_judge_goes_on_to_the_same_bytes(tmp_path, capsys, server, monkey
         assert mine == (theirs if theirs is None else pytest.approx(theirs, abs=1e-3))
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_what_a_real_server_refuses(tmp_path, capsys, server):
     data = real_rows()[:2] + [ask("too much", "a" * 2000, "b")]
     rows, printed = run(tmp_path, capsys, data, *server)

@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline(folder):
     def run(command):
         return run_script(*command.split(), cwd=folder)[0]

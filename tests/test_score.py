@@ -1053,6 +1053,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, llama_rm):
     """kill -9 at random lines, one run after the other: the same bytes at last, and no start is refused."""
     data = write_rows(tmp_path / "in.jsonl", many(12))

@@ -205,6 +205,8 @@ def runs(tmp_path_factory, reward_model):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_rewards_are_those_of_hf(runs):
     assert (runs / "rm.jsonl").exists(), (runs / "err").read_text()[-3000:]
     vllm, hf = (rewards(read_rows(runs / f"{name}.jsonl")) for name in ("rm", "hf"))
@@ -216,6 +218,8 @@ def test_rewards_are_those_of_hf(runs):
     assert json.loads(last)["responses"] == 18  # vllm logs on standard error
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_an_activation_ends_the_run(runs):
     err = (runs / "err").read_text()
     numbers = re.search(r"vLLM's reward (\S+) differs from transformers' (\S+); use score.py", err)

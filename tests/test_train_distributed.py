@@ -110,6 +110,7 @@ def both(request, policy, tmp_path_factory):
     return SimpleNamespace(model=model, one=folder / "a" / "out", two=folder / "b" / "out", printed=printed)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_steps_as_one(both):
     one, two = read_rows(both.one / "metrics.jsonl"), read_rows(both.two / "metrics.jsonl")
     same_run(two, one)
@@ -124,6 +125,7 @@ def test_two_processes_make_the_same_steps_as_one(both):
     assert cached(both.two.parent) == pytest.approx(cached(both.one.parent), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_export_the_same_model_as_one(both):
     # V = 259 is odd, so the embedding's shards are padded; nothing of the padding may reach the file
     assert json.loads(both.printed.strip().splitlines()[-1])["steps"] == 6
