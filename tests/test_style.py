@@ -9,8 +9,10 @@ Run     python -m pytest tests/test_style.py
 
 import ast
 import io
+import subprocess
 import tokenize
 
+import conftest
 import pytest
 from conftest import REPO, tracked
 
@@ -40,6 +42,18 @@ TRACKED = tracked("*.py", *(f"{folder}/*.py" for folder in FOLDERS))
 TOP = [path for path in TRACKED if "/" not in path]
 SIDE = [path for path in TRACKED if "/" in path]
 SCRIPTS = [f"{name}.py" for name in SIZES] + SIDE
+
+
+def test_copies_are_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(conftest, "REPO", tmp_path)
+    (tmp_path / "scorers").mkdir()
+    for name in ("a.py", "my_a.py", "b.py", "scorers/c.py", "scorers/my_c.py", "scorers/c.txt"):
+        (tmp_path / name).write_text("x=1")
+    assert tracked("*.py", "scorers/*.py") == ["a.py", "b.py", "scorers/c.py"]  # as from an archive
+    for command in (["init", "-q"], ["add", "a.py", "my_a.py", "scorers"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert tracked("*.py", "scorers/*.py") == ["a.py", "scorers/c.py"]
+    assert tracked("*.py") == ["a.py"]
 
 
 def parse(path):
