@@ -81,8 +81,7 @@ def filter_share(text):
     """("quality", 0.4) from "quality:0.4"."""
     match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
     if not match or match[1] not in FILTERS or float(match[2]) > 1:
-        names = "|".join(FILTERS)
-        raise argparse.ArgumentTypeError(f"expected {names}:P with P in [0, 1], found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {'|'.join(FILTERS)}:P with P in [0, 1], found {text!r}")
     return match[1], float(match[2])
 
 
@@ -129,13 +128,14 @@ def select(row, source, args, dropped):
     rule = "best-worst" if source == "on" and args.select in DATA_SET_PAIR else args.select
     responses = row["responses"]
     indices = [i for i, response in enumerate(responses) if response["source"] == source]
-    indices = indices[:2] if rule in DATA_SET_PAIR else indices
+    if rule in DATA_SET_PAIR:
+        dropped["off: responses after the first two"] += len(indices[2:])
+        indices = indices[:2]
     reasons = {i: why_unusable(responses[i], rule, args.truncated) for i in indices}
     usable = [i for i in indices if not reasons[i]]
     if len(usable) < 2:
-        reason = next(
-            filter(None, reasons.values()), "fewer than two responses" if indices else "no response"
-        )
+        others = "fewer than two responses" if indices else "no response"
+        reason = next(filter(None, reasons.values()), others)
     else:
         chosen, rejected = RULES[rule](responses, usable)
         if answer(responses[chosen]).strip() == answer(responses[rejected]).strip():
@@ -226,13 +226,13 @@ def statistics(pairs, responses, rewards):
     columns["reward of both sides"] = np.concatenate([chosen, rejected])
     columns["reward of all samples"] = np.array(rewards, float)
     columns["intra-diversity"] = logps[0] - logps[1]  # S2 eq. 12
-    lengths = np.array([len(answer(response)) for response in responses], float)
+    lengths = np.array([len(answer(response)) for response in responses])
     columns["chosen characters"] = lengths[::2]
     columns["rejected characters"] = lengths[1::2]
     table = {}
     for name, values in columns.items():
         values = values[~np.isnan(values)]  # null became nan
-        if len(values):
+        if values.size:
             table[name] = {"n": len(values), "mean": values.mean(), "std": values.std()}
             table[name] |= zip(QUANTILES, np.percentile(values, list(QUANTILES.values())), strict=True)
     return table
@@ -275,7 +275,7 @@ def main(args):
             candidates[prompt_id] = pairs
         del row["responses"]  # frees those that are in no pair
     total = len(candidates)
-    counts = {"rows": len(rows), "responses": len(rewards), "prompts_with_pairs": total, "dropped": dropped}
+    counts = {"rows": len(rows), "responses": len(rewards), "prompts_with_pairs": total, "dropped": +dropped}
     if args.filter:
         source = "on" if ratio == 1 else "off"
         pairs = [by_source[source] for by_source in candidates.values()]
@@ -288,9 +288,9 @@ def main(args):
     total = args.total or total
     mixed = mix(candidates, ratio, total, args.seed)
     if len(mixed) < total or not mixed:
-        cut = any(reason.endswith("truncated") for reason in dropped)
-        advice = "; --truncated keep uses responses that were cut off" if cut else ""
-        fail(f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {json.dumps(counts)}{advice}")
+        found = json.dumps(counts)
+        advice = "; --truncated keep uses responses that were cut off" if "truncated" in found else ""
+        fail(f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {found}{advice}")
 
     pairs = [mixed[prompt_id] for prompt_id in rows if prompt_id in mixed]  # in the order of the input
     counts |= {"pairs": len(pairs), "on": 0, "off": 0} | Counter(pair["source"] for pair in pairs)
