@@ -3,8 +3,9 @@ Does on-policy or off-policy data help this model more, now? S2's boundary betwe
 
 Reads   --scored FILE ...  a Row (below) per prompt, as score.py writes it: on-policy responses of the model
                            in question and off-policy ones; several files are merged by id
-Writes  --out FILE         JSON: {"v_on", "v_off", "ties", "score", "ci", "stage", "use": "on" | "off", ...},
-                           and x.meta.json for x.json: the record of the run
+Writes  --out FILE         JSON: {"v_on", "v_off", "ties", "score", "ci", "stage", "use": "on" | "off", ...};
+                           "by_category" has the same by the rows' "category" (scorers/category.py); and
+                           x.meta.json for x.json: the record of the run
 
 This is section 5.3, Algorithm 1, of S2, "Is On-Policy Data always the Best Choice [...]?". Every on-policy
 response meets every off-policy response of its prompt (in S2 two meet two) under a preference model: by
@@ -49,6 +50,7 @@ class Row(TypedDict, total=False):
     prompt_token_ids: TokenIds | None
     responses: Required[list[Response]]
     labeler: str | None  # what made the rewards, such as "rm:MODEL"
+    category: str | None
     wins: Wins | None
     cosine: list[list[float | None]] | None
 
@@ -134,6 +136,14 @@ def boundary(comparisons, tie):
     result = {"v_on": v_on, "v_off": v_off, "ties": ties.sum(), "score": v_on / (v_on + v_off)}
     result |= {"ci": bootstrap_interval(won, won + lost), "stage": stage, "use": use}
     return result | {"n_prompts": len(prompts), "n_comparisons": len(comparisons)}
+
+
+def by_category(comparisons, categories, tie):
+    """{category: Algorithm 1 on its prompts}, of those with a comparison; None if no prompt (P,) has one."""
+    names = sorted(set(categories) - {None})
+    of_comparison = np.array(categories, object)[comparisons["prompt"]]
+    results = {name: boundary(comparisons[of_comparison == name], tie) for name in names}
+    return {name: result for name, result in results.items() if result} if names else None
 
 
 def bootstrap_interval(numerators, denominators):
@@ -233,6 +243,7 @@ def main(args):
         result["models"][source] = sorted({response.get("model") for response in responses} - {None})
         result["avg_length"][source] = np.mean([len(answer(response)) for response in responses])
     result["length_matched"] = boundary(judged[judged["similar"]], args.tie)
+    result["by_category"] = by_category(judged, [row.get("category") for row in rows], args.tie)
     measured = ~np.isnan(comparisons["gap"]) & np.isin(comparisons["prompt"], prompts)
     result["distinct"] = distinctness(comparisons[measured])
     result["consistency"] = consistency(both)

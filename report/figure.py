@@ -2,25 +2,33 @@
 Results -> one figure, PNG and PDF.
 
 Reads   FIGURE       which one (below)
-        RESULT ...   files of settings and runs, as report/runs.py lists them: NAME.winrate.json, ...
+        RESULT ...   files of settings and runs, as report/runs.py lists and orders them: NAME.winrate.json,
+                     ..., or files of rows
 Writes  --out FILE   FILE.png and FILE.pdf
 
     python report/figure.py settings out/*.winrate.json --out out/settings.png
     python report/figure.py ratio out/*.winrate.json out/*.pairs.meta.json --out out/ratio.png
+    python report/figure.py length out/scored.jsonl out/on50.pairs.jsonl --out out/length.png
 
 settings     NAME.winrate.json: rewards, win rates, length-controlled (LC) win rates (S1 Fig. 6)
 categories   NAME.winrate.json: rates by category (S1 Figs. 2, 8)
-lengths      NAME.winrate.json: rates by the length of the answer (S1 Fig. 3), a curve per run
+lengths      NAME.winrate.json: rates by the length of the answer (S1 Fig. 3); each quarter of a run's answers
+             is a bin, and a setting's point is the mean of its runs' bins
 ratio        NAME.winrate.json and NAME.pairs.meta.json: rates over the on-policy share of the pairs (S1 Fig.
              4); settings whose names differ in the last number (on0, on50) make a curve
 filters      the same over the share that a filter kept, a curve per filter (S1 Fig. 5)
 training     NAME.metrics.jsonl or NAME/metrics.jsonl: loss, margin and intra-diversity over steps (S2 Fig. 3)
 shares       rows with a "category": shares of the prompts (S1 Fig. 7)
 rewards      scored responses: histograms of rewards, a curve per file and source (S1 Figs. 10, 11)
+length       scored responses, pairs, or files of both: mean reward over the length of the answer, in ten bins
+             of equally many responses of a source; chosen minus rejected length, a curve per source, whose
+             outermost bins have the 1 % beyond. Lengths are characters after reasoning
 
-Bars and points have 95 % intervals over prompts; in ratio and filters a setting with several runs has the
-standard deviation over its seeds instead (S1 Fig. 4 does not say which). Rates are LC if all results have it.
-Prints one JSON object: the files and the number of series.
+Bars and points have 95 % intervals over prompts; of several runs, the mean of the intervals' ends. Curves
+have them as wide bars and, of a setting with several runs, the standard deviation over its seeds as a narrow
+one (S1 Fig. 4 does not say which it draws): the wide bars tell of the prompts, the narrow ones of so few
+trainings. Rates are LC if all results have it. Prints one JSON object: the files and the number of series,
+which are settings, runs, files or sources.
 """
 
 import argparse
@@ -29,26 +37,18 @@ import os
 import re
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from runs import bin_points, interval_of, rate_key, read_results, step_points, sweep, winrates  # noqa: E402
+from rows import FIGURES  # noqa: E402
 
-from common import fail, read_jsonl  # noqa: E402
+from common import fail  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # lines and markers
-
-Labelled = TypedDict("Labelled", {"category": str | None})
-
-
-class Scored(TypedDict):
-    responses: list[TypedDict("Response", {"source": Literal["on", "off"], "reward": float | None})]
-    labeler: NotRequired[str | None]
+PROMPTS, SEEDS = "95 % interval over prompts", "standard deviation over seeds"  # of curves
 
 
 def parse_args(argv=None):
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ----- three ways to draw: panels of series
+# ----- panels with a point per row
 def style_of(k):
     """Colour, line and marker of series k of a panel."""
     line, marker = STYLES[k // len(COLOURS) % len(STYLES)]
@@ -80,27 +80,24 @@ def errors_of(middle, low, high):
     return np.maximum([middle - low, high - middle], 0)
 
 
-def bars(panels, rows):
-    """Figure with panels (label, reference line, {series: [(middle, low, high) or None for each row]})."""
-    all_points = [points for _, _, series in panels for points in series.values()]
-    if not any(map(any, all_points)):
-        fail("no result has an interval over prompts; give results of more prompts")
+def draw_rows(panels, rows):
+    """Figure of "bars": {series: [(middle, low, high) or None for each row]}."""
     rows = ["\n".join(textwrap.fill(line, 30) for line in row.split("\n")) for row in rows]
-    n_series = max(len(series) for _, _, series in panels)
+    n_series = max(len(panel.series) for panel in panels)
     n_lines = max(row.count("\n") + 1 for row in rows)
     ticks = range(len(rows))
     row_height = max(0.5, 0.15 * n_series, 0.17 * n_lines + 0.1)
     figure, axes = subplots(len(panels), 3, 1 + row_height * len(rows))
-    for axis, (label, reference, series) in zip(axes, panels, strict=True):
-        height = 0.8 / len(series)
-        for k, (name, points) in enumerate(series.items()):
-            shift = height * (k - (len(series) - 1) / 2)
-            draw_bars(axis, points, shift, height, reference, style_of(k) | {"label": name})
+    for axis, panel in zip(axes, panels, strict=True):
+        height = 0.8 / len(panel.series)
+        for k, (name, points) in enumerate(panel.series.items()):
+            shift = height * (k - (len(panel.series) - 1) / 2)
+            draw_bars(axis, points, shift, height, panel.reference, style_of(k) | {"label": name})
         axis.margins(x=0.2)
         left, right = axis.get_xlim()
-        if reference is not None and left <= reference <= right:
-            axis.axvline(reference, color="grey", linestyle="--", linewidth=1, zorder=0)
-        axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+        if panel.reference is not None and left <= panel.reference <= right:
+            axis.axvline(panel.reference, color="grey", linestyle="--", linewidth=1, zorder=0)
+        axis.set(xlabel=panel.x_label, ylim=(len(rows) - 0.4, -0.6))
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(ticks, [""] * len(rows))
     axes[0].set_yticks(ticks, rows)
@@ -121,25 +118,39 @@ def draw_bars(axis, points, shift, height, reference, style):
         axis.annotate(number, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
 
 
-def curves(panels):
-    """Figure with panels (x label, y label, {series: [(x, middle, low, high)]}, shaded or not)."""
-    names = list(dict.fromkeys(name for _, _, series, _ in panels for name in series))
-    figure, axes = subplots(len(panels), 3.6, 3.6)
-    for axis, (x_label, y_label, series, shaded) in zip(axes, panels, strict=True):
-        for k, (name, points) in enumerate(series.items()):
-            x, middle, low, high = np.array(sorted(points), float).T
-            style = style_of(names.index(name)) | {"label": name}  # the same in all panels
-            if shaded:
-                axis.plot(x, middle, **style | {"marker": ""})
-                if len(series) <= 4:  # more bands are one grey
-                    axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-            else:
-                errors = errors_of(middle, low, high)
-                drawn = axis.errorbar(x, middle, yerr=errors, capsize=3, markersize=4, **style)
-                move_right(drawn, (k - (len(series) - 1) / 2) / 20, figure)
-        axis.set(xlabel=x_label, ylabel=y_label)
+# ----- panels with axes of their own
+def draw_axes(panels):
+    """Figure of panels side by side, in which a series looks the same."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    styles = {name: style_of(k) | {"label": name} for k, name in enumerate(names)}
+    figure, axes = subplots(len(panels), 4 if len(panels) == 1 else 3.6, 3.6)
+    for axis, panel in zip(axes, panels, strict=True):
+        DRAW[panel.form](axis, panel, styles)
+        axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        axis.set_title(panel.title, loc="left", fontsize=8)
         axis.grid(alpha=0.3)
     return figure
+
+
+def draw_curves(axis, panel, styles):
+    """{series: [Point]}: lines with two kinds of bars, which the legend names."""
+    any_sd = False
+    for k, (name, points) in enumerate(panel.series.items()):
+        x, middle, low, high, sd = np.array(sorted(points), float).T
+        inches = (k - (len(panel.series) - 1) / 2) / 20
+        style = styles[name] | {"markersize": 4}
+        wide = {"ecolor": (style["color"], 0.3), "elinewidth": 5, "capsize": 0}
+        drawn = axis.errorbar(x, middle, yerr=errors_of(middle, low, high), **style, **wide)
+        move_right(drawn, inches, axis.figure)
+        several = np.isfinite(sd)
+        if several.any():
+            any_sd = True
+            narrow = {"ecolor": style["color"], "elinewidth": 1.5, "capsize": 4, "fmt": "none"}
+            drawn = axis.errorbar(x[several], middle[several], yerr=sd[several], **narrow)
+            move_right(drawn, inches, axis.figure)
+    axis.errorbar([], [], yerr=[], fmt="none", ecolor=("black", 0.3), elinewidth=5, label=PROMPTS)
+    if any_sd:
+        axis.errorbar([], [], yerr=[], fmt="none", ecolor="black", elinewidth=1.5, capsize=4, label=SEEDS)
 
 
 def move_right(drawn, inches, figure):
@@ -151,142 +162,37 @@ def move_right(drawn, inches, figure):
         artist.set_transform(artist.get_transform() + shift)
 
 
-def histogram(label, series):
-    """Figure of {series: values}, on common edges; a curve is the share of its values."""
-    edges = np.histogram_bin_edges(np.concatenate(list(series.values())), 40)
-    figure, [axis] = subplots(1, 5, 3.6)
-    for k, (name, values) in enumerate(series.items()):
-        shares = np.histogram(values, edges)[0] / len(values)
-        style = style_of(k)
-        line = {"color": style["color"], "linestyle": style["linestyle"]}
-        axis.stairs(shares, edges, label=name, linewidth=1.5, **line)
-    axis.set(xlabel=label, ylabel="share of the responses")
-    axis.grid(alpha=0.3)
-    return figure
+def draw_bands(axis, panel, styles):
+    """{series: [Point]}: lines with bands."""
+    for name, points in panel.series.items():
+        x, middle, low, high, _ = np.array(sorted(points), float).T
+        axis.plot(x, middle, **styles[name] | {"marker": ""})
+        if len(panel.series) <= 4:  # more bands are one grey
+            axis.fill_between(x, low, high, color=styles[name]["color"], alpha=0.12, linewidth=0)
 
 
-# ----- figures of results
-def settings_figure(settings):
-    runs = winrates(settings)
-    measures = (
-        ("reward", "reward_ci", "mean reward", None),
-        ("win_rate", "ci", "win rate (%)", 50),
-        ("length_controlled_winrate", "lc_ci", "LC win rate (%)", 50),
-    )
-    panels = []
-    for key, interval, label, reference in measures:
-        points = [interval_of(results, key, interval) for results in runs.values()]
-        if any(points):
-            panels.append((label, reference, {"": points}))
-    if not panels:
-        fail("expected results of evaluate.py with intervals over prompts, found none")
-    rows = [f"{name}\nn = {results[0]['n_total']}" for name, results in runs.items()]
-    return bars(panels, rows)
+def draw_histogram(axis, panel, styles):
+    """{series: (edges, shares)}: steps."""
+    for name, (edges, shares) in panel.series.items():
+        line = {key: styles[name][key] for key in ("color", "linestyle", "label")}
+        axis.stairs(shares, edges, linewidth=1.5, **line)
+    if panel.reference is not None:
+        axis.axvline(panel.reference, color="grey", linestyle="--", linewidth=1, zorder=0)
 
 
-def categories_figure(settings):
-    key, interval, label = rate_key(settings)
-    groups, sizes = {}, {}
-    for name, runs in winrates(settings).items():
-        groups[name] = [run.get("categories", {}) for run in runs]
-        for categories in groups[name]:
-            sizes |= {category: group["n_total"] for category, group in categories.items()}
-    if not sizes:
-        fail("expected results with categories (scorers/category.py), found none")
-    largest_first = sorted(sizes, key=lambda category: -sizes[category])
-    series = {name: [] for name in groups}
-    for name, runs in groups.items():
-        for category in largest_first:
-            rates = [categories.get(category, {}) for categories in runs]
-            series[name].append(interval_of(rates, key, interval))
-    rows = [f"{category}\nn = {sizes[category]}" for category in largest_first]
-    return bars([(f"{label} (%)", 50, series)], rows)
-
-
-def lengths_figure(settings):
-    key, interval, label = rate_key(settings)
-    runs = [run for results in settings.values() for run in results["winrate"].items()]
-    series = {name: bin_points(run, key, interval) for name, run in runs}
-    series = {name: points for name, points in series.items() if points}
-    if not series:
-        fail("expected length bins with intervals over prompts, found none")
-    return curves([("characters of the answer", f"{label} (%)", series, False)])
-
-
-def ratio_figure(settings):
-    def on_share(name, meta):
-        on, off = meta["counts"].get("on", 0), meta["counts"].get("off", 0)
-        curve = re.sub(r"[-_]?[\d.]+$", "", name)
-        return (curve, on / (on + off)) if on + off else None
-
-    label = f"{rate_key(settings)[2]} (%)"
-    return curves([("on-policy share of the pairs", label, sweep(settings, on_share), False)])
-
-
-def filters_figure(settings):
-    series = sweep(settings, lambda name, meta: meta["args"].get("filter"))
-    return curves([("share of the pairs kept", f"{rate_key(settings)[2]} (%)", series, False)])
-
-
-def training_figure(settings):
-    runs = {name: steps for results in settings.values() for name, steps in results["metrics"].items()}
-    labels = {"loss": "loss", "margin": "margin", "diversity": "intra-diversity (eq. 12), nats"}
-    panels = []
-    for key, label in labels.items():
-        series = {name: step_points(steps, key) for name, steps in runs.items()}
-        series = {name: points for name, points in series.items() if points}
-        if series:
-            panels.append(("step", label, series, True))
-    if not panels:
-        fail("expected metrics.jsonl with loss, margin or diversity, found none")
-    return curves(panels)
-
-
-# ----- figures of rows
-def short_names(paths):
-    """{path: the name of its file}, or the path itself where two files have one name."""
-    counts = Counter(Path(path).name for path in paths)
-    return {path: Path(path).name if counts[Path(path).name] == 1 else path for path in paths}
-
-
-def shares_figure(paths):
-    series, rows = {}, Counter()
-    for path, name in short_names(paths).items():
-        counts = Counter(str(row["category"]) for _, row in read_jsonl(path, Labelled))
-        series[f"{name} (n = {counts.total()})"] = counts
-        rows += counts
-    categories = [category for category, _ in rows.most_common()]
-    points = {}
-    for name, counts in series.items():
-        shares = [100 * counts[category] / counts.total() for category in categories]
-        points[name] = [(share, share, share) for share in shares]
-    return bars([("share of the prompts (%)", 0, points)], categories)
-
-
-def rewards_figure(paths):
-    rewards, labelers = {}, set()
-    for path, name in short_names(paths).items():
-        for _, row in read_jsonl(path, Scored):
-            for response in row["responses"]:
-                if response["reward"] is not None:
-                    labelers.add(str(row.get("labeler")))
-                    series = f"{name}, {response['source']}-policy"
-                    rewards.setdefault(series, []).append(response["reward"])
-    if not rewards:
-        fail(f"{', '.join(paths)}: no response has a reward; score.py gives them")
-    if len(labelers) > 1:
-        fail(f"{', '.join(paths)}: rewards of different labelers: {' and '.join(sorted(labelers))}")
-    series = {f"{name} (mean {np.mean(values):.2f})": values for name, values in rewards.items()}
-    return histogram("reward", series)
+DRAW = {"curves": draw_curves, "bands": draw_bands, "histogram": draw_histogram}
 
 
 def add_legend(figure):
-    """A legend below the panels, for which the figure grows; the number of its entries."""
+    """A legend below the panels, for which the figure grows."""
     handles = {}
     for axis in figure.axes:
-        artists, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, artists, strict=True))
+        for artist, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, artist)
     handles.pop("", None)
+    for label in (PROMPTS, SEEDS):  # after the series
+        if label in handles:
+            handles[label] = handles.pop(label)
     if handles:
         labels = [textwrap.fill(label, 50) for label in handles]
         columns = min(2, len(figure.axes), len(labels))
@@ -294,25 +200,14 @@ def add_legend(figure):
         figure.set_figheight(figure.get_figheight() + 0.16 * lines + 0.1)
         options = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8}
         figure.legend(handles.values(), labels, **options)
-    return len(handles)
-
-
-FIGURES = {
-    "settings": settings_figure,
-    "categories": categories_figure,
-    "lengths": lengths_figure,
-    "ratio": ratio_figure,
-    "filters": filters_figure,
-    "training": training_figure,
-    "shares": shares_figure,
-    "rewards": rewards_figure,
-}
 
 
 def main(args):
-    from_rows = args.figure in ("shares", "rewards")
-    figure = FIGURES[args.figure](args.results if from_rows else read_results(args.results))
-    n_series = add_legend(figure)
+    panels, rows = FIGURES[args.figure](args.results)
+    figure = draw_rows(panels, rows) if rows else draw_axes(panels)
+    add_legend(figure)
+    names = {name for panel in panels for name in panel.series}
+    n_series = len(rows) if names == {""} else len(names)
     out = re.sub(r"\.(png|pdf)$", "", args.out)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)

@@ -1,5 +1,5 @@
 """
-What table.py and figure.py share: results by setting and run, and means over runs.
+What table.py and points.py share: results by setting and run, their order, and means over runs.
 
 NAME is a setting, and NAME_seed0, NAME_seed1, ... are its runs; without _seedK there is one. A result is
 
@@ -9,9 +9,11 @@ NAME is a setting, and NAME_seed0, NAME_seed1, ... are its runs; without _seedK 
     pairs             NAME.pairs.meta.json                   build_pairs.py
     metrics           NAME.metrics.jsonl, NAME/metrics.jsonl train_dpo.py
     meta              any other *.meta.json                  what a stage counted, and its seconds
+
+Settings and runs stand in the order of their names, in which numbers compare as numbers: on_0.5 before on_1,
+seed2 before seed10. Baselines of win rates come first.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Required, TypedDict
@@ -58,17 +60,21 @@ class Benchmarks(TypedDict):
     tasks: dict[str, TypedDict("Task", {"score": float, "stderr": float | None, "n": Count})]
 
 
-class Boundary(TypedDict, total=False):
+class Score(TypedDict):
+    v_on: float
+    v_off: float
+    ties: Count
+    score: float
+    ci: tuple[float, float]
+    n_prompts: Count
+    stage: str
+    use: str
+
+
+class Boundary(Score, total=False):
     kind: Required[Literal["boundary"]]
-    v_on: Required[float]
-    v_off: Required[float]
-    ties: Required[Count]
-    score: Required[float]
-    ci: Required[tuple[float, float]]
-    n_prompts: Required[Count]
-    stage: Required[str]
-    use: Required[str]
-    length_matched: TypedDict("Score", {"score": float, "ci": tuple[float, float]}) | None
+    by_category: dict[str, Score] | None
+    length_matched: TypedDict("Matched", {"score": float, "ci": tuple[float, float]}) | None
     distinct: TypedDict("Distinct", {"sum": float}) | None
 
 
@@ -134,9 +140,9 @@ def read_result(path):
 
 
 def read_results(paths):
-    """Return {setting: {kind: {run: content}}} with all KINDS, settings in the order of the files."""
+    """Return {setting: {kind: {run: content}}} with all KINDS, in order."""
     settings = {}
-    for path in dict.fromkeys(paths):
+    for path in sorted(dict.fromkeys(paths), key=lambda path: natural(setting_and_run(path)[1])):
         kind, content = read_result(path)
         name, run = setting_and_run(path)
         results = settings.setdefault(name, {kind: {} for kind in KINDS})
@@ -144,7 +150,27 @@ def read_results(paths):
         if key in results[kind]:
             fail(f"{path}: {run} already has a {kind} result; name the runs of a setting NAME_seed0, ...")
         results[kind][key] = content
-    return settings
+    return in_order(settings, baselines_of(settings))
+
+
+# ----- the order of settings
+def natural(name):
+    """A key to sort names by, in which numbers compare as numbers; 5e-7 is one."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)", name.lower())
+    return [float(part) if k % 2 else part for k, part in enumerate(parts)], name
+
+
+def in_order(settings, first):
+    """The settings: those named in `first`, in its order, then the others."""
+    named = [name for name in dict.fromkeys(first) if name in settings]
+    others = sorted(settings.keys() - set(named), key=natural)
+    return {name: settings[name] for name in named + others}
+
+
+def baselines_of(settings):
+    """The names of what the win rates compare with."""
+    runs = [run for results in settings.values() for run in results["winrate"].values()]
+    return sorted({Path(run["baseline"]).name for run in runs}, key=natural)
 
 
 # ----- numbers over runs
@@ -168,7 +194,7 @@ def over_runs(runs, key, interval="ci"):
 
 
 def add_baselines(settings):
-    """The settings after the baselines of their win rates, which have 50 against themselves by definition."""
+    """The settings, and the baselines of their win rates, which have 50 against themselves by definition."""
     baselines = {}
     for results in settings.values():
         for run in results["winrate"].values():
@@ -181,7 +207,7 @@ def add_baselines(settings):
                 rates["length_controlled_winrate"] = 50.0
             results_of_other_kinds = settings.get(name, {kind: {} for kind in KINDS})
             baselines[name] = results_of_other_kinds | {"winrate": {name: rates}}
-    return baselines | {name: results for name, results in settings.items() if name not in baselines}
+    return settings | baselines
 
 
 def gain(settings, name, start):
@@ -194,72 +220,3 @@ def gain(settings, name, start):
         if after is not None and before is not None:
             return after - before
     return None
-
-
-# ----- numbers to draw
-def winrates(settings):
-    """{setting: [its results of evaluate.py]}; settings without one are left out."""
-    runs = {name: list(results["winrate"].values()) for name, results in settings.items()}
-    runs = {name: results for name, results in runs.items() if results}
-    if not runs:
-        fail("expected results of evaluate.py (NAME.winrate.json), found none")
-    return runs
-
-
-def rate_key(settings):
-    """("length_controlled_winrate", "lc_ci", name) if all results have it, else those of the win rate."""
-    runs = [run for runs in winrates(settings).values() for run in runs]
-    if all(run.get("length_controlled_winrate") is not None for run in runs):
-        return "length_controlled_winrate", "lc_ci", "LC win rate"
-    return "win_rate", "ci", "win rate"
-
-
-def interval_of(runs, key, interval):
-    """(mean, low, high) of a number over runs; None without an interval."""
-    mean, ci, _ = over_runs(runs, key, interval)
-    return (mean, *ci) if ci else None
-
-
-def sweep(settings, position):
-    """{curve: [(x, rate, low, high)]}, where position(setting, record of its pairs) is (curve, x) or None.
-
-    Low and high are a standard deviation below and above where a setting has several runs.
-    """
-    key, interval, _ = rate_key(settings)
-    series = {}
-    for name, results in settings.items():
-        metas = list(results["pairs"].values())
-        curve_and_x = position(name, metas[0]) if metas else None
-        mean, ci, sd = over_runs(results["winrate"].values(), key, interval)
-        if curve_and_x is None or mean is None:
-            continue
-        curve, x = curve_and_x
-        low, high = ci or (mean, mean)
-        if sd is not None:
-            low, high = mean - sd, mean + sd
-        series.setdefault(curve, []).append((x, mean, low, high))
-    if not series:
-        fail("expected NAME.winrate.json with NAME.pairs.meta.json, found no setting with both")
-    return series
-
-
-def bin_points(run, key, interval):
-    """[(middle, rate, low, high)] of a run's length bins."""
-    points = []
-    for name, group in run.get("length_bins", {}).items():
-        low, high = map(float, name.split(" to "))
-        if group.get(interval):
-            points.append(((low + high) / 2, group[key], *group[interval]))
-    return points
-
-
-def step_points(steps, key):
-    """[(step, mean, mean - std, mean + std)] over the pairs of a step; at most 60 points, means of steps."""
-    steps = [step for step in steps if step.get(key) is not None]
-    numbers = [(step["step"], step[key], step.get(f"{key}_std") or 0) for step in steps]
-    width = max(1, math.ceil(len(numbers) / 60))
-    points = []
-    for first in range(0, len(numbers), width):
-        step, middle, std = np.mean(numbers[first : first + width], axis=0)
-        points.append((step, middle, middle - std, middle + std))
-    return points

@@ -9,14 +9,15 @@ Writes  --out DIR    report.md, which also shows the figures (PNG) that lie in D
 
 A number is the mean over a setting's runs and "sd" their standard deviation; "95 %" is an interval over
 prompts. Tokens and seconds are sums over the records that are given, without those of pairs. A baseline has
-50 against itself. The tables, of which empty ones are left out:
+50 against itself. First come baselines, START and the settings of --paper in its order, then the others by
+name, in which numbers compare as numbers. The tables, of which empty ones are left out:
 
 settings      a line per setting (S1 Tables 2, 3; S2 Table 1; S3 Tables 1 to 4)
 grid          length-controlled (LC) win rates of settings named beta_0.1_lr_5e-7 (S1 Appendix A)
 groups        a line per run: win rates by category and length (S1 Figs. 2, 3, 8)
 benchmarks_*  a line per setting, by task (S1 Tables 4, 5)
 delta         the gain of OFF over START divided by that of ON (S2 Tables 1, 3, 4, 5)
-boundary      a line per run (S2 Tables 3, 8)
+boundary      a line per run (S2 Tables 3, 8), and one per category of its prompts
 pair_sets     statistics of pairs, per run (S3 Table 5)
 Prints the report, then one JSON object.
 """
@@ -30,7 +31,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runs import SUITES, add_baselines, gain, over_runs, read_results  # noqa: E402
+from runs import SUITES, add_baselines, baselines_of, gain, in_order, over_runs, read_results  # noqa: E402
 
 from common import fail, replace_file  # noqa: E402
 
@@ -186,13 +187,21 @@ def boundary_table(settings):
     for name, run in runs:
         matched = run.get("length_matched") or {"score": None, "ci": None}
         distinct = run.get("distinct") or {"sum": None}
-        line = {"setting": name, "prompts": str(run["n_prompts"])}
-        line |= {"V_on": f"{run['v_on']:g}", "V_off": f"{run['v_off']:g}", "ties": str(run["ties"])}
-        line |= {"score": text(run["score"], ".3f"), "score 95 %": text(run["ci"], ".3f")}
+        line = {"setting": name} | score_of("", run)
         line |= {"length-matched": text(matched["score"], ".3f")}
         line |= {"length-matched 95 %": text(matched["ci"], ".3f"), "distinct": text(distinct["sum"], ".3f")}
         lines.append(line | {"stage": run["stage"], "use": run["use"]})
+        for category, result in (run.get("by_category") or {}).items():
+            line = {"setting": name} | score_of(category, result)
+            lines.append(line | {"stage": result["stage"], "use": result["use"]})
     return lines
+
+
+def score_of(category, result):
+    """Columns of a boundary score, of all prompts (category "") or of a category's."""
+    line = {"category": category, "prompts": str(result["n_prompts"])}
+    line |= {"V_on": f"{result['v_on']:g}", "V_off": f"{result['v_off']:g}", "ties": str(result["ties"])}
+    return line | {"score": text(result["score"], ".3f"), "score 95 %": text(result["ci"], ".3f")}
 
 
 def pair_sets_table(settings):
@@ -209,7 +218,17 @@ def pair_sets_table(settings):
 
 
 # ----- the paper's numbers, and writing
-def add_paper(tables, path):
+def read_paper(path):
+    """[(setting, column, value)] of a file of the paper's numbers."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file, strict=True)
+            return [tuple(line[name].strip() for name in ("setting", "column", "value")) for line in lines]
+    except (OSError, KeyError, AttributeError, UnicodeError, csv.Error) as error:
+        fail(f"--paper {path}: expected the columns setting, column and value in each line: {error!r}")
+
+
+def add_paper(tables, numbers):
     """The paper's numbers as columns "COLUMN (paper)"; settings that are not among ours get a line.
 
     They go to the first table that has the column ("mmlu" is in "mmlu (n = 100)"), or else to the settings.
@@ -219,14 +238,9 @@ def add_paper(tables, path):
         for line in lines:
             for column in line:
                 columns[column.partition(" (n = ")[0]] = name, column
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, strict=True):
-                setting, column, value = (row[name].strip() for name in ("setting", "column", "value"))
-                name, column = columns.get(column, ("settings", column))
-                line_of(tables[name], setting)[f"{column} (paper)"] = value
-    except (OSError, KeyError, AttributeError, UnicodeError, csv.Error) as error:
-        fail(f"--paper {path}: expected the columns setting, column and value in each line: {error!r}")
+    for setting, column, value in numbers:
+        name, column = columns.get(column, ("settings", column))
+        line_of(tables[name], setting)[f"{column} (paper)"] = value
 
 
 def line_of(lines, setting):
@@ -285,7 +299,10 @@ def write_report(tables, out):
 
 
 def main(args):
-    settings = add_baselines(read_results(args.results))
+    results = read_results(args.results)
+    paper = read_paper(args.paper) if args.paper else []
+    first = [*baselines_of(results), args.start, *(setting for setting, _, _ in paper)]
+    settings = in_order(add_baselines(results), first)
     if args.start and args.start not in settings:
         names = ", ".join(settings)
         fail(f"--start {args.start}: no setting or baseline has this name; use one of {names}")
@@ -297,8 +314,7 @@ def main(args):
     tables["delta"] = delta_table(settings, args.delta)
     tables["boundary"] = boundary_table(settings)
     tables["pair_sets"] = pair_sets_table(settings)
-    if args.paper:
-        add_paper(tables, args.paper)
+    add_paper(tables, paper)
     print("\n".join(write_report(tables, args.out)))
     counts = {name: len(lines) for name, lines in tables.items() if lines}
     print(json.dumps({"out": args.out, "tables": counts}))

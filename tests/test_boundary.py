@@ -5,8 +5,8 @@ texts of similar length, the check of S2's F.1, the exact consistencies (eqs. 10
 Covers  Algorithm 1's vector as rewards and as wins under every --tie, equal texts, m x n responses, the
         interval against a closed form and a normal approximation, the bounds of the length match,
         distinctness by hand, consistency by its definition in plain loops and its reduction to Algorithm 1,
-        each sentence of advice, what is counted and left out, what is refused. (The intra-diversity, eq. 12,
-        is in test_build_pairs.py.)
+        each sentence of advice, scores by category, what is counted and left out, what is refused. (The
+        intra-diversity, eq. 12, is in test_build_pairs.py.)
 Run     python -m pytest tests/test_boundary.py
 """
 
@@ -269,6 +269,60 @@ def test_models_of_what_was_compared(tmp_path, capsys):
     result = run(tmp_path, capsys, rows)
     assert result["models"] == {"on": ["b", "on"], "off": ["off"]}
     assert (result["n_comparisons"], result["n_prompts"]) == (14, 5)
+
+
+# ----- by category
+def test_by_category_by_hand(tmp_path, capsys):
+    # of 200 prompts 100 of "facts", 65 won; 60 of "math", all won; 38 of "poems", a tie each
+    rows = [prompt_row(k, [1.0 if k < 65 else -1.0], [0.0], category="facts") for k in range(100)]
+    rows += [prompt_row(k, [1.0, 2.0], [0.0], category="math") for k in range(100, 160)]
+    rows += [prompt_row(k, [0.0], [0.0], category="poems") for k in range(160, 198)]
+    rows += [prompt_row(198, [1.0], [], category="one source"), prompt_row(199, [1.0], [0.0], category=None)]
+    random.Random(1).shuffle(rows)
+    result = run(tmp_path, capsys, rows)
+    groups = result["by_category"]
+    assert list(groups) == ["facts", "math", "poems"]
+    keys = ("v_on", "v_off", "ties", "score", "stage", "use", "n_prompts", "n_comparisons")
+    assert {name: [group[key] for key in keys] for name, group in groups.items()} == {
+        "facts": [65, 35, 0, 0.65, "fine-tuning", "on", 100, 100],
+        "math": [120, 0, 0, 1.0, "fine-tuning", "on", 60, 120],
+        "poems": [0, 38, 38, 0.0, "injection", "off", 38, 38],
+    }
+    # .65 +- 1.96 sqrt(.65 * .35 / 100), of its own 100 prompts and not of all
+    half = 1.96 * np.sqrt(0.65 * 0.35 / 100)
+    assert groups["facts"]["ci"] == pytest.approx([0.65 - half, 0.65 + half], abs=0.015)
+    assert groups["math"]["ci"] == [1.0, 1.0] and groups["poems"]["ci"] == [0.0, 0.0]
+    assert result["v_on"] == 65 + 120 + 1 and result["n_prompts"] == 199
+    assert run(tmp_path, capsys, rows, "--tie", "half")["by_category"]["poems"]["v_on"] == 19
+    skipped = run(tmp_path, capsys, rows, "--tie", "skip")["by_category"]
+    assert list(skipped) == ["facts", "math"]  # nothing else counts
+
+
+def test_a_category_is_as_if_it_were_alone(tmp_path, capsys):
+    rng = random.Random(4)
+    rows = []
+    for k in range(60):
+        rewards = [float(rng.randint(0, 2)) for _ in range(5)]
+        rows.append(prompt_row(k, rewards[:2], rewards[2:], category="ab"[rng.random() < 0.3]))
+    groups = run(tmp_path, capsys, rows)["by_category"]
+    for name in "ab":
+        alone = run(tmp_path, capsys, [row for row in rows if row["category"] == name])
+        assert groups[name] == {key: alone[key] for key in groups[name]}
+        assert alone["by_category"] == {name: groups[name]}
+
+
+def test_categories_add_nothing_else(tmp_path, capsys):
+    rows = [prompt_row(k, [1.0, 0.5 * k], [0.7]) for k in range(9)]
+    result = run(tmp_path, capsys, rows)
+    assert result["by_category"] is None
+    assert run(tmp_path, capsys, [row | {"category": None} for row in rows]) == result
+    named = run(tmp_path, capsys, [row | {"category": "math"} for row in rows])
+    assert named | {"by_category": None} == result and list(named["by_category"]) == ["math"]
+
+
+def test_a_category_that_is_no_text(tmp_path, capsys):
+    rows = [prompt_row(0, [1.0], [0.0], category="math"), prompt_row(1, [1.0], [0.0], category=3)]
+    assert "category" in refused(tmp_path, capsys, rows).split("scored.jsonl:2: ")[1]
 
 
 # ----- length-matched score

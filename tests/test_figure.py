@@ -1,21 +1,23 @@
 """
 report/figure.py: results -> figures. What is drawn is read back from matplotlib's own objects.
 
-Covers  for each figure the points, intervals, names of series and rows, axes and legend; seeds, LC only if
-        all results have it; room for many and long names; PNG and PDF; wrong kinds of files; files that
-        evaluate.py and build_pairs.py write.
+Covers  for each figure the points, intervals, names of series and rows, axes and legend; bars over prompts
+        and over seeds; rewards and pairs over length; LC only if all results have it; room for many and long
+        names; PNG and PDF; wrong kinds of files; files that evaluate.py and build_pairs.py write.
 Run     python -m pytest tests/test_figure.py
 """
 
 import json
+import random
 import statistics
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import REPO, write_rows
+from conftest import REPO, thinking, write_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -23,7 +25,8 @@ from test_table import benchmarks, boundary_of, group, pairs_meta, put, real_fil
 
 sys.path.insert(0, str(REPO / "report"))
 import figure  # noqa: E402
-import runs  # noqa: E402
+import points as results  # noqa: E402
+import rows  # noqa: E402
 
 # ----- drawing, and reading what was drawn
 SAVED = []  # the figures that were written
@@ -51,10 +54,11 @@ def draw(folder, capsys, name, *files, out="figure.png"):
     assert min(pixels.shape[:2]) > 150
     assert len(np.unique(pixels[::3, ::3].reshape(-1, pixels.shape[-1]), axis=0)) > 10
     assert pdf.read_bytes()[:5] == b"%PDF-" and set(png.parent.iterdir()) == {png, pdf}
-    assert said == {"out": [str(png), str(pdf)], "series": len(legend(drawn))}
+    n_series = len(row_names(drawn)) if name == "settings" else len(legend(drawn))
+    assert said == {"out": [str(png), str(pdf)], "series": n_series}
     for axis in drawn.axes:  # every point can be seen
         for container in axis.containers:
-            if isinstance(container, ErrorbarContainer):
+            if isinstance(container, ErrorbarContainer) and container[0] is not None:
                 places = container[0].get_transform().transform(container[0].get_xydata())
                 assert axis.bbox.padded(1).count_contains(places) == len(places) > 0
     return drawn
@@ -70,8 +74,15 @@ def refused(folder, capsys, name, *files):
     return said.err
 
 
+BARS = ["95 % interval over prompts", "standard deviation over seeds"]
+
+
 def legend(drawn):
-    """The names in the figure's legend, wrapped lines put together."""
+    """The names of series in the figure's legend, wrapped lines put together."""
+    return [name for name in legend_texts(drawn) if name not in BARS]
+
+
+def legend_texts(drawn):
     assert len(drawn.legends) <= 1
     return [text.get_text().replace("\n", " ") for box in drawn.legends for text in box.get_texts()]
 
@@ -88,7 +99,7 @@ def error_bars(axis):
     """{series: [(x, y, the two ends of the bar)]}."""
     series = {}
     for container in axis.containers:
-        if isinstance(container, ErrorbarContainer):
+        if isinstance(container, ErrorbarContainer) and container[0] is not None:
             line, _, (bars,) = container
             ends = [segment.tolist() for segment in bars.get_segments()]
             name = container.get_label()
@@ -104,6 +115,23 @@ def points(axis):
         assert all(low[0] == x == high[0] for x, _, (low, high) in numbers)
         curves[name] = [(x, y, low[1], high[1]) for x, y, (low, high) in numbers]
     return curves
+
+
+def spreads(axis):
+    """{colour: [(x, middle of the bar, half its length)]} of the narrow bars over seeds."""
+    bars = {}
+    for container in axis.containers:
+        if (
+            isinstance(container, ErrorbarContainer)
+            and container[0] is None
+            and container.get_label() not in BARS
+        ):
+            (lines,) = container[2]
+            assert lines.get_linewidth()[0] < 2
+            numbers = bars[lines.get_color().tobytes()] = []
+            for (x, low), (_, high) in lines.get_segments():
+                numbers.append((x, (low + high) / 2, (high - low) / 2))
+    return list(bars.values())
 
 
 def row_names(drawn):
@@ -204,9 +232,9 @@ def test_categories(tmp_path, capsys):
         "on": {"tips": (20.0, 16.0, 27.0), "math": (30.0, 21.0, 37.0)},
         "off": {"math": (24.0, 20.0, 28.0)},
     }
-    assert legend(drawn) == ["on", "off"]
+    assert legend(drawn) == ["off", "on"]
     assert reference(drawn.axes[0]) is None  # 50 is outside
-    on, off = [container[0].get_color() for container in drawn.axes[0].containers[::2]]
+    off, on = [container[0].get_color() for container in drawn.axes[0].containers[::2]]
     assert on != off
 
 
@@ -234,11 +262,53 @@ def test_lengths(tmp_path, capsys):
     drawn = draw(tmp_path, capsys, "lengths", *files)
     assert labels(drawn) == [("characters of the answer", "LC win rate (%)")]
     curve = [(60.0, 20.0, 15.0, 24.0), (400.25, 30.0, 25.0, 34.0)]  # from left to right, mid-bin
-    assert points(drawn.axes[0]) == {"on_seed1": curve, "off": curve}
-    assert legend(drawn) == ["on_seed1", "off"]
+    assert points(drawn.axes[0]) == {"off": curve, "on": curve}
+    assert legend_texts(drawn) == ["off", "on", BARS[0]] and spreads(drawn.axes[0]) == []
     files.append(put(tmp_path / "x.winrate.json", winrate(None, length_bins=BINS)))
     drawn = draw(tmp_path, capsys, "lengths", *files)
     assert points(drawn.axes[0])["off"] == [(60.0, 3.0, 2.0, 5.0), (400.25, 1.0, 0.0, 2.0)]
+
+
+def bins_of(edges, rates):
+    """Length bins between edges, each with an interval from 4 below its rate to 6 above, or without one."""
+    bins = {}
+    for low, high, rate in zip(edges, edges[1:], rates):
+        interval = None if rate is None else [rate - 4, rate + 6]
+        bins[f"{low:g} to {high:g}"] = group(rate, interval, 50.0, [40.0, 60.0], 25)
+    return bins
+
+
+def test_lengths_over_seeds(tmp_path, capsys):
+    """A setting's curve is the mean of its runs' first, second, ... bins, whose edges differ."""
+    edges = [[0, 10, 30, 70, 200], [0, 20, 40, 80, 100], [2, 12, 50, 90, 120]]
+    rates = [[50, 40, 60, 10], [53, 45, 61, None], [59, 50, 62, None]]
+    files = []
+    for seed, (bounds, numbers) in enumerate(zip(edges, rates)):
+        result = winrate(22.0, length_bins=bins_of(bounds, numbers))
+        files.append(put(tmp_path / f"on_seed{seed}.winrate.json", result))
+    files.append(put(tmp_path / "off.winrate.json", winrate(21.0, length_bins=bins_of(edges[0], rates[0]))))
+    files.append(put(tmp_path / "off_seed1.winrate.json", winrate(21.0)))  # without bins
+    drawn = draw(tmp_path, capsys, "lengths", *files)
+    curves = points(drawn.axes[0])
+    assert list(curves) == ["off", "on"] and legend_texts(drawn) == ["off", "on", *BARS]
+    assert curves["off"] == approx([(5, 50, 46, 56), (20, 40, 36, 46), (50, 60, 56, 66), (135, 10, 6, 16)])
+    middles = [statistics.mean([5, 10, 7]), statistics.mean([20, 30, 31]), statistics.mean([50, 60, 70]), 110]
+    means = [54, 45, 61, 10]  # the last of one run alone
+    assert curves["on"] == approx([(x, y, y - 4, y + 6) for x, y in zip(middles, means)])
+    sds = [statistics.stdev([50, 53, 59]), 5.0, 1.0]
+    (numbers,) = spreads(drawn.axes[0])
+    assert numbers == approx(list(zip(middles, means, sds)))
+
+
+def test_lengths_of_runs_whose_bins_do_not_match(tmp_path, capsys):
+    """Of many answers of one length evaluate.py leaves a bin out: which one, its name does not say."""
+    files = []
+    for seed, edges in enumerate(([0, 10, 30, 70], [0, 10, 30, 70, 90])):
+        result = winrate(22.0, length_bins=bins_of(edges, [50, 51, 52, 53]))
+        files.append(put(tmp_path / f"on_seed{seed}.winrate.json", result))
+    said = refused(tmp_path, capsys, "lengths", *files)
+    assert "runs of on have 3 and 4 length bins" in said and "give one of its runs" in said
+    assert len(points(draw(tmp_path, capsys, "lengths", files[0]).axes[0])["on"]) == 3
 
 
 # ----- ratio and filters
@@ -260,10 +330,23 @@ def test_ratio(tmp_path, capsys):
     drawn = draw(tmp_path, capsys, "ratio", *files)
     assert labels(drawn) == [("on-policy share of the pairs", "LC win rate (%)")]
     curves = points(drawn.axes[0])
-    sd = statistics.stdev([20.0, 25.0, 24.0])  # over seeds; the others have their interval over prompts
-    first = pytest.approx((0.0, 23.0, 23.0 - sd, 23.0 + sd))
+    # the interval over prompts, of seeds the mean of its ends: (19 + 24 + 23) / 3 and (22 + 27 + 26) / 3
+    first = pytest.approx((0.0, 23.0, 22.0, 25.0))
     assert curves.pop("dpo") == [first, (0.25, 30.0, 29.0, 32.0), (1.0, 26.0, 25.0, 28.0)]
-    assert curves == {"hypo": [(1.0, 31.0, 30.0, 33.0)]} and legend(drawn) == ["dpo", "hypo"]
+    assert curves == {"hypo": [(1.0, 31.0, 30.0, 33.0)]}
+    assert legend_texts(drawn) == ["dpo", "hypo", *BARS]
+    assert spreads(drawn.axes[0]) == [[pytest.approx((0.0, 23.0, statistics.stdev([20.0, 25.0, 24.0])))]]
+
+
+def test_the_interval_over_prompts_is_seen_beside_two_seeds_that_agree(tmp_path, capsys):
+    """Two seeds a point apart do not hide that 27 to 63 are possible."""
+    files = swept(tmp_path, "on1", [44.0, 45.6], 200, lc_ci=[27.0, 63.0])
+    drawn = draw(tmp_path, capsys, "ratio", *files)
+    assert points(drawn.axes[0]) == {"on": [pytest.approx((1.0, 44.8, 27.0, 63.0))]}
+    assert spreads(drawn.axes[0]) == [[pytest.approx((1.0, 44.8, 0.8 * 2**0.5))]]
+    wide, narrow = [box for box in drawn.axes[0].containers if box.get_label() not in BARS]
+    assert wide[2][0].get_linewidth()[0] > 2 * narrow[2][0].get_linewidth()[0]
+    assert wide[2][0].get_color()[0][3] < narrow[2][0].get_color()[0][3]  # lighter
 
 
 def test_ratio_by_win_rate_and_without_an_interval(tmp_path, capsys):
@@ -293,8 +376,8 @@ def test_filters(tmp_path, capsys):
     assert labels(drawn) == [("share of the pairs kept", "LC win rate (%)")]
     curves = points(drawn.axes[0])
     assert curves["quality"] == [(0.1, 21.0, 20.0, 23.0), (0.4, 25.0, 24.0, 27.0)]
-    seeds = pytest.approx((0.7, 21.0, 21.0 - 2**0.5, 21.0 + 2**0.5))
-    assert curves["random"] == [(0.1, 19.0, 18.0, 21.0), seeds]
+    assert curves["random"] == [(0.1, 19.0, 18.0, 21.0), (0.7, 21.0, 20.0, 23.0)]
+    assert spreads(drawn.axes[0]) == [[pytest.approx((0.7, 21.0, 2**0.5))]]
     assert legend(drawn) == ["quality", "random"] == list(curves)
 
 
@@ -341,8 +424,8 @@ def test_training_of_many_steps_is_drawn_by_means(tmp_path, capsys):
         std = statistics.mean([k % 3 for k in x]) if first else 2 / 3
         expected.append((statistics.mean(x), middle, middle - std, middle + std))
     assert len(curve) == 44 and curve == approx(expected)
-    assert len(runs.step_points(steps[:60], "margin")) == 60
-    assert len(runs.step_points(steps[:61], "margin")) == 31
+    assert len(results.step_points(steps[:60], "margin")) == 60
+    assert len(results.step_points(steps[:61], "margin")) == 31
 
 
 # ----- shares and rewards
@@ -377,13 +460,13 @@ def scored(path, on, off=(), labeler="rm:r"):
 def test_rewards(tmp_path, capsys):
     """S1 Figs. 10, 11: on common edges the share of a curve's rewards between two edges."""
     files = [
-        scored(tmp_path / "t07.jsonl", [0.0, 4.0, 4.0, None]),
+        scored(tmp_path / "t0.7.jsonl", [0.0, 4.0, 4.0, None]),
         scored(tmp_path / "t3.jsonl", [-8.0], [-16.0]),
     ]
     drawn = draw(tmp_path, capsys, "rewards", *files)
     assert labels(drawn) == [("reward", "share of the responses")]
     names = [
-        "t07.jsonl, on-policy (mean 2.67)",
+        "t0.7.jsonl, on-policy (mean 2.67)",
         "t3.jsonl, on-policy (mean -8.00)",
         "t3.jsonl, off-policy (mean -16.00)",
     ]
@@ -409,6 +492,152 @@ def test_files_of_one_name_are_two_series(tmp_path, capsys, name):
 def test_rewards_of_different_labelers(tmp_path, capsys):
     files = [scored(tmp_path / f"{name}.jsonl", [1.0, 2.0], labeler=name) for name in "ab"]
     assert "different labelers" in refused(tmp_path, capsys, "rewards", *files)
+
+
+# ----- length
+def answers(path, *prompts, labeler="rm:r"):
+    """A row per prompt, of (source, characters, reward)."""
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for k, responses in enumerate(prompts):
+        responses = [{"text": "x" * n, "source": source, "reward": reward} for source, n, reward in responses]
+        lines.append({"id": f"p{k}", "prompt": "p", "responses": responses, "labeler": labeler})
+    return write_rows(path, lines)
+
+
+def pairs_of(path, *pairs):
+    """A pair per (source, characters chosen, characters rejected)."""
+    lines = []
+    for k, (source, *sizes) in enumerate(pairs):
+        chosen, rejected = ([{"role": "assistant", "content": "x" * n}] for n in sizes)
+        lines.append({"id": f"p{k}", "chosen": chosen, "rejected": rejected, "source": source})
+    return write_rows(path, lines)
+
+
+def test_reward_over_length(tmp_path, capsys):
+    """Bins of ten responses of a source; of one response a prompt the interval is 1.96 s / sqrt(n)."""
+    prompts = [[("on", 10 * k, k % 10 + 100.0 * (k // 10)), ("off", 7, 1.0 * k)] for k in range(30)]
+    random.Random(0).shuffle(prompts)
+    prompts.append([("on", 99999, None)])
+    drawn = draw(tmp_path, capsys, "length", answers(tmp_path / "scored.jsonl", *prompts))
+    assert labels(drawn) == [("characters of the answer", "mean reward")]
+    curves = points(drawn.axes[0])
+    half = 1.96 * statistics.stdev(range(10)) / 10**0.5
+    middles = [(100.0 * k + 45, 100.0 * k + 4.5) for k in range(3)]
+    assert curves["on-policy"] == approx([(x, y, y - half, y + half) for x, y in middles])
+    half = 1.96 * statistics.stdev(range(30)) / 30**0.5
+    assert curves["off-policy"] == approx([(7.0, 14.5, 14.5 - half, 14.5 + half)])  # all of one length
+    assert legend_texts(drawn) == ["on-policy", "off-policy", BARS[0]]
+    r = np.corrcoef(range(30), [k % 10 + 100.0 * (k // 10) for k in range(30)])[0, 1]
+    title = f"on-policy: 30 responses, correlation {r:.2f}\noff-policy: 30 responses"
+    assert drawn.axes[0].get_title(loc="left") == title
+
+
+def test_answers_of_one_prompt_err_together(tmp_path, capsys):
+    """Four equal answers to each prompt tell no more than one, over two files as well as in one."""
+    rewards = [0.5, 2.0, -1.0, 4.0, 0.0]
+    prompts = [[("off", 9, reward)] * 4 for reward in rewards]
+    files = [answers(tmp_path / "a.jsonl", *[prompt[:2] for prompt in prompts])] * 1
+    files.append(answers(tmp_path / "b.jsonl", *[prompt[2:] for prompt in prompts]))
+    (point,) = points(draw(tmp_path, capsys, "length", *files).axes[0])["off-policy"]
+    half = 1.96 * statistics.stdev(rewards) / 5**0.5
+    assert point == pytest.approx((9.0, 1.1, 1.1 - half, 1.1 + half))
+    # unequal numbers: the jackknife over prompts is another estimate of the same error
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, 150, 600)
+    values = rng.normal(size=150)[prompts] + rng.normal(size=600)
+    mean, low, high = rows.mean_over_prompts(values, prompts)
+    assert (mean, (low + high) / 2) == pytest.approx((values.mean(), values.mean()))
+    means = np.array([values[prompts != k].mean() for k in np.unique(prompts)])
+    error = np.sqrt((len(means) - 1) / len(means) * ((means - means.mean()) ** 2).sum())
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.02)
+    assert (high - low) / 2 > 1.5 * 1.96 * values.std() / 600**0.5  # what 600 prompts would tell
+
+
+def test_lengths_are_of_answers(tmp_path, capsys):
+    row = {"id": "p", "prompt": "p", "responses": [], "labeler": "rm:r"}
+    for k, one in enumerate([{"text": "abcdef"}] * 3):
+        row["responses"].append(thinking(one | {"source": "on", "reward": 1.0}, k))
+    assert len({len(one["text"]) for one in row["responses"]}) == 3
+    thought = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>\nlong\n</think>\nabc"},
+    ]
+    pair = {"chosen": thought, "rejected": "a"}
+    files = [write_rows(tmp_path / "a.jsonl", [row]), write_rows(tmp_path / "pairs.jsonl", [pair])]
+    drawn = draw(tmp_path, capsys, "length", *files)
+    assert points(drawn.axes[0]) == {"on-policy": [(6.0, 1.0, 1.0, 1.0)]}
+    assert drawn.axes[1].get_title(loc="left") == "pairs: 1 pairs, mean +2 (95 %: +2 to +2)"
+
+
+def test_chosen_minus_rejected_length(tmp_path, capsys):
+    """Shares of 100 differences -50, ..., 49 off-policy, of 4 of +20 on-policy, in bins of all of them."""
+    pairs = [("off", 100 + gap, 100) for gap in range(-50, 50)] + [("on", 30, 10)] * 4
+    drawn = draw(tmp_path, capsys, "length", pairs_of(tmp_path / "p.jsonl", *pairs))
+    (axis,) = drawn.axes
+    assert labels(drawn) == [("characters: chosen minus rejected", "share of the pairs")]
+    assert legend_texts(drawn) == ["on-policy", "off-policy"] and reference(axis) == 0
+    on, off = (patch.get_data() for patch in axis.patches)
+    together = sorted([*range(-50, 50), 20, 20, 20, 20])
+    low, high = np.percentile(together, 0.5), np.percentile(together, 99.5)
+    assert (on.edges[0], on.edges[-1], len(on.values)) == pytest.approx((low, high, 10))
+    for bins, gaps in ((on, [20] * 4), (off, range(-50, 50))):
+        for k in range(10):
+            first, last = bins.edges[k : k + 2]
+            inside = [first <= min(max(gap, low), high) < last + (k == 9) for gap in gaps]
+            assert bins.values[k] == pytest.approx(sum(inside) / len(gaps))
+    half = 1.96 * statistics.stdev(range(100)) / 10
+    lines = axis.get_title(loc="left").splitlines()
+    interval = f"95 %: {-0.5 - half:+.0f} to {-0.5 + half:+.0f}"
+    assert lines[0] == "on-policy: 4 pairs, mean +20 (95 %: +20 to +20)"
+    assert lines[1] == f"off-policy: 100 pairs, mean -0 ({interval})"
+
+
+def test_a_few_long_answers_leave_room_for_the_others(tmp_path, capsys):
+    pairs = [("on", 500 + k % 7, 500) for k in range(1000)] + [("on", 90_000, 1), ("on", 1, 90_000)]
+    (axis,) = draw(tmp_path, capsys, "length", pairs_of(tmp_path / "p.jsonl", *pairs)).axes
+    (bins,) = (patch.get_data() for patch in axis.patches)
+    assert (bins.edges[0], bins.edges[-1]) == (0, 6) and sum(bins.values) == pytest.approx(1)
+    assert bins.values[-1] == pytest.approx((142 + 1) / 1002)
+
+
+def test_length_of_responses_and_pairs_together(tmp_path, capsys):
+    """Files of both kinds in any order: two panels, in which a source has one colour and one name."""
+    scored = answers(tmp_path / "s.jsonl", *[[("on", 5 + k, 1.0), ("off", 9, 0.5)] for k in range(5)])
+    pairs = pairs_of(tmp_path / "p.jsonl", ("cross", 5, 9), ("off", 9, 5), ("on", 1, 2))
+    for files in ([scored, pairs], [pairs, scored]):
+        drawn = draw(tmp_path, capsys, "length", *files)
+        assert legend(drawn) == ["on-policy", "off-policy", "cross-source"]
+        left, right = drawn.axes
+        colours = {box.get_label(): box[0].get_color() for box in left.containers if box[0] is not None}
+        for patch in right.patches[:2]:
+            assert to_hex(patch.get_edgecolor()) == to_hex(colours[patch.get_label()])
+        assert len({to_hex(patch.get_edgecolor()) for patch in right.patches}) == 3
+
+
+def test_length_of_files_that_the_scripts_write(tmp_path, capsys, tmp_path_factory):
+    files, scored = real_files(tmp_path_factory.getbasetemp())
+    capsys.readouterr()
+    pairs = scored.parent / "on50.pairs.jsonl"
+    stats = json.loads(files[2].read_text())["stats"]
+    drawn = draw(tmp_path, capsys, "length", scored, pairs)
+    lines = drawn.axes[1].get_title(loc="left").splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["on-policy: 8 pairs", "off-policy: 8 pairs"]
+    mean = stats["chosen characters"]["mean"] - stats["rejected characters"]["mean"]
+    gaps = {"on": [], "off": []}
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        gaps[pair["source"]].append(len(pair["chosen"][0]["content"]) - len(pair["rejected"][0]["content"]))
+    assert statistics.mean(gaps["on"] + gaps["off"]) == pytest.approx(mean)
+    for line, numbers in zip(lines, gaps.values()):
+        assert f"mean {statistics.mean(numbers):+.0f} (95 %" in line
+    curves = points(drawn.axes[0])
+    assert {name: len(curve) for name, curve in curves.items()} == {"on-policy": 3, "off-policy": 6}
+
+
+@pytest.mark.parametrize("files", [["a", "b"], ["b", "a"]])
+def test_length_of_rewards_of_different_labelers(tmp_path, capsys, files):
+    paths = [answers(tmp_path / f"{name}.jsonl", [("on", 3, 1.0)], labeler=name) for name in files]
+    assert "rewards of different labelers: a and b" in refused(tmp_path, capsys, "length", *paths)
 
 
 # ----- series, names and files
@@ -478,6 +707,7 @@ def crowded(drawn):
         ("rewards", 2),
         ("rewards", 6),
         ("shares", 6),
+        ("ratio", 6),
     ],
 )
 def test_long_names_have_room(tmp_path, capsys, name, count):
@@ -490,6 +720,8 @@ def test_long_names_have_room(tmp_path, capsys, name, count):
         elif name == "shares":
             rows = [{"category": category} for category in CATEGORIES]
             files.append(write_rows(tmp_path / f"{LONG}_{k}.jsonl", rows))
+        elif name == "ratio":
+            files += swept(tmp_path, f"{LONG}_{k}_x1", [20.0, 30.0 + k])
         elif name == "rewards":
             files.append(scored(tmp_path / f"{LONG}_{k}.jsonl", [k, 2.0], [1.0 + k]))
         else:
@@ -550,6 +782,10 @@ WRONG = {
         {"id": "1", "prompt": "p", "responses": [{"text": "a", "source": "on", "reward": None}]}
     ),
 }
+WRONG |= {
+    "one_side.jsonl": json.dumps({"id": "1", "chosen": "a"}),
+    "no_message.jsonl": json.dumps({"id": "1", "chosen": [], "rejected": "a"}),
+}
 NO_RATES = "expected results of evaluate.py (NAME.winrate.json), found none"
 NO_SWEEP = "expected NAME.winrate.json with NAME.pairs.meta.json, found no setting with both"
 NO_STEPS = "expected metrics.jsonl with loss, margin or diversity, found none"
@@ -582,6 +818,20 @@ NO_STEPS = "expected metrics.jsonl with loss, margin or diversity, found none"
         ("rewards", ["a.winrate.json"], "{a.winrate.json}:1: "),
         ("rewards", ["unscored.jsonl"], "{unscored.jsonl}:1: "),
         ("rewards", ["null.jsonl", "rows.jsonl"], "{null.jsonl}, {rows.jsonl}: no response has a reward"),
+        (
+            "length",
+            ["a.winrate.json"],
+            '{a.winrate.json}:1: expected "responses", or "chosen" and "rejected"',
+        ),
+        ("length", ["one_side.jsonl"], "{one_side.jsonl}:1: expected "),
+        ("length", ["no_message.jsonl"], "{no_message.jsonl}:1: "),
+        ("length", ["unscored.jsonl"], "{unscored.jsonl}:1: "),
+        (
+            "length",
+            ["null.jsonl", "rows.jsonl"],
+            "{null.jsonl}, {rows.jsonl}: expected responses with rewards",
+        ),
+        ("length", ["empty.jsonl"], "{empty.jsonl}: expected JSON lines, found no file or an empty one"),
         ("rewards", ["nobody.jsonl"], "{nobody.jsonl}: expected JSON lines, found no file or an empty one"),
     ],
 )

@@ -1,10 +1,10 @@
 """
 report/table.py and runs.py: results -> tables in Markdown and CSV.
 
-Covers  names of settings and runs; numbers over seeds; the baseline's 50; gains and S2's delta from the
-        published rates (S2 Tables 1, 4, 5); groups, benchmarks, boundaries, pair sets (S3 Table 5), compute,
-        the paper's columns; report.md beside the CSV files; every key of every file missing or of another
-        type; files that evaluate.py, boundary.py and build_pairs.py write.
+Covers  names and order of settings and runs; numbers over seeds; the baseline's 50; gains and S2's delta from
+        the published rates (S2 Tables 1, 4, 5); groups, benchmarks, boundaries, pair sets (S3 Table 5),
+        compute, the paper's columns; report.md beside the CSV files; every key of every file missing or of
+        another type; files that evaluate.py, boundary.py and build_pairs.py write.
 Run     python -m pytest tests/test_table.py
 """
 
@@ -66,6 +66,12 @@ def boundary_of(score, **more):
     result |= {"ci": [score - 0.015, score + 0.012], "n_prompts": 2000, "stage": stage, "use": use}
     result["length_matched"] = {"score": score - 0.05, "ci": [score - 0.08, score - 0.02]}
     return result | {"distinct": {"sum": 0.9106, "mean": 0.5, "n_prompts": 2000}} | more
+
+
+def category_of(score):
+    """What boundary.py writes of a category of 200 comparisons, all of other prompts."""
+    result = {"v_on": 200 * score, "v_off": 200 - 200 * score, "ties": 1, "score": score}
+    return result | {"ci": [score - 0.1, score + 0.1], "n_prompts": 200, "stage": "injection", "use": "off"}
 
 
 def pairs_meta(counts, stats=None, **more):
@@ -164,7 +170,7 @@ def test_a_setting_is_the_mean_of_its_runs(tmp_path, capsys):
     files = [put(tmp_path / f"on50_seed{k}.winrate.json", run) for k, run in enumerate(RUNS)]
     files.append(put(tmp_path / "on.winrate.json", winrate(40.0, 41.0)))
     lines = by_setting(report(tmp_path, capsys, *files)["settings"])
-    assert list(lines) == ["gpt4", "on50", "on"]
+    assert list(lines) == ["gpt4", "on", "on50"]
     seeds, single = lines["on50"], lines["on"]
     for column, key in (("LC", "length_controlled_winrate"), ("win rate", "win_rate")):
         values = [run[key] for run in RUNS]
@@ -217,20 +223,64 @@ def test_a_result_without_length_control(tmp_path, capsys):
     assert cells(line, "win rate", "win rate 95 %", "judge") == ["30.00", "27.0 to 34.0", "reward"]
 
 
+# ----- the order of settings
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["on_0", "on_0.25", "on_0.5", "on_1", "on_10"],
+        ["on", "on2", "on10", "on10a", "on10b"],
+        ["beta_0.01_lr_5e-7", "beta_0.01_lr_1e-6", "beta_0.1_lr_5e-7", "beta_0.1_lr_1e-6"],
+        ["a", "B", "c", "D_1", "d_2"],
+        ["Llama-3-8B", "Llama-3.1-8B", "Llama-3.1-70B"],
+        ["off", "off-off", "off-on", "on"],
+        ["x", "x1", "x1.0"],  # equal numbers: by the text
+    ],
+)
+def test_numbers_in_names_compare_as_numbers(names):
+    for order in (names, names[::-1], sorted(names)):
+        assert sorted(order, key=runs.natural) == names
+
+
+def test_settings_and_runs_are_in_order(tmp_path, capsys):
+    """Whatever the shell's order: baselines, the start, then names and seeds by their numbers."""
+    names = [f"dpo_{share}_seed{seed}" for share in ("1", "0.25", "0", "0.5") for seed in (10, 2)]
+    files = [
+        put(tmp_path / f"{name}.winrate.json", winrate(20.0, length_bins=GROUPS["length_bins"]))
+        for name in [*names, "sft"]
+    ]
+    for given in (files, files[::-1]):
+        tables = report(tmp_path, capsys, *given, "--start", "sft")
+        order = ["gpt4", "sft", "dpo_0", "dpo_0.25", "dpo_0.5", "dpo_1"]
+        assert [line["setting"] for line in tables["settings"]] == order
+        groups = list(dict.fromkeys(line["setting"] for line in tables["groups"]))
+        assert groups[:5] == ["sft", "dpo_0_seed2", "dpo_0_seed10", "dpo_0.25_seed2", "dpo_0.25_seed10"]
+
+
+def test_the_papers_order_goes_before_names(tmp_path, capsys):
+    files = [
+        put(tmp_path / f"{name}.winrate.json", winrate(20.0))
+        for name in ("off", "mixp", "on", "extra10", "extra9", "simplemix")
+    ]
+    text = "setting,column,value\non,LC,1\noff,LC,2\non,win rate,3\nhypo,LC,4\nsimplemix,LC,5\nmixp,LC,6\n"
+    tables = report(tmp_path, capsys, *files, "--paper", put(tmp_path / "paper.csv", text))
+    order = ["gpt4", "on", "off", "simplemix", "mixp", "extra9", "extra10", "hypo"]  # hypo is not ours
+    assert [line["setting"] for line in tables["settings"]] == order
+
+
 # ----- the baseline, gains and delta
 def test_the_baseline_has_50_against_itself(tmp_path, capsys):
     run = winrate(20.0, 30.0, reward_baseline=-8.25, reward=-3.0, n_total=801)
     files = [put(tmp_path / f"{name}.winrate.json", run) for name in ("a", "b")]
-    other = put(tmp_path / "c.winrate.json", winrate(None, 10.0, baseline="davinci"))
+    other = put(tmp_path / "c.winrate.json", winrate(None, 10.0, baseline="text_davinci"))
     lines = report(tmp_path, capsys, *files, other)["settings"]
-    assert [line["setting"] for line in lines] == ["gpt4", "davinci", "a", "b", "c"]
+    assert [line["setting"] for line in lines] == ["gpt4", "text_davinci", "a", "b", "c"]
     columns = ("LC", "win rate", "LC 95 %", "standard error", "reward", "characters", "prompts", "judge")
     assert cells(lines[0], *columns) == ["50.00", "50.00", "", "", "-8.25", "2000", "801", ""]
     assert cells(lines[1], *columns) == ["", "50.00", "", "", "", "2000", "805", ""]
     # a baseline that is a setting keeps what was measured
     measured = put(tmp_path / "gpt4.winrate.json", winrate(48.0, 47.0, baseline="davinci"))
     lines = by_setting(report(tmp_path, capsys, *files, measured)["settings"])
-    assert list(lines) == ["davinci", "a", "b", "gpt4"] and lines["gpt4"]["LC"] == "48.00"
+    assert list(lines) == ["davinci", "gpt4", "a", "b"] and lines["gpt4"]["LC"] == "48.00"
 
 
 @pytest.mark.parametrize(
@@ -397,10 +447,10 @@ def test_groups(tmp_path, capsys):
     assert list(lines[0]) == list(columns)
     short = ["10 to 110", "200", "18.00", "15.0 to 24.0", "12.00", "8.0 to 16.0"]
     assert [cells(line, *columns) for line in lines] == [
+        ["off", "length bins", *short],
         ["on_seed1", "categories", "math", "30", "30.00", "21.0 to 37.0", "31.00", "22.5 to 39.0"],
         ["on_seed1", "categories", "a/b", "1", "", "", "20.00", ""],
         ["on_seed1", "length bins", *short],
-        ["off", "length bins", *short],
     ]
 
 
@@ -535,6 +585,39 @@ def test_boundaries_become_s2_table_3(tmp_path, capsys):
     numbers = ["1840.5", "6160", "3", "0.230", "0.215 to 0.242"]
     assert list(phi.values()) == ["phi", "2000", *numbers, "", "", "", "injection", "off"]
     assert tables["settings"] == [{"setting": "llama"}, {"setting": "phi"}]
+
+
+def test_boundaries_by_category(tmp_path, capsys):
+    """A line per category after that of all prompts; gains and the paper go by the score of all prompts."""
+    files = [put(tmp_path / "phi_seed0.boundary.json", boundary_of(0.23))]
+    groups = {"math": category_of(0.25), "poems": category_of(0.8)}
+    files.append(put(tmp_path / "phi_seed1.boundary.json", boundary_of(0.25, by_category=groups)))
+    paper = put(tmp_path / "paper.csv", "setting,column,value\nphi,score,0.22\n")
+    files += [put(tmp_path / f"{name}.winrate.json", winrate(9.0, baseline="phi")) for name in "ab"]
+    tables = report(tmp_path, capsys, *files, "--paper", paper, "--delta", "phi", "a", "b")
+    columns = ("setting", "category", "prompts", "V_on", "V_off", "ties", "score", "score (paper)")
+    columns += ("score 95 %", "length-matched", "stage", "use")
+    assert list(tables["boundary"][0])[:3] == ["setting", "category", "prompts"]
+    assert [cells(line, *columns) for line in tables["boundary"]] == [
+        [
+            "phi",
+            "",
+            "2000",
+            "1840",
+            "6160",
+            "3",
+            "0.230",
+            "0.22",
+            "0.215 to 0.242",
+            "0.180",
+            "injection",
+            "off",
+        ],
+        ["phi", "", "2000", "2000", "6000", "3", "0.250", "", "0.235 to 0.262", "0.200", "injection", "off"],
+        ["phi", "math", "200", "50", "150", "1", "0.250", "", "0.150 to 0.350", "", "injection", "off"],
+        ["phi", "poems", "200", "160", "40", "1", "0.800", "", "0.700 to 0.900", "", "injection", "off"],
+    ]
+    assert tables["delta"][0]["boundary score"] == "0.24"
 
 
 def test_compute(tmp_path, capsys):
@@ -772,7 +855,7 @@ FILES = {  # the name's ending, the shape, a file that has every key
         ),
     ),
     "benchmarks": (".benchmarks.json", runs.Benchmarks, benchmarks(65.0, arc=(50.0, 1.25))),
-    "boundary": (".boundary.json", runs.Boundary, boundary_of(0.62)),
+    "boundary": (".boundary.json", runs.Boundary, boundary_of(0.62, by_category={"math": category_of(0.3)})),
     "pairs": (".pairs.meta.json", runs.Meta, full_meta()),
     "meta": (".on.meta.json", runs.Meta, full_meta()),
     "metrics": (".metrics.jsonl", list[runs.Step], [STEP | {"step": 0}, STEP]),
