@@ -156,6 +156,7 @@ def oasst2_prompts(table, dropped):
             yield line, row
         else:
             dropped["prompt with under 3 answers"] += 1
+            dropped["answer to such a prompt"] += len(row["responses"])
     dropped["message of a later turn"] += sum(map(len, answers.values()))  # answers to later turns
 
 

@@ -385,8 +385,9 @@ def test_oasst2_keeps_first_turns_with_three_answers(tmp_path, capsys, kind):
     ranks = [("a", 1.0), ("b", 0.0), ("c", None)]
     assert texts_and_scores(rows[0]) == [(text, {"oasst2_rank": rank}) for text, rank in ranks]
     assert [response["text"] for response in rows[1]["responses"]] == ["before its prompt", "d", "e"]
-    # of later turns: again, later, h; with zwei's two answers all 20 messages are accounted for
-    reasons = {"prompt with under 3 answers": 1, "deleted message": 2, "message of a later turn": 3}
+    # zwei and its two answers; hidden, gone; again, later, h; so all 20 messages are accounted for
+    reasons = {"prompt with under 3 answers": 1, "answer to such a prompt": 2}
+    reasons |= {"deleted message": 2, "message of a later turn": 3}
     assert printed["dropped"] == reasons and (printed["rows"], printed["responses"]) == (3, 9)
     (tmp_path / "off.jsonl").unlink()
     err = refused(tmp_path, capsys, write_table(tmp_path / f"few.{kind}", TREES[:3]), "oasst2")
