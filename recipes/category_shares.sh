@@ -6,11 +6,12 @@
 #     SCALE=demo bash recipes/category_shares.sh     (recipes/settings.sh tells what SCALE and the functions do)
 #
 # Runs s1_fig4.sh first, whose trainings it shows next to its own. 30 trainings on a node of 8 x 80 GB; not run there.
-source "$(dirname "$0")/settings.sh"
-MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
-FIG4=${FIG4:-out/s1_fig4/${MODEL##*/}} # OUT of s1_fig4.sh
-OUT=${OUT:-out/category_shares/${MODEL##*/}}
-export LABELER=${LABELER:-gpt-4o-mini} # names the categories of the prompts
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL meta-llama/Llama-3.1-8B-Instruct out/models/policy
+setting FIG4 "out/s1_fig4/${MODEL##*/}" # OUT of s1_fig4.sh
+default OUT "out/category_shares/${MODEL##*/}"
+setting SEEDS "0 1 2" 0
+default LABELER gpt-4o-mini; export LABELER # names the categories of the prompts
 needs "$MODEL" "$REWARD"
 
 MODEL=$MODEL OUT=$FIG4 bash recipes/s1_fig4.sh
@@ -24,9 +25,9 @@ else
 fi
 for seed in $SEEDS; do
   run=$OUT/by_category_seed$seed
-  pairs=(build_pairs.py --scored "$OUT/scored.jsonl" --seed "$seed" "${PAIRS[@]}")
-  python "${pairs[@]}" --on-ratio 1 --out "$run.parts/on.pairs.jsonl"
-  python "${pairs[@]}" --on-ratio 0 --out "$run.parts/off.pairs.jsonl"
+  pairs=("$PAIRS_SCRIPT" --scored "$OUT/scored.jsonl" --seed "$seed")
+  python "${pairs[@]}" --on-ratio 1 $PAIRS --out "$run.parts/on.pairs.jsonl"
+  python "${pairs[@]}" --on-ratio 0 $PAIRS --out "$run.parts/off.pairs.jsonl"
   python - "$run.parts" "${taste[@]}" >"$run.pairs.jsonl" <<'END'
 import json, sys
 
@@ -36,7 +37,7 @@ for source in ("on", "off"):
         if (json.loads(line).get("category") in taste) == (source == "off"):
             print(line, end="")
 END
-  train train_dpo.py --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
+  train "$TRAIN_SCRIPT" --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
   win_rate "$run" "$run"
 done
 python report/table.py "$FIG4"/*.winrate.json "$FIG4"/*.pairs.meta.json "$FIG4"/*/metrics.* \

@@ -8,14 +8,14 @@
 #
 # 18 trainings on a node of 8 x 80 GB; not run there. Demo: the four off-policy answers are the two written ones and two
 # of the policy at temperature 1, so they are not all of others.
-source "$(dirname "$0")/settings.sh"
-MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
-OUT=${OUT:-out/delta/${MODEL##*/}}
-DATA=(--format ultrafeedback --data openbmb/UltraFeedback)
-if [ "$SCALE" = demo ]; then DATA=("${OFF_POLICY[@]}"); fi
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL allenai/Llama-3.1-Tulu-3-8B-SFT out/models/policy
+default OUT "out/delta/${MODEL##*/}"
+setting DATA "--format ultrafeedback --data openbmb/UltraFeedback $limit" "$OFF_POLICY"
+setting SEEDS "0 1 2" 0
 needs "$MODEL" "$REWARD"
 
-python data/import_responses.py "${DATA[@]}" --out "$OUT/off.jsonl"
+python data/import_responses.py $DATA --out "$OUT/off.jsonl"
 answers=("$OUT/off.jsonl")
 if [ "$SCALE" = demo ]; then
   on_gpus "$OUT/more" generate.py --source off --n 2 --temperature 1 --top-p 1 --seed 1 --model "$MODEL" \
@@ -23,7 +23,7 @@ if [ "$SCALE" = demo ]; then
   answers+=("$OUT"/more/*.jsonl)
 fi
 on_gpus "$OUT/on" generate.py --n 4 --model "$MODEL" --prompts "$OUT/off.jsonl"
-on_gpus "$OUT/scored" score.py --model "$REWARD" --responses "$OUT"/on/*.jsonl "${answers[@]}"
+on_gpus "$OUT/scored" "$SCORE_SCRIPT" --model "$REWARD" --responses "$OUT"/on/*.jsonl "${answers[@]}"
 for gap in small large; do
   python - $gap "$OUT"/scored/*.jsonl >"$OUT/$gap.jsonl" <<'END'
 import json, sys
@@ -47,9 +47,9 @@ for seed in $SEEDS; do
   for share in 0 0.5 1; do
     for gap in small large; do
       run=$OUT/${gap}_gap_${share}_seed$seed
-      python build_pairs.py --scored "$OUT/$gap.jsonl" --on-ratio "$share" --seed "$seed" "${PAIRS[@]}" \
+      python "$PAIRS_SCRIPT" --scored "$OUT/$gap.jsonl" --on-ratio "$share" --seed "$seed" $PAIRS \
         --out "$run.pairs.jsonl"
-      train train_dpo.py --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
+      train "$TRAIN_SCRIPT" --model "$MODEL" --pairs "$run.pairs.jsonl" --seed "$seed" --out "$run"
       win_rate "$run" "$run"
     done
   done

@@ -6,34 +6,33 @@
 #     SCALE=demo bash recipes/rounds.sh     (SHARE=0.5 for a fixed share; recipes/settings.sh tells what SCALE does)
 #
 # The judge (demo: the reward) also compares each model with that of the round before. 3 trainings on 8 x 80 GB; not run.
-source "$(dirname "$0")/settings.sh"
-MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
-SHARE=${SHARE:-boundary}
-ROUNDS=${ROUNDS:-3}
-OUT=${OUT:-out/rounds/${MODEL##*/}_$SHARE}
-if [ "$SCALE" = demo ]; then ROUNDS=2; fi
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL meta-llama/Llama-3.1-8B-Instruct out/models/policy
+setting SHARE boundary
+default ROUNDS 3 2
+default OUT "out/rounds/${MODEL##*/}_$SHARE"
 needs "$MODEL" "$REWARD"
 
-python data/import_responses.py "${OFF_POLICY[@]}" --out "$OUT/off.jsonl"
+python data/import_responses.py $OFF_POLICY --out "$OUT/off.jsonl"
 win_rate "$MODEL" "$OUT/start"
 model=$MODEL before=$OUT/start
 for round in $(seq "$ROUNDS"); do
   run=$OUT/round_$round
   on_gpus "$run.on" generate.py --seed "$round" --model "$model" --prompts "$OUT/off.jsonl"
-  on_gpus "$run.scored" score.py --model "$REWARD" --responses "$run".on/*.jsonl "$OUT/off.jsonl"
+  on_gpus "$run.scored" "$SCORE_SCRIPT" --model "$REWARD" --responses "$run".on/*.jsonl "$OUT/off.jsonl"
   python boundary.py --scored "$run".scored/*.jsonl --out "$run.boundary.json" # of the model that the round begins with
   share=$SHARE
   if [ "$share" = boundary ]; then
     share=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["score"])' "$run.boundary.json")
   fi
-  python build_pairs.py --scored "$run".scored/*.jsonl --on-ratio "$share" --seed "$round" "${PAIRS[@]}" \
+  python "$PAIRS_SCRIPT" --scored "$run".scored/*.jsonl --on-ratio "$share" --seed "$round" $PAIRS \
     --out "$run.pairs.jsonl"
-  train train_dpo.py --seed "$round" --model "$model" --pairs "$run.pairs.jsonl" --out "$run"
+  train "$TRAIN_SCRIPT" --seed "$round" --model "$model" --pairs "$run.pairs.jsonl" --out "$run"
   win_rate "$run" "$run"
 
   answers=("$before".answers/*.jsonl "$run".answers/*.jsonl)
   if [ "$SCALE" = demo ]; then
-    python score.py --model "$REWARD" --responses "${answers[@]}" --out "$run.compared.jsonl"
+    python "$SCORE_SCRIPT" --model "$REWARD" --responses "${answers[@]}" --out "$run.compared.jsonl"
   else
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline "$model" \
       --responses "${answers[@]}" --out "$run.compared.jsonl"

@@ -6,20 +6,19 @@
 # Not as in the paper: it does not say where its bins end (here quarters of a model's answers, for differences of both
 # models'), its text and captions disagree on win rates or length-controlled ones (here both), and the differences have
 # paired intervals. No GPU.
-source "$(dirname "$0")/settings.sh"
-OUT=${OUT:-out/s1_fig3/$SCALE}
+source "$(dirname "$0")/settings.sh" || exit
+default MODEL meta-llama/Llama-3.1-8B-Instruct out/models/policy
+default RUN "out/s1_table2/paper/${MODEL##*/}_ultrafeedback" "out/s1_table2/demo/${MODEL##*/}_demo"
+default PAPER recipes/paper/s1_fig3.csv ""
+default OUT "out/s1_fig3/$SCALE"
 if [ "$SCALE" = demo ]; then
-  RUN=${RUN:-out/s1_table2/demo/${MODEL##*/}_demo}
   against=(--baseline "$MODEL")
   objective=(facts how-to)
   open=(writing recommendation)
-  PAPER=()
 else
-  RUN=${RUN:-out/s1_table2/paper/Llama-3.1-8B-Instruct_ultrafeedback}
-  against=(--baseline gpt4_1106_preview --lc-data "$ALPACA")
+  against=(--baseline gpt4_1106_preview --lc-data "$ALPACA" ${N_EVAL:+--allow-missing})
   objective=("mathematical reasoning or calculation" coding)
   open=("assisting or creative writing" recommendation)
-  PAPER=(--paper recipes/paper/s1_fig3.csv)
 fi
 for name in on off; do
   [ -e "${RUN}_$name.judged/0.jsonl" ] ||
@@ -40,4 +39,4 @@ python report/figure.py categories "$OUT"/{on,off}.winrate.json --out "$OUT/fig2
 for name in objective open; do # the lengths of answers to two categories of prompts
   python report/figure.py lengths "$OUT/$name"/{on,off}.winrate.json --out "$OUT/fig3_$name.png"
 done
-python report/table.py "$OUT"/{on,off}.winrate.json "${PAPER[@]}" --out "$OUT"
+python report/table.py "$OUT"/{on,off}.winrate.json ${PAPER:+--paper "$PAPER"} --out "$OUT"

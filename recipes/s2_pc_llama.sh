@@ -8,17 +8,17 @@
 # paper: answers to AlpacaEval are greedy (it does not say how); 5.4 does not say whose samples PC_on are (here the start
 # model's; in pc_on-on, which has the paper's number, those of the model after PC_on) and prints a share, 0.46. 6 trainings,
 # 4 of them of s2_stages.sh, on a node of 8 x 80 GB; not run there. Demo: the other model is the policy after its own pairs.
-source "$(dirname "$0")/settings.sh"
-export MODEL=${MODEL:-alignment-handbook/zephyr-7b-sft-full} # Fig. 3 also: out/s2_sft/Qwen2.5-1.5B, Qwen/Qwen3-4B
-LLAMA=${LLAMA:-meta-llama/Meta-Llama-3-8B-Instruct}
-STAGES=${STAGES:-out/s2_stages/${MODEL##*/}_dpo}
-OUT=${OUT:-out/s2_pc_llama/${MODEL##*/}}
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL alignment-handbook/zephyr-7b-sft-full out/models/policy; export MODEL # Fig. 3 also: out/s2_sft/Qwen2.5-1.5B, Qwen/Qwen3-4B
+setting STAGES "out/s2_stages/${MODEL##*/}_dpo" # OUT of s2_stages.sh
+setting LLAMA meta-llama/Meta-Llama-3-8B-Instruct "$STAGES/on"
+setting PAIRS "$PAIRS" "--total $((N_PAIRS * 3 / 4))"
+default OUT "out/s2_pc_llama/${MODEL##*/}"
 start=${MODEL##*/} chat=()
-if [[ $start = Qwen3-* ]]; then chat=(--template-kwargs '{"enable_thinking": false}'); fi
-judge=(scorers/judge.py --model "${JUDGE:-}" --judge-prompt "${ALPACA:-}/alpaca_eval_clf.txt")
-if [ "$SCALE" = demo ]; then judge=(score.py --model "$REWARD") LLAMA=$STAGES/on PAIRS=("${FEWER_PAIRS[@]}"); fi
-if [ "$SCALE" = paper ]; then needs "$LLAMA"; fi
-needs "$MODEL" "${PREFERENCE[2]}"
+if [[ $start = Qwen3-* ]]; then chat=(--template-kwargs '{"enable_thinking":false}'); fi
+judge=(scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt")
+if [ "$SCALE" = demo ]; then judge=("$SCORE_SCRIPT" --model "$REWARD"); fi
+needs "$MODEL" "$(model_of $PREFERENCE)" ${LLAMA#"$STAGES/on"} # which is made below
 
 quality() { # NAME SAMPLES ...: the first of a prompt's samples against PC_off's chosen answer
   mkdir -p "$OUT/quality"
@@ -42,11 +42,11 @@ if [ ! -e "$STAGES/off-on.winrate.json" ]; then # of Table 1: the first iteratio
   LOSS=dpo SEED=0 OUT=$STAGES STARTS="$MODEL $STAGES/off" bash recipes/s2_stages.sh
 fi
 on_gpus "$OUT/samples" generate.py --preset s2 --source off --seed 1 --model "$LLAMA" --prompts "$STAGES/off_policy.jsonl"
-on_gpus "$OUT/scored" "${PREFERENCE[@]}" --responses "$OUT"/samples/*.jsonl
-python build_pairs.py --scored "$OUT"/scored/*.jsonl --on-ratio 0 "${PAIRS[@]}" --out "$OUT/llama.pairs.jsonl"
-SAMPLE+=("${chat[@]}")
-train train_dpo.py --preset s2 "${chat[@]}" --model "$MODEL" --pairs "$OUT/llama.pairs.jsonl" --out "$OUT/llama"
-train train_dpo.py --preset s2 "${chat[@]}" --model "$STAGES/off" --pairs "$OUT/llama.pairs.jsonl" --out "$OUT/off-llama"
+on_gpus "$OUT/scored" $PREFERENCE --responses "$OUT"/samples/*.jsonl
+python "$PAIRS_SCRIPT" --scored "$OUT"/scored/*.jsonl --on-ratio 0 $PAIRS --out "$OUT/llama.pairs.jsonl"
+SAMPLE="${chat[*]} $SAMPLE"
+train "$TRAIN_SCRIPT" --preset s2 "${chat[@]}" --model "$MODEL" --pairs "$OUT/llama.pairs.jsonl" --out "$OUT/llama"
+train "$TRAIN_SCRIPT" --preset s2 "${chat[@]}" --model "$STAGES/off" --pairs "$OUT/llama.pairs.jsonl" --out "$OUT/off-llama"
 for run in llama off-llama; do win_rate "$OUT/$run" "$OUT/$run"; done
 
 on_gpus "$STAGES/on.own" generate.py --preset s2 --model "$STAGES/on" --prompts "$STAGES/off_policy.jsonl"

@@ -8,13 +8,13 @@
 # and the reward model's order did better). The benchmarks' questions are left out. Some answers are of Tulu-3-8B, which is
 # not marked. 6 trainings on a node of 8 x 80 GB and some 40,000 questions to the judge; not run there.
 # Demo: the judge is who wrote the two answers, one as the better; one epoch of two, greedy answers (beams are slow).
-source "$(dirname "$0")/settings.sh"
-MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
-PAIR_JUDGE=${PAIR_JUDGE:-gpt-4o-mini} # orders the two answers of a prompt; JUDGE is AlpacaEval's
-OUT=${OUT:-out/s3_b1/${MODEL##*/}}
-S3=(--preset s3)
-DATA=(--format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b --split train)
-if [ "$SCALE" = demo ]; then S3+=(--epochs 1) DATA=(--format rows --data "$OUT/written.jsonl" --limit "$N_PROMPTS"); fi
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL allenai/Llama-3.1-Tulu-3-8B-SFT out/models/policy
+setting PAIR_JUDGE gpt-4o-mini # orders the two answers of a prompt; JUDGE is AlpacaEval's
+default OUT "out/s3_b1/${MODEL##*/}"
+setting DATA "--format ultrafeedback_binarized --data allenai/tulu-3-ultrafeedback-cleaned-on-policy-8b --split train $limit" \
+  "--format rows --data $OUT/written.jsonl $limit"
+s3_settings
 needs "$MODEL" "$REWARD"
 
 mkdir -p "$OUT"
@@ -35,17 +35,17 @@ for question in questions:
     print(json.dumps({"question": question}))
 END
 fi
-python data/import_responses.py "${DATA[@]}" --out "$OUT/off.jsonl"
+python data/import_responses.py $DATA --out "$OUT/off.jsonl"
 python data/decontaminate.py --prompts "$OUT/off.jsonl" --seen "$OUT/questions.jsonl" --out "$OUT/clean.jsonl"
-on_gpus "$OUT/rewards" score.py --model "$REWARD" --responses "$OUT/clean.jsonl"
+on_gpus "$OUT/rewards" "$SCORE_SCRIPT" --model "$REWARD" --responses "$OUT/clean.jsonl"
 both=("$OUT"/rewards/*.jsonl)
 if [ "$SCALE" = paper ]; then
   python scorers/judge.py --model "$PAIR_JUDGE" --responses "${both[@]}" --out "$OUT/both.jsonl"
   both=("$OUT/both.jsonl")
 fi
-pairs=(recipes/s3_pairs.py --scored "${both[@]}" --ranks 1 2 "${PAIRS[@]}")
-python "${pairs[@]}" --reward rm --disagree judge --out "$OUT/reward.pairs.jsonl" # prints how often they agree
-python "${pairs[@]}" --reward judge --disagree rm --out "$OUT/judge.pairs.jsonl"
+pairs=("$PAIRS_SCRIPT" --scored "${both[@]}" --ranks 1 2)
+python "${pairs[@]}" --reward rm --disagree judge $PAIRS --out "$OUT/reward.pairs.jsonl" # prints how often they agree
+python "${pairs[@]}" --reward judge --disagree rm $PAIRS --out "$OUT/judge.pairs.jsonl"
 
 train_s3 reward judge
 python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* --out "$OUT"

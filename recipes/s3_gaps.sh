@@ -10,38 +10,37 @@
 # inverts are dropped; the paper kept some. 18 trainings on a node of 8 x 80 GB; not run there.
 # Demo: ranks among two written answers and four of the policy, a gap of 1 or more, one epoch of two, greedy answers (beams
 # are slow on two cores).
-source "$(dirname "$0")/settings.sh"
-MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
-OUT=${OUT:-out/s3_gaps/${MODEL##*/}}
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL allenai/Llama-3.1-Tulu-3-8B-SFT out/models/policy
+default OUT "out/s3_gaps/${MODEL##*/}"
 mixture='import datasets, sys; datasets.load_dataset("allenai/tulu-3-sft-mixture")["train"].to_json(sys.stdout.buffer)'
-SEEN=(python -c "$mixture") # what MODEL was trained on, whose prompts are left out; pip install datasets
-DATA=(--format ultrafeedback --data openbmb/UltraFeedback)
-SETS=${SETS:-lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv}
-GAP=1.5 S3=(--preset s3)
-if [ "$SCALE" = demo ]; then GAP=1 S3+=(--epochs 1) DATA=("${OFF_POLICY[@]}") SEEN=(cat data/eval.jsonl); fi
+setting SEEN "" data/eval.jsonl # what MODEL was trained on, whose prompts are left out; "": mixture, by pip install datasets
+setting DATA "--format ultrafeedback --data openbmb/UltraFeedback $limit" "$OFF_POLICY"
+default SETS "lg_hq lg_lq sg_hq sg_lq lg_hq_inv sg_hq_inv"
+setting GAP 1.5 1
+s3_settings
 needs "$MODEL" "$REWARD"
 
-python data/import_responses.py "${DATA[@]}" --out "$OUT/off.jsonl"
-"${SEEN[@]}" >"$OUT/seen.jsonl"
+python data/import_responses.py $DATA --out "$OUT/off.jsonl"
+if [ "$SEEN" ]; then cat "$SEEN"; else python -c "$mixture"; fi >"$OUT/seen.jsonl"
 python data/decontaminate.py --prompts "$OUT/off.jsonl" --seen "$OUT/seen.jsonl" --out "$OUT/clean.jsonl"
 answers=("$OUT/clean.jsonl")
 if [ "$SCALE" = demo ]; then
   on_gpus "$OUT/more" generate.py --source off --n 4 --temperature 1 --top-p 1 --model "$MODEL" --prompts "$OUT/clean.jsonl"
   answers+=("$OUT"/more/*.jsonl)
 fi
-on_gpus "$OUT/scored" score.py --model "$REWARD" --responses "${answers[@]}"
+on_gpus "$OUT/scored" "$SCORE_SCRIPT" --model "$REWARD" --responses "${answers[@]}"
 
-pairs=(recipes/s3_pairs.py --scored "$OUT"/scored/*.jsonl)
+pairs=("$PAIRS_SCRIPT" --scored "$OUT"/scored/*.jsonl)
 python "${pairs[@]}" --ranks 1 2 --out "$OUT/swap/1_2.pairs.jsonl" # the inverse sets take their rejected answers
 python "${pairs[@]}" --ranks 3 4 --out "$OUT/swap/3_4.pairs.jsonl"
-pairs+=("${PAIRS[@]}")
-python "${pairs[@]}" --ranks 1 3 --gap "$GAP" --out "$OUT/lg_hq.pairs.jsonl"
-python "${pairs[@]}" --ranks 2 4 --gap "$GAP" --out "$OUT/lg_lq.pairs.jsonl"
-python "${pairs[@]}" --ranks 1 2 --out "$OUT/sg_hq.pairs.jsonl"
-python "${pairs[@]}" --ranks 3 4 --out "$OUT/sg_lq.pairs.jsonl"
-python "${pairs[@]}" --ranks 1 3 --gap "$GAP" --swap-rejected "$OUT/swap/1_2.pairs.jsonl" \
+python "${pairs[@]}" --ranks 1 3 --gap "$GAP" $PAIRS --out "$OUT/lg_hq.pairs.jsonl"
+python "${pairs[@]}" --ranks 2 4 --gap "$GAP" $PAIRS --out "$OUT/lg_lq.pairs.jsonl"
+python "${pairs[@]}" --ranks 1 2 $PAIRS --out "$OUT/sg_hq.pairs.jsonl"
+python "${pairs[@]}" --ranks 3 4 $PAIRS --out "$OUT/sg_lq.pairs.jsonl"
+python "${pairs[@]}" --ranks 1 3 --gap "$GAP" $PAIRS --swap-rejected "$OUT/swap/1_2.pairs.jsonl" \
   --out "$OUT/lg_hq_inv.pairs.jsonl"
-python "${pairs[@]}" --ranks 1 2 --swap-rejected "$OUT/swap/3_4.pairs.jsonl" --out "$OUT/sg_hq_inv.pairs.jsonl"
+python "${pairs[@]}" --ranks 1 2 $PAIRS --swap-rejected "$OUT/swap/3_4.pairs.jsonl" --out "$OUT/sg_hq_inv.pairs.jsonl"
 
 train_s3 $SETS
 python report/table.py "$OUT"/*.json "$OUT"/*/metrics.* --paper recipes/paper/s3_gaps.csv --out "$OUT"

@@ -9,23 +9,25 @@
 # answer is the better one; in the lower base most are). Wrong in the paper: its 0 % row of -4.18 repeats Low/Worst (LC
 # 25.8); Medium/Worst has 26.7. 30 trainings, 6 of them of s3_tiers.sh, on a node of 8 x 80 GB; not run there.
 # Demo: the best of four, only Algorithm 1, one epoch of two, greedy answers (beams are slow on two cores).
-source "$(dirname "$0")/settings.sh"
-MODEL=${MODEL:-allenai/Llama-3.1-Tulu-3-8B-SFT}
-K=8 RULES="algorithm1 rejected" S3=(--preset s3)
-if [ "$SCALE" = demo ]; then K=4 RULES=algorithm1 S3+=(--epochs 1) TIERS=${TIERS:-out/s3_tiers/demo}; fi
-TIERS=${TIERS:-out/s3_tiers/ultrafeedback} # OUT of s3_tiers.sh
-OUT=${OUT:-out/s3_onpolicy/${MODEL##*/}}
+source "$(dirname "$0")/settings.sh" || exit
+setting MODEL allenai/Llama-3.1-Tulu-3-8B-SFT out/models/policy
+setting DATA ultrafeedback demo
+setting TIERS "out/s3_tiers/$DATA" # OUT of s3_tiers.sh
+setting K 8 4
+default RULES "algorithm1 rejected" algorithm1
+s3_settings
+default OUT "out/s3_onpolicy/${MODEL##*/}"
 needs "$MODEL" "$REWARD"
 
-MODEL=$MODEL DATA=ultrafeedback OUT=$TIERS SETS="best_low medium_worst" bash recipes/s3_tiers.sh
+MODEL=$MODEL DATA=$DATA OUT=$TIERS SETS="best_low medium_worst" bash recipes/s3_tiers.sh
 on_gpus "$OUT/samples" generate.py --preset s3 --n "$K" --model "$MODEL" --prompts "$TIERS/answers/prompts.jsonl"
-on_gpus "$OUT/on" score.py --model "$REWARD" --responses "$OUT"/samples/*.jsonl
+on_gpus "$OUT/on" "$SCORE_SCRIPT" --model "$REWARD" --responses "$OUT"/samples/*.jsonl
 
 for base in best_low medium_worst; do
   for share in 0.1 0.2; do
     for rule in $RULES; do
       name=${base}_${share}_$rule
-      python recipes/s3_pairs.py --scored "$TIERS"/scored/*.jsonl "$OUT"/on/*.jsonl --tiers "${base/_//}" "${PAIRS[@]}" \
+      python "$PAIRS_SCRIPT" --scored "$TIERS"/scored/*.jsonl "$OUT"/on/*.jsonl --tiers "${base/_//}" $PAIRS \
         --replace "$share" --replace-rule "$rule" --inverted keep --out "$OUT/$name.pairs.jsonl"
       train_s3 "$name"
     done

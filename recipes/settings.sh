@@ -3,17 +3,18 @@
 #     JUDGE=gpt-4o bash recipes/s1_fig4.sh        paper: models and data of the hub, a judge, a node of 8 x 80 GB
 #     SCALE=demo bash recipes/s1_fig4.sh          demo: on what demo.sh made, no hub, minutes on 2 cores
 #
-# Every name in capitals can be set from outside, and the same command resumes a killed run.
+# Every name in capitals can be set from outside (recipes/README.md), and the same command resumes a killed run.
 #
 # paper  the papers' judge, gpt-4-1106-preview, is reported shut down, so JUDGE must be given: win rates under another
 #        judge can be compared with each other, not with the papers' numbers
-# demo   SmolLM2-135M-Instruct, 64 prompts of our own, 48 tokens, 32 pairs, one seed; N_PROMPTS, N_PAIRS and N_EVAL, the
-#        prompts of the evaluation, are for sizes between. A cross-encoder stands in for the reward model, for PairRM and
-#        for the judge, the start model for GPT-4's answers; no benchmarks
+# demo   SmolLM2-135M-Instruct, 64 prompts of our own, 48 tokens, 32 pairs, one seed. A cross-encoder stands in for the
+#        reward model, for PairRM and for the judge, the start model for GPT-4's answers; no benchmarks
 set -euo pipefail
+outside=" " # names that are set, and not to nothing
+for name in $(compgen -v); do [ -z "${!name:-}" ] || outside+="$name "; done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
-export THP_MEM_ALLOC_ENABLE=1 # huge pages: a tenth faster on a CPU
+export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1} # huge pages: a tenth faster on a CPU
 SCALE=${SCALE:-paper}
 
 stop() { # SENTENCE
@@ -21,41 +22,52 @@ stop() { # SENTENCE
   exit 2
 }
 
-case $SCALE in
-  paper)
-    REWARD=${REWARD:-Skywork/Skywork-Reward-Gemma-2-27B-v0.2}
-    PREFERENCE=(scorers/pairrm.py --model llm-blender/PairRM-hf)
-    OFF_POLICY=(--format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized)
-    SEEDS=${SEEDS:-0 1 2}
-    GPUS=${GPUS:-8}
-    JUDGE=${JUDGE:-}
-    # alpaca_eval_gpt4_baseline.json and df_gamed.csv of the hub's tatsu-lab/alpaca_eval, alpaca_eval_clf.txt of the package
-    ALPACA=${ALPACA:-alpaca_eval}
-    LABELER=${LABELER:-} # a model that names the category of AlpacaEval's prompts, for rates by category
-    PAIRS=()
-    SAMPLE=()
-    ;;
-  demo)
-    MODEL=${MODEL:-out/models/policy}
-    REWARD=${REWARD:-out/models/reward}
-    PREFERENCE=(score.py --model "$REWARD")
-    N_PROMPTS=${N_PROMPTS:-64} N_PAIRS=${N_PAIRS:-32} N_EVAL=${N_EVAL:-64}
-    OFF_POLICY=(--format rows --data data/train.jsonl --limit "$N_PROMPTS")
-    SEEDS=${SEEDS:-0}
-    PAIRS=(--total "$N_PAIRS")
-    FEWER_PAIRS=(--total $((N_PAIRS * 3 / 4))) # of prompts with two samples, of which one is often cut off
-    SAMPLE=(--max-tokens 48 --dtype float32 --backend hf)
-    ;;
-  *) stop "SCALE must be paper or demo, found $SCALE" ;;
-esac
+default() { # NAME PAPER [DEMO]: sets NAME for the scale, DEMO being PAPER if it is not given, unless it is set from outside
+  local value=$2
+  if [ "$SCALE" = demo ]; then value=${3-$2}; fi
+  if [[ $outside != *" $1 "* ]]; then printf -v "$1" %s "$value"; fi
+}
 
-ANSWER=(generate.py --greedy) # how a model answers the evaluation prompts
+setting() { # NAME PAPER [DEMO]: a default that is one for all that OUT has; see same_settings
+  settings+=("$1")
+  default "$@"
+}
 
-needs() { # MODEL ...: ends the run, before anything is sampled, if a model, the judge or AlpacaEval's files cannot be had
+case $SCALE in paper | demo) ;; *) stop "SCALE must be paper or demo, found $SCALE" ;; esac
+settings=(SCALE)
+setting PAIRS_SCRIPT build_pairs.py # or a copy
+setting TRAIN_SCRIPT train_dpo.py
+setting SCORE_SCRIPT score.py
+setting REWARD Skywork/Skywork-Reward-Gemma-2-27B-v0.2 out/models/reward
+setting N_PROMPTS "" 64 # "" is all
+setting N_PAIRS "" 32
+setting N_EVAL "" 64 # prompts of the evaluation
+limit=${N_PROMPTS:+--limit $N_PROMPTS}
+# Words, which are split at blanks: where the responses of others are, a scorer, and flags that every call of a stage gets
+setting OFF_POLICY "--format ultrafeedback_binarized --data HuggingFaceH4/ultrafeedback_binarized $limit" \
+  "--format rows --data data/train.jsonl $limit"
+setting PREFERENCE "scorers/pairrm.py --model llm-blender/PairRM-hf" "$SCORE_SCRIPT --model $REWARD"
+setting SAMPLE "" "--max-tokens 48 --dtype float32 --backend hf"
+setting PAIRS "${N_PAIRS:+--total $N_PAIRS}"
+setting TRAIN --activation-checkpointing "--batch-size 4 --lr 2e-5 --dtype float32"
+setting ANSWER "generate.py --greedy" # how a model answers the evaluation prompts
+# At SCALE=paper only
+default JUDGE ""
+default LABELER "" # a model that names the category of AlpacaEval's prompts, for rates by category
+default GPUS 8
+# alpaca_eval_gpt4_baseline.json and df_gamed.csv of the hub's tatsu-lab/alpaca_eval, alpaca_eval_clf.txt of the package
+default ALPACA alpaca_eval
+
+needs() { # MODEL ...: ends the run, before anything is sampled, if what it needs cannot be had or OUT has other settings
   local name why
-  if [ "$SCALE" = demo ]; then
-    [ -e out/models/reward/config.json ] || stop "SCALE=demo needs the models that demo.sh makes; run bash demo.sh first"
-  else
+  for name in OUT MODEL REWARD PAIRS_SCRIPT TRAIN_SCRIPT SCORE_SCRIPT; do
+    [[ ${!name:-} != *[[:blank:]]* ]] || stop "$name=${!name} has a blank, where lists are split; use a path without"
+  done
+  for name in PAIRS_SCRIPT TRAIN_SCRIPT SCORE_SCRIPT; do
+    [ -f "${!name}" ] || stop "$name=${!name} does not exist in $PWD; give the path of a copy of the stage, from there"
+  done
+  if [ "$SCALE" = paper ]; then
+    settings+=(JUDGE LABELER)
     [ "$JUDGE" ] || stop "JUDGE is not set; give the model that judges, as in JUDGE=gpt-4o, or use SCALE=demo"
     [ "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}" ] ||
       stop "OPENAI_API_KEY is not set; set it, or OPENAI_BASE_URL for a server of your own"
@@ -64,10 +76,32 @@ needs() { # MODEL ...: ends the run, before anything is sampled, if a model, the
     done
   fi
   for name in "$@"; do
-    if [ -d "$name" ]; then continue; fi
+    if [ "$SCALE" = demo ] && [[ $name = out/models/* ]] && [ ! -e "$name/config.json" ]; then
+      stop "SCALE=demo needs the models that demo.sh makes; run bash demo.sh first"
+    fi
+    if [ -z "$name" ] || [ -e "$name" ]; then continue; fi
     why=$(on_hub "$name")
     [ -z "$why" ] || stop "$name: $why"
   done
+  same_settings
+}
+
+same_settings() { # or stop: OUT/settings.txt has the first start's; tables would show or average results of both as if of one
+  local name before now
+  now=$(for name in "${settings[@]}"; do echo "$name=${!name}"; done | sort -u)
+  if [ ! -e "$OUT/settings.txt" ]; then
+    mkdir -p "$OUT"
+    echo "$now" >"$OUT/settings.txt"
+  fi
+  before=$(grep -vxFe "$now" "$OUT/settings.txt" | paste -sd, | sed 's/,/, /g' || true)
+  now=$(grep -vxFf "$OUT/settings.txt" <<<"$now" | paste -sd, | sed 's/,/, /g' || true)
+  [ "$before" = "$now" ] || stop "$OUT/settings.txt has ${before:-none}, this run has ${now:-none}; use another OUT"
+}
+
+model_of() { # WORDS: prints what follows --model, or nothing
+  local words=" $*"
+  words=${words##* --model }
+  echo "${words%% *}"
 }
 
 on_hub() { # MODEL: prints why a gated, misspelt or unreachable one cannot be had
@@ -85,7 +119,7 @@ END
 on_gpus() { # FOLDER SCRIPT FLAGS: samples or scores, a process per GPU; writes FOLDER/0.jsonl, FOLDER/1.jsonl, ...
   local folder=$1 script=$2
   shift 2
-  case $script in generate.py | recipes/sample_*) set -- "${SAMPLE[@]}" "$@" ;; esac
+  case $script in generate.py | recipes/sample_* | "${ANSWER%% *}") set -- $SAMPLE "$@" ;; esac
   if [ "$SCALE" = demo ]; then
     python "$script" "$@" --out "$folder/0.jsonl"
   else
@@ -93,47 +127,54 @@ on_gpus() { # FOLDER SCRIPT FLAGS: samples or scores, a process per GPU; writes 
   fi
 }
 
-train() { # SCRIPT FLAGS: train_dpo.py or recipes/train_online.py, on all GPUs together
+train() { # SCRIPT FLAGS: TRAIN_SCRIPT or recipes/train_online.py, on all GPUs together
   local script=$1
   shift
   if [ "$SCALE" = demo ]; then
-    python "$script" --batch-size 4 --lr 2e-5 --dtype float32 "$@"
+    python "$script" $TRAIN "$@"
   else
-    torchrun --nproc-per-node "$GPUS" "$script" --activation-checkpointing "$@"
+    torchrun --nproc-per-node "$GPUS" "$script" $TRAIN "$@"
   fi
 }
 
 win_rate() { # MODEL NAME: NAME.winrate.json; against GPT-4's answers by the judge, or the start model's by the reward
-  local model=$1 name=$2 prompts=$OUT/alpaca.jsonl
+  local model=$1 name=$2 prompts=$OUT/alpaca.jsonl start=${baseline:-$OUT/start}
   if [ "$SCALE" = demo ]; then
     if [ "$model" = "$MODEL" ]; then return; fi # the report gives the baseline its 50
-    on_gpus "$OUT/start.answers" "${ANSWER[@]}" --model "$MODEL" --prompts data/eval.jsonl --limit "$N_EVAL"
-    on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts data/eval.jsonl --limit "$N_EVAL"
-    on_gpus "$name.judged" score.py --model "$REWARD" --responses "$OUT"/start.answers/*.jsonl "$name".answers/*.jsonl
+    on_gpus "$start.answers" $ANSWER --model "$MODEL" --prompts data/eval.jsonl --limit "$N_EVAL"
+    on_gpus "$name.answers" $ANSWER --model "$model" --prompts data/eval.jsonl --limit "$N_EVAL"
+    on_gpus "$name.judged" "$SCORE_SCRIPT" --model "$REWARD" --responses "$start".answers/*.jsonl "$name".answers/*.jsonl
     python evaluate.py --scored "$name".judged/*.jsonl --model "$model" --baseline "$MODEL" \
       --out "$name.winrate.json"
   else
     python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" \
-      --out "$prompts"
+      ${N_EVAL:+--limit "$N_EVAL"} --out "$prompts"
     if [ "$LABELER" ]; then
       python scorers/category.py --model "$LABELER" --responses "$prompts" --out "$OUT/categories.jsonl"
       prompts=$OUT/categories.jsonl
     fi
-    on_gpus "$name.answers" "${ANSWER[@]}" --model "$model" --prompts "$prompts"
+    on_gpus "$name.answers" $ANSWER ${answer_seed:+--seed "$answer_seed"} --model "$model" --prompts "$prompts"
     python scorers/judge.py --model "$JUDGE" --judge-prompt "$ALPACA/alpaca_eval_clf.txt" --baseline gpt4_1106_preview \
       --responses "$prompts" "$name".answers/*.jsonl --out "$name.judged/0.jsonl"
     python evaluate.py --scored "$name.judged/0.jsonl" --model "$model" --baseline gpt4_1106_preview --lc-data "$ALPACA" \
-      --out "$name.winrate.json"
+      ${N_EVAL:+--allow-missing} --out "$name.winrate.json"
   fi
+}
+
+s3_settings() {
+  setting PAIRS_SCRIPT recipes/s3_pairs.py # or a copy of it
+  setting ANSWER "recipes/sample_beams.py --beams 3" "generate.py --greedy"
+  setting S3 "--preset s3" "--preset s3 --epochs 1" # of a training
+  setting SEEDS "0 1 2" 0
 }
 
 train_s3() { # NAME ...: a training with the flags S3 per seed on OUT/NAME.pairs.jsonl, OUT/NAME_seed0, ...; answers by beams
   local name run seed
   for seed in $SEEDS; do
-    if [ "$SCALE" = paper ]; then ANSWER=(recipes/sample_beams.py --beams 3 --seed "$seed"); fi
+    if [ "$SCALE" = paper ]; then answer_seed=$seed; fi # of beams; greedy answers have none
     for name in "$@"; do
       run=$OUT/${name}_seed$seed
-      train train_dpo.py "${S3[@]}" --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
+      train "$TRAIN_SCRIPT" $S3 --seed "$seed" --model "$MODEL" --pairs "$OUT/$name.pairs.jsonl" --out "$run"
       win_rate "$run" "$run"
       benchmarks "$run" "$run" what-matters
     done

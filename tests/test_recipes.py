@@ -48,7 +48,7 @@ for word in "$@"; do
       esac ;;
     *)
       case $word in
-        *.jsonl | *.json | */metrics.*) [ -e "$word" ] || echo "$script $word" >>missing.log ;;
+        *.jsonl | *.json | */metrics.* | *.csv) [ -e "$word" ] || echo "$script $word" >>missing.log ;;
       esac ;;
   esac
   last=$word
@@ -241,12 +241,12 @@ VALUES = {
     "MODELS": ("my/model my/second", "--model my/second"),
     "N_PROMPTS": ("7", "--limit 7"),
     "N_PAIRS": ("20", r"--total (20|15)"),  # S2's demo takes three quarters
-    "N_EVAL": ("6", r"--limit 6|--allow-missing"),
+    "N_EVAL": ("6", r"--limit 6|evaluate.py .*--allow-missing"),
     "OUT": ("my_out", "--out my_out/"),
     "JUDGE": ("my_judge", "--model my_judge"),
     "PAIR_JUDGE": ("my_pair_judge", "--model my_pair_judge"),
     "LABELER": ("my_labeler", "--model my_labeler"),
-    "ALPACA": ("my_alpaca", "my_alpaca/"),
+    "ALPACA": ("my_alpaca", "my_alpaca"),
     "GPUS": ("3", "gpus 3"),
     "SEEDS": ("5 6", "--seed 6"),
     "SEED": ("8", "--seed 8"),
@@ -357,7 +357,8 @@ def test_every_name_can_be_set_from_outside(checkout, recipe, scale):
     quick |= {name: VALUES[name] for name in ("STAGES", "TIERS", "FIG4", "RUN", "JUDGE", "SEEN")}
     for values in (VALUES, FLAGS | quick):
         (checkout / "commands.log").unlink(missing_ok=True)
-        shutil.rmtree(checkout / "my_out", ignore_errors=True)
+        for folder in ("my_out", "my_fig4", "my_stages", "my_tiers"):
+            shutil.rmtree(checkout / folder, ignore_errors=True)
         values = {name: value for name, value in values.items() if name in names}
         text = start(checkout, recipe, scale, {name: value for name, (value, _) in values.items()})
         came = {name for name, (_, shows) in values.items() if re.search(shows, text)}
@@ -374,6 +375,8 @@ def test_data_from_outside(checkout, recipe, scale):
     data = DATA[recipe][scale == "paper"]
     text = start(checkout, recipe, scale, {"DATA": data, "MODEL": "my/model", "SEEDS": "0"})
     assert COMES_FROM.get(data, data) in text
+    (checkout / "missing.log").touch()  # of the stand-in; it has no my.jsonl
+    assert {line.split()[1] for line in (checkout / "missing.log").open()} <= {"my.jsonl"}
     assert "UltraFeedback" not in text and "data/train.jsonl" not in text
 
 
