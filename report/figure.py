@@ -135,9 +135,10 @@ def draw_axes(panels):
 def draw_curves(axis, panel, styles):
     """{series: [Point]}: lines with two kinds of bars, which the legend names."""
     any_sd = False
+    step = min(0.05, 0.4 / len(panel.series))  # inches
     for k, (name, points) in enumerate(panel.series.items()):
         x, middle, low, high, sd = np.array(sorted(points), float).T
-        inches = (k - (len(panel.series) - 1) / 2) / 20
+        inches = step * (k - (len(panel.series) - 1) / 2)
         style = styles[name] | {"markersize": 4}
         wide = {"ecolor": (style["color"], 0.3), "elinewidth": 5, "capsize": 0}
         drawn = axis.errorbar(x, middle, yerr=errors_of(middle, low, high), **style, **wide)
@@ -148,6 +149,7 @@ def draw_curves(axis, panel, styles):
             narrow = {"ecolor": style["color"], "elinewidth": 1.5, "capsize": 4, "fmt": "none"}
             drawn = axis.errorbar(x[several], middle[several], yerr=sd[several], **narrow)
             move_right(drawn, inches, axis.figure)
+    axis.margins(x=0.08)  # room for them
     axis.errorbar([], [], yerr=[], fmt="none", ecolor=("black", 0.3), elinewidth=5, label=PROMPTS)
     if any_sd:
         axis.errorbar([], [], yerr=[], fmt="none", ecolor="black", elinewidth=1.5, capsize=4, label=SEEDS)

@@ -90,7 +90,7 @@ def length_panels(paths):
             if "chosen" in row and "rejected" in row:
                 gap = len(text_of(row["chosen"])) - len(text_of(row["rejected"]))
                 source = row.get("source")
-                gaps[SOURCES.get(source, source or "pairs")].append((prompt, gap))
+                gaps[SOURCES.get(source, source or "no source")].append((prompt, gap))
             elif "responses" not in row:
                 fail(f'{line}: expected "responses", or "chosen" and "rejected"; found {", ".join(row)}')
             for response in row.get("responses", []):

@@ -567,7 +567,7 @@ def test_lengths_are_of_answers(tmp_path, capsys):
     files = [write_rows(tmp_path / "a.jsonl", [row]), write_rows(tmp_path / "pairs.jsonl", [pair])]
     drawn = draw(tmp_path, capsys, "length", *files)
     assert points(drawn.axes[0]) == {"on-policy": [(6.0, 1.0, 1.0, 1.0)]}
-    assert drawn.axes[1].get_title(loc="left") == "pairs: 1 pairs, mean +2 (95 %: +2 to +2)"
+    assert drawn.axes[1].get_title(loc="left") == "no source: 1 pairs, mean +2 (95 %: +2 to +2)"
 
 
 def test_chosen_minus_rejected_length(tmp_path, capsys):
@@ -707,7 +707,7 @@ def crowded(drawn):
         ("rewards", 2),
         ("rewards", 6),
         ("shares", 6),
-        ("ratio", 6),
+        ("ratio", 12),
     ],
 )
 def test_long_names_have_room(tmp_path, capsys, name, count):
@@ -721,7 +721,8 @@ def test_long_names_have_room(tmp_path, capsys, name, count):
             rows = [{"category": category} for category in CATEGORIES]
             files.append(write_rows(tmp_path / f"{LONG}_{k}.jsonl", rows))
         elif name == "ratio":
-            files += swept(tmp_path, f"{LONG}_{k}_x1", [20.0, 30.0 + k])
+            files += swept(tmp_path, f"{LONG}_{k}_x0", [20.0, 30.0 + k])
+            files += swept(tmp_path, f"{LONG}_{k}_x1", [25.0, 31.0 + k], 200)
         elif name == "rewards":
             files.append(scored(tmp_path / f"{LONG}_{k}.jsonl", [k, 2.0], [1.0 + k]))
         else:
