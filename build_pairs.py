@@ -288,9 +288,9 @@ def main(args):
     total = args.total or total
     mixed = mix(candidates, ratio, total, args.seed)
     if len(mixed) < total or not mixed:
-        found = json.dumps(counts)
-        advice = "; --truncated keep uses responses that were cut off" if "truncated" in found else ""
-        fail(f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {found}{advice}")
+        text = json.dumps(counts)
+        advice = "; --truncated keep uses responses that were cut off" if "truncated" in text else ""
+        fail(f"{files}: expected {total or 'some'} pairs, found {len(mixed)}: {text}{advice}")
 
     pairs = [mixed[prompt_id] for prompt_id in rows if prompt_id in mixed]  # in the order of the input
     counts |= {"pairs": len(pairs), "on": 0, "off": 0} | Counter(pair["source"] for pair in pairs)
