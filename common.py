@@ -52,9 +52,7 @@ def read_jsonl(path, shape):
             for number, text in enumerate(gzip.open(file) if zipped else file, 1):
                 text = text.removeprefix(b"\xef\xbb\xbf").strip()
                 if text and number == 1 and text[:1] != b"{":
-                    fail(
-                        f"{path}:{number}: expected a JSON object in each line, found {text[:20]!r}; {CONVERT}"
-                    )
+                    fail(f"{path}:{number}: expected a JSON object in a line, found {text[:20]!r}; {CONVERT}")
                 if text:
                     row = msgspec.json.decode(text)
                     msgspec.convert(row, shape)

@@ -706,7 +706,7 @@ def test_a_file_of_another_format_is_refused_before_torch_is_imported(data, foun
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and " torch\n" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert f"pairs.data:1: expected a JSON object in each line, {found}; convert with data/" in said
+    assert f"pairs.data:1: expected a JSON object in a line, {found}; convert with data/" in said
     assert "data/import_responses.py --format pairs, csv or another" in said
 
 
