@@ -86,13 +86,12 @@ needs() { # MODEL ...: ends the run, before anything is sampled, if what it need
   same_settings
 }
 
-same_settings() { # or stop: OUT/settings.txt has the first start's; tables would show or average results of both as if of one
-  local name before now
+same_settings() { # or stop: OUT/settings.txt has those of its pairs and win rates; tables would mix or average both
+  local name before now results
   now=$(for name in "${settings[@]}"; do echo "$name=${!name}"; done | sort -u)
-  if [ ! -e "$OUT/settings.txt" ]; then
-    mkdir -p "$OUT"
-    echo "$now" >"$OUT/settings.txt"
-  fi
+  mkdir -p "$OUT"
+  results=$(find "$OUT/" -maxdepth 1 -name "*.pairs.meta.json" -o -name "*.winrate.json")
+  if [ -z "$results" ] || [ ! -e "$OUT/settings.txt" ]; then echo "$now" >"$OUT/settings.txt"; fi
   before=$(grep -vxFe "$now" "$OUT/settings.txt" | paste -sd, | sed 's/,/, /g' || true)
   now=$(grep -vxFf "$OUT/settings.txt" <<<"$now" | paste -sd, | sed 's/,/, /g' || true)
   [ "$before" = "$now" ] || stop "$OUT/settings.txt has ${before:-none}, this run has ${now:-none}; use another OUT"

@@ -448,6 +448,15 @@ def test_other_settings_are_not_mixed(checkout, name, value, found):
     assert again.count("--on-ratio 1") == 2  # other shares have names of their own: the table has all
 
 
+def test_settings_may_change_until_there_are_pairs(checkout):
+    (checkout / "my_out").mkdir()
+    (checkout / "my_out" / "settings.txt").write_text("PAIRS=--total 9\nSEEDS=0 1\n")
+    start(checkout, "s1_fig4.sh", "demo", {"OUT": "my_out", "SHARES": "0.5"})
+    lines = (checkout / "my_out" / "settings.txt").read_text().splitlines()
+    assert "SEEDS=0" in lines and "PAIRS=--total 32" in lines
+    assert len(lines) == len(names_of("s1_fig4.sh", "setting") | {"SCALE"})
+
+
 def test_a_script_that_does_not_exist(checkout):
     make_demo_models(checkout)
     for name in ("PAIRS_SCRIPT", "TRAIN_SCRIPT", "SCORE_SCRIPT"):
