@@ -666,16 +666,19 @@ def read_pair(row, line):
     for side in ("chosen", "rejected"):
         prompt, messages = row.get("prompt"), row[side]
         if isinstance(messages, str):
-            if messages.startswith("\n\nHuman:"):  # hh-rlhf's text of a whole conversation
-                prompt, _, messages = messages.rpartition("\n\nAssistant:")
-            messages = [{"role": "assistant", "content": messages}]
+            role, text = "assistant", messages
+            if text.startswith("\n\nHuman:"):  # a whole conversation, as hh-rlhf writes it
+                prompt, _, text = text.rpartition("\n\nAssistant:")
+                role, text = ("user" if "\n\nHuman:" in text else role), text.removeprefix(" ")
+            messages = [{"role": role, "content": text}]
         if not messages or messages[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
         details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
         responses.append({"text": messages[-1]["content"], **details})
         prompts.append(messages[:-1] or prompt)
     if prompts[0] != prompts[1]:
-        fail(f"{line}: chosen and rejected answer different prompts")
+        remedy = "data/import_responses.py --format pairs leaves such rows out"
+        fail(f"{line}: chosen and rejected answer different prompts; {remedy}")
     prompt = as_messages(prompts[0], line)
     prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]
     pair_id = row.get("pair_id")

@@ -682,12 +682,16 @@ def test_conversations_as_texts(tmp_path, tokenizer):
     turns = [*messages("Hi", "yes\n\nthen"), {"role": "user", "content": "And?"}]
     as_text = [
         {"chosen": f"{text} good", "rejected": f"{text} bad"},
-        {"prompt": text, "chosen": " good", "rejected": " bad"},
+        {"prompt": text, "chosen": "good", "rejected": "bad"},
     ]
     for row in as_text:
         (pair,), _ = loaded(tmp_path, tokenizer, [row])
-        (same,), _ = loaded(tmp_path, tokenizer, [{"prompt": turns, "chosen": " good", "rejected": " bad"}])
+        (same,), _ = loaded(tmp_path, tokenizer, [{"prompt": turns, "chosen": "good", "rejected": "bad"}])
         assert pair == same
+    assert loaded(tmp_path, tokenizer, [*as_text, {**as_text[0], "chosen": text}])[1] == {
+        "duplicate": 1,
+        "empty": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -800,6 +804,7 @@ def test_dropped_pairs_stand_in_the_summary(whole_run, pairs_file, tmp_path):
         ({"chosen": messages("Hi", "yes"), "rejected": messages("Ho", "no")}, "answer different prompts"),
         ({"chosen": messages("Hi")}, "messages that end with the assistant's"),
         ({"rejected": []}, "expected rejected to be text, or messages"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "messages that end with the assistant's"),
         ({"prompt": None}, "a prompt that ends with a user turn"),
         ({"prompt": []}, "a prompt that ends with a user turn"),
         ({"prompt": messages("Hi", "yes")}, "a prompt that ends with a user turn"),
