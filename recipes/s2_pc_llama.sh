@@ -9,7 +9,7 @@
 # model's; in pc_on-on, which has the paper's number, those of the model after PC_on) and prints a share, 0.46. 6 trainings,
 # 4 of them of s2_stages.sh, on a node of 8 x 80 GB; not run there. Demo: the other model is the policy after its own pairs.
 source "$(dirname "$0")/settings.sh" || exit
-setting MODEL alignment-handbook/zephyr-7b-sft-full out/models/policy; export MODEL # Fig. 3 also: out/s2_sft/Qwen2.5-1.5B, Qwen/Qwen3-4B
+setting MODEL alignment-handbook/zephyr-7b-sft-full out/models/policy; export MODEL # or out/s2_sft/Qwen2.5-1.5B, Qwen/Qwen3-4B
 setting STAGES "out/s2_stages/${MODEL##*/}_dpo" # OUT of s2_stages.sh
 setting LLAMA meta-llama/Meta-Llama-3-8B-Instruct "$STAGES/on"
 setting PAIRS "$PAIRS" "--total $((N_PAIRS * 3 / 4))"
