@@ -212,11 +212,11 @@ def main(args):
     dropped, hub_files = Counter(), {}
     rows, merged = gather(args, dropped, hub_files)
     if not rows:
-        fail(f"{', '.join(args.data)}: no prompt with responses is left; dropped: {json.dumps(dropped)}")
+        fail(f"{', '.join(args.data)}: no prompt with responses is left; dropped: {json.dumps(+dropped)}")
     rows = list(rows.values())[: args.limit]
     counts = {"rows": len(rows), "responses": 0, "truncated": 0, "empty": 0}
     counts |= sum((numbers for _, numbers in rows), Counter())
-    counts |= {"rows_merged_into_others": merged, "dropped": dropped}
+    counts |= {"rows_merged_into_others": merged, "dropped": +dropped}
     files = [name for name in args.data if name not in hub_files]
     lines = (one_line(parts) for parts, _ in rows)
     seconds = round(time.time() - started, 2)
