@@ -14,16 +14,12 @@ from conftest import REPO, run_script, write_rows
 
 datasets = pytest.importorskip("datasets")
 BLOCK = 10 << 20  # what datasets looks at to fix the types of columns, if it is not told to look further
-LINE = (
-    'd = datasets.load_dataset("json", data_files=PATH, split="train", chunksize=2**30, on_mixed_types=None)'
-)
-MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
 
 
 def load(path):
     """What README's line makes of the file."""
     lines = [line for line in (REPO / "README.md").read_text().splitlines() if "load_dataset(" in line]
-    lines = [line.strip() for line in lines if "PATH" in line] or [LINE]
+    lines = [line.strip() for line in lines if "PATH" in line]
     names = {"datasets": datasets, "PATH": str(path)}
     exec(lines[0], names)
     return names["d"]

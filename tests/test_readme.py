@@ -1,19 +1,25 @@
 """
 README's "Copy and change": what it says to change is changed in copies of the scripts, and the copies run.
 
-Covers  a pair rule, a filter, a loss with a flag, a scorer without a model; what a copied stage takes along.
+Covers  a pair rule, a filter, a loss with a flag, a scorer without a model; what a copied stage takes along;
+        the commands of "Your own data", in their order
 Run     python -m pytest tests/test_readme.py
 """
 
+import csv
+import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import REPO, make_policy, read_rows, run_script, write_rows
+from models import make_bert
 from train_oracle import make_pairs
 
 TEXTS = {"a": 3.0, "bb": 1.0, "ccc": 2.0, "dddd": 0.0}
@@ -111,3 +117,50 @@ def test_a_stage_needs_nothing_but_what_is_said(tmp_path, scored):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(read_rows(out)) == 6
+
+
+# ----- "Your own data"
+def commands(section):
+    """The words of a section's commands, one for each line that begins with python."""
+    text = (REPO / "README.md").read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")], lines
+
+
+def test_your_own_data(tmp_path):
+    words, lines = commands("Your own data")
+    (example,) = [json.loads(line) for line in lines if line.startswith("{")]
+    rows = [{**example, "prompt": f"Name river {k}.", "chosen": f"The Nile, {k}."} for k in range(6)]
+    write_rows(tmp_path / "mine.jsonl", [*rows, rows[0]])  # and a row that is there twice
+    with open(tmp_path / "mine.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "answer_a", "answer_b", "better"])
+        writer.writerows([row["prompt"], row["rejected"], row["chosen"], "b"] for row in rows)
+    (tmp_path / "out/models").mkdir(parents=True)
+    make_policy(tmp_path / "out/models/policy")
+    make_bert(tmp_path / "out/models/reward")
+    printed = []
+    for script, *flags in words:
+        if script == "generate.py":
+            flags += ["--max-tokens", "12", "--backend", "hf"]
+        if "out/mixed.pairs.jsonl" in flags and script == "build_pairs.py":
+            flags += ["--truncated", "keep"]  # the random model does not end its answers
+        printed.append(run_script(script, *flags, cwd=tmp_path)[0])
+    assert " ".join(Path(script).stem for script, *_ in words) == (
+        "train_dpo import_responses build_pairs train_dpo "
+        "import_responses generate score boundary build_pairs train_dpo"
+    )
+    at_once, imported, own = printed[0], printed[1], printed[3]
+    assert at_once["pairs"] == own["pairs"] == 6 and at_once["dropped"] == {"duplicate": 1}
+    assert imported["rows"] == 6 and imported["responses"] == 12
+    assert at_once["first_loss"] == own["first_loss"] == pytest.approx(math.log(2))
+    pairs = read_rows(tmp_path / "out/own.pairs.jsonl")
+    sides = [(pair["prompt"][0]["content"], pair["chosen"][0]["content"]) for pair in pairs]
+    assert sides == [(row["prompt"], row["chosen"]) for row in rows]
+    assert printed[4]["dropped"] == {"duplicate row": 1} and printed[6]["responses"] == 36
+    assert printed[8]["pairs"] == printed[9]["pairs"] and printed[8]["on"] == printed[8]["off"] > 0
+    pairs = read_rows(tmp_path / "out/mixed.pairs.jsonl")
+    assert {pair["topic"] for pair in pairs} == {"facts"} and {pair["source"] for pair in pairs} == {
+        "on",
+        "off",
+    }
