@@ -14,6 +14,7 @@ from conftest import REPO, run_script, write_rows
 
 datasets = pytest.importorskip("datasets")
 BLOCK = 10 << 20  # what datasets looks at to fix the types of columns, if it is not told to look further
+MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
 
 
 def load(path):
