@@ -45,7 +45,6 @@ SIGNS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "²": "^2", "�
 COMMANDS = dict(zip("alpha beta gamma theta lambda mu pi sigma phi omega".split(), "αβγθλμπσφω", strict=True))
 COMMANDS |= dict(zip("cdot times div infty cup lt gt le leq ge geq".split(), "**/∞∪<>≤≤≥≥", strict=True))
 COMMANDS |= dict.fromkeys("left right big Big bigl bigr displaystyle quad boxed fbox degree".split(), "")
-COMMANDS |= dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac")
 LATEX = [
     (r"(?:\\\\\s*)?\\(begin|end)\{[pbB]matrix\}", lambda side: "[" if side[1] == "begin" else "]"),
     (r"&|\\\\(?=[^()\[\]])", ","),  # a column or a row
@@ -53,7 +52,7 @@ LATEX = [
     (r"\\[()\[\]]", "$"),
     (r"\^\s*\{?\s*\\circ\s*\}?", ""),
     (r"\\(?:text[a-z]*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\([A-Za-z]+?)(?:slant)?(?![A-Za-z])", lambda command: COMMANDS.get(command[1], command[0])),
+    (r"\\(?:[dtc](?=frac))?([A-Za-z]+?)(?:slant)?(?![A-Za-z])", lambda m: COMMANDS.get(m[1], "\\" + m[1])),
     (r"\\(frac|sqrt)\s*(\w)", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})\s*(\w)", r"\1{\2}"),
 ]
@@ -74,9 +73,8 @@ def normalise(text):
     text = plain(" ".join(text.split())).replace("$", " ").replace("<=", "≤").replace(">=", "≥")
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
     text = re.sub(r"\s*(?:,?\s+(?:and|or)\s+|;)\s*", ", ", text)
-    text = re.sub(r"^[^,=]*\\in(?![A-Za-z])|^\s*(?:\\approx|~|about|approximately)|^[\w\s]*[a-z]:", "", text)
+    text = re.sub(r"^[^,=]*\\in(?![A-Za-z])|^\s*(?:\\approx|~)", "", text)
     text = re.sub(r"^\s*\\?\{(.*?)\\?\}\s*$", r"\1", text)  # a set is a list
-    text = re.sub(r"^([^<>≤≥]*)([>≥])([^<>≤≥]*)$", lambda m: m[3] + "<≤"[m[2] == "≥"] + m[1], text)
     if text.count(r"\pm") == 1:
         text = text.replace(r"\pm", "+") + "," + text.replace(r"\pm", "-")
     return text.strip().rstrip(".,: ")
@@ -87,19 +85,21 @@ SCALES = {"%": Fraction(1, 100), "percent": Fraction(1, 100), "dozen": 12, "hund
 SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNIT = re.compile(
     rf"(?:[\s/^{{]*(?<![\\A-Za-z])({'|'.join(SCALES)}|[ckm]m|[ckm]g|m[il]|ft|in|lb|nd|of|oz|rd|st|th)"
-    r"|(?:[\s/]+|(?<=[\d)}])(?=[A-Za-z]{4}))(?!sin|cos|tan|log|exp)[A-Za-z]{3,}|(?:\s|(?<=[a-z])/)[mgLlsh])"
+    r"|(?:[\s/]+|(?<=[\d)}])(?=[A-Za-z]{4}))(?!sin|cos|tan|log|exp)[A-Za-z]{3,}|(?:\s|(?<=[a-z])/)[mgLlsh]|\s(?:[a-z][A-Z]|[A-Z][a-z]|[KMGT]B))"
     r"\.?(?:\s*\^\s*\{?[23]\}?)?[\s/}]*$"
 )
+BEFORE = re.compile(r"(?i)^(?:\([a-z]\) +(?=[-\d\\])|(?!min|n[eo]|half|sin|cos|tan|log|ln)[a-z]{2,}[ :,]+)+")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATIONS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def measure(text):
-    """(text without the unit after a number, factor): "2 million dollars" is ("2", 1000000)."""
+    """(a number without unit and words before it, factor): "about 2 million dollars" is ("2", 1000000)."""
     number, factor = text, 1
     while len(text) <= 300 and (unit := UNIT.search(number)):
         factor *= SCALES.get(unit[1], 1)
         number = number[: unit.start()]
+    number = BEFORE.sub("", number)
     is_number = re.search(r"\d", number) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]", number)
     return (number, factor) if is_number else (text, 1)
 
@@ -122,8 +122,7 @@ def compute(node):
 
 def value(text):
     """The value of a formula, a fraction or else a complex number; None for what has words or other signs."""
-    mixed = r"(?<![\d.])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<=\s)\d+\s*/\s*\d+)"
-    text = re.sub(mixed, r"(\1+\2)", text)
+    text = re.sub(r"(?<![\d.])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<=\s)\d+\s*/\s*\d+)", r"(\1+\2)", text)
     for _ in range(text.count("{") if len(text) <= 300 else 0):  # from the inside
         text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
         text = re.sub(r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)**(1/\1))", text)
@@ -148,17 +147,21 @@ def split(text, separator):
 
 
 def same_value(given, expected):
-    """Whether two formulas have one value, with or without the factors of their units."""
+    """Whether two formulas have one value, with or without their factors; six decimals may be rounded."""
     if "_" not in given:
         expected = re.sub(r"^(\d+)_\{?\d+\}?$", r"\1", expected)  # the question names the base
     (given, factor), (expected, other) = measure(given), measure(expected)
     left, right = value(given), value(expected)
     if left is None or right is None:
         return False
-    pairs = [(left * factor, right * other)] + [(left, right)] * (1 in (factor, other))
+    places = re.fullmatch(r"-?\d*\.(\d{6,})", given)
+    rounded = Fraction(1, 2 * 10 ** len(places[1])) if places else 0
+    pairs = [(left, right)] * (factor == other or 1 in (factor, other))
+    if min(factor, other) == 1 or left * factor != round(abs(left * factor)):  # 12 is not 1200%
+        pairs.append((left * factor, right * other))
     if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return any(a == b for a, b in pairs)
-    return any(cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
+        return any(abs(a - b) <= rounded for a, b in pairs)
+    return any(cmath.isclose(a, b, rel_tol=1e-9, abs_tol=rounded or 1e-12) for a, b in pairs)
 
 
 def same(given, expected):
@@ -166,12 +169,10 @@ def same(given, expected):
     left, right = (re.sub(r"\{(\w)\}|\s|^\s*\+", r"\1", text).lower() for text in (given, expected))
     if left == right:
         return True
-    for separator in ",∪<≤":
+    for separator in ",∪":
         items, others = split(given, separator), split(expected, separator)
         if len(items) != len(others) or len(items) > 20:
             return False
-        if len(items) > 1 and separator in "<≤":
-            return all(map(same, items, others))
         if len(items) > 1:
             return all(sum(same(a, b) for b in others) == sum(same(a, b) for b in items) for a in items)
     if "=" in given + expected:
@@ -288,8 +289,7 @@ class Verify(score.Scorer):
             for response in row["responses"]:
                 given = final_answer(answer(response), kind)
                 missing = "the prompt has no answer" if row.get("answer") is None else None
-                right = None if missing else float(given is not None and equal(given, expected))
-                self.set_reward(response, right, missing)
+                self.set_reward(response, None if missing else float(equal(given or "", expected)), missing)
             update(len(row["responses"]))
 
 

@@ -43,6 +43,10 @@ ANSWERS = [
             "\\boxed{\\text{Total} = 18}",
             "\\boxed{\\text{Total: } 18}",
             "\\boxed{9 \\times 2 = 18}",
+            "\\boxed{\\text{Janet makes \\$18.}}",
+            "\\boxed{\\text{(b) 18}}",
+            "\\boxed{18 \\text{ Mb per hour}}",
+            "\\boxed{18 \\, \\text{mL}}",
             "\\boxed{9 \\cdot 2}",
             "\\boxed{\\frac{36}{2}}",
             "\\boxed{\\textbf{18}}",
@@ -115,6 +119,10 @@ ANSWERS = [
             "\\boxed{17} since 18 - 1 = 17, and 18 is not right: 18",
             "\\boxed{-18}",
             "\\boxed{18x}",
+            "\\boxed{\\text{minus } 18}",
+            "\\boxed{\\text{half of } 18}",
+            "\\boxed{\\log 18}",
+            "\\boxed{a = 18, b = 17}",
             "\\boxed{x + 18}",
             "\\boxed{18!}",
             "\\boxed{\\sqrt{18}}",
@@ -187,7 +195,7 @@ ANSWERS = [
     (
         "50\\%",
         ["50", "50%", "0.5", "\\boxed{50\\%}", "\\boxed{\\frac{1}{2}}", "50 percent"],
-        ["0.5%", "5%", "\\boxed{0.5\\%}", "500"],
+        ["0.5%", "5%", "\\boxed{0.5\\%}", "500", "5000%"],
     ),
     (
         "1.5",
@@ -226,7 +234,12 @@ ANSWERS = [
             "\\boxed{\\frac{3}{4}x}",
         ],
     ),
-    ("1/3", ["\\boxed{\\frac13}", "2/6"], ["0.33", "0.3333", "\\boxed{0.333}", "3"]),
+    ("12", ["12%", "12 percent"], ["1200%", "0.12", "\\boxed{1200\\%}"]),
+    (
+        "1/3",
+        ["\\boxed{\\frac13}", "2/6", "\\boxed{0.333333}"],
+        ["0.33", "0.3333", "\\boxed{0.333}", "\\boxed{0.333334}", "3"],
+    ),
     (
         "18 \\text{ cm}^2",
         [
@@ -378,13 +391,7 @@ ANSWERS = [
     ),
     (
         "x \\geq 3",
-        [
-            "\\boxed{x \\ge 3}",
-            "\\boxed{3 \\le x}",
-            "\\boxed{x >= 3}",
-            "\\boxed{x\\geqslant 3}",
-            "\\boxed{x \u2265 3}",
-        ],
+        ["\\boxed{x \\ge 3}", "\\boxed{x >= 3}", "\\boxed{x\\geqslant 3}", "\\boxed{x \u2265 3}"],
         ["\\boxed{x > 3}", "\\boxed{x \\le 3}", "\\boxed{3}"],
     ),
     (
