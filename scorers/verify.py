@@ -272,7 +272,7 @@ def final_answer(text, kind):
 
 def reference(text):
     r"""(answer of a reference: in \boxed{}, after #### or all of it; "letter", "number" or "other")."""
-    expected = boxed(text) or text.rpartition("####")[2].strip()
+    expected = boxed(text) or re.sub(r"(?s).*####\s*([^\n]+).*", r"\1", text).strip()
     if letter := re.fullmatch(r"\W*([A-HJ])\W*", plain(expected)):
         return letter[1], "letter"
     number, _ = measure(THOUSANDS.sub("", normalise(expected)))

@@ -174,6 +174,7 @@ def test_second_implementations(implementation, least, mistakes):
     "reference, expected",
     [
         ("9 + 9 = 18\n#### 18", ("18", "number")),
+        ("x = 18\n#### 18\nThe answer is: 18", ("18", "number")),
         ("so \\boxed{\\frac{1}{2}} QED 3", ("\\frac{1}{2}", "number")),
         ("1,000", ("1,000", "number")),
         ("$18", ("$18", "number")),
