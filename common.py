@@ -20,7 +20,7 @@ Message = TypedDict("Message", {"role": str, "content": str})
 TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]  # as sampled, without the end-of-turn token
 Wins = list[list[Annotated[float, msgspec.Meta(ge=0, le=1)] | None]]  # [i][j]: P(response i beats j)
 Record = TypedDict("Record", {"args": dict, "inputs": dict, "models": dict})
-HH_TURN = r"(?s)\n\n(Human|Assistant): ?(.*?)(?=\n\n(?:Human|Assistant):|$)"  # of hh-rlhf's texts
+HH_TURN = r"(?s)\n\n(Human|Assistant): ?(.*?)(?=\n\n(?:Human|Assistant):|\Z)"  # of hh-rlhf's texts
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 CONVERT = "convert with data/import_responses.py --format pairs, csv or another"
 START_OVER = "use another --out, or --overwrite to start over"
@@ -48,12 +48,13 @@ def read_jsonl(path, shape):
         fail(f"{path}: expected JSON lines, found no file or an empty one")
     try:
         with open(path, "rb") as file:
-            zipped = file.peek(2)[:2] == b"\x1f\x8b"
+            zipped = file.peek(2).startswith(b"\x1f\x8b")
             for number, text in enumerate(gzip.open(file) if zipped else file, 1):
-                text = text.removeprefix(b"\xef\xbb\xbf").strip()
-                if text and number == 1 and text[:1] != b"{":
-                    fail(f"{path}:{number}: expected a JSON object in a line, found {text[:20]!r}; {CONVERT}")
-                if text:
+                if number == 1:
+                    text = text.removeprefix(b"\xef\xbb\xbf").strip()
+                    if text and not text.startswith(b"{"):
+                        fail(f"{path}:1: expected a JSON object in a line, found {text[:20]!r}; {CONVERT}")
+                if text.strip():
                     row = msgspec.json.decode(text)
                     msgspec.convert(row, shape)
                     yield f"{path}:{number}", row
@@ -66,7 +67,7 @@ def read_jsonl(path, shape):
 def as_messages(prompt, line):
     """A prompt as messages that end with a user turn; a text is one user turn, or hh-rlhf's turns."""
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-        turns = re.findall(HH_TURN, prompt.removesuffix("\n\nAssistant:"))
+        turns = re.findall(HH_TURN, re.sub(r"\n\nAssistant:\s*$", "", prompt))
         prompt = [{"role": HH_ROLES[name], "content": text} for name, text in turns]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not messages or messages[-1]["role"] != "user":
@@ -108,9 +109,9 @@ def merged(first, second, paths):
     """Two rows of one prompt as one. In the matrices, pairs of responses from different files are null."""
     row = first | second | {key: value for key, value in first.items() if value is not None}
     row["responses"] = first["responses"] + second["responses"]
-    sampled = [entry for entry in (first, second) if entry.get("prompt_token_ids") and on_policy(entry)]
+    sampled = [entry for entry in (first, second) if entry.get("prompt_token_ids") and policies(entry)]
     differ = len(sampled) == 2 and first["prompt_token_ids"] != second["prompt_token_ids"]
-    if differ and on_policy(first) & on_policy(second):
+    if differ and policies(first) & policies(second):
         why = f"two forms of the prompt {first['id']}; sample with one --template-kwargs on one day"
         fail(f"{' and '.join(paths)}: {why}")
     for name in ("prompt_token_ids", "prompt_tokenizer"):  # those that on-policy responses answer
@@ -125,8 +126,7 @@ def merged(first, second, paths):
     return row
 
 
-def on_policy(row):
-    """The models of a row's on-policy responses."""
+def policies(row):
     return {response.get("model") for response in row["responses"] if response["source"] == "on"}
 
 
@@ -140,7 +140,7 @@ def make_record(args, inputs, models=()):
     import importlib.metadata
 
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip() or None}
+    record = {"argv": sys.argv, "args": vars(args), "git": git.stdout.decode().strip()}
     record |= {"code": code_of_run(), "inputs": {}, "versions": {}}
     record["models"] = {name: model_state(name, revision) for name, revision in models}
     for path in inputs:
@@ -153,14 +153,15 @@ def make_record(args, inputs, models=()):
 
 
 def code_of_run():
-    """{name: sha256} of the script, and of the modules that it imported from its folder or from this one."""
+    """{path: sha256} of the script and the modules in its folder, in this one, or in packages of the two."""
     home = Path(__file__).resolve().parent
-    script = Path(getattr(sys.modules["__main__"], "__file__", __file__)).resolve()
+    script = Path(getattr(sys.modules["__main__"], "__file__", __file__)).resolve().parent
     code = {}
     for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or "").resolve()
-        if path.parent in (home, script.parent) and path.is_file():
-            code[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
+        near = path.parents[:2]
+        if (home in near or script in near) and path.is_file():
+            code[os.path.relpath(path, home)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return code
 
 
@@ -205,15 +206,15 @@ def check_output(out, inputs):
 def write_output(args, inputs, lines, **facts):
     """The output of a quick script, which replaces an older one as a whole, and its record."""
     check_output(args.out, inputs)
+    record = make_record(args, inputs) | facts
     replace_file(args.out, lines)
-    write_record(args.out, make_record(args, inputs) | facts)
+    write_record(args.out, record)
 
 
 @contextmanager
 def open_output(args, record, may_change, ids, window=1, key="id"):
-    """Lock --out to append rows. Yields (file, number of rows that stay, counts of a finished run or None).
-
-    `ids`: the `key` of every row that --out will have. A resumed run starts at a whole window of rows."""
+    """Lock --out to append rows, which have these `ids` as their `key`; a run resumes at a whole window.
+    Yields (file, number of rows that stay, counts of a finished run or None)."""
     check_output(args.out, record["inputs"])
     try:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -225,7 +226,7 @@ def open_output(args, record, may_change, ids, window=1, key="id"):
         fail(f"--out {args.out}: {error}")
     try:
         done, counts = 0, None
-        if file.tell() > 0 and not args.overwrite:
+        if file.seek(0, os.SEEK_END) > 0 and not args.overwrite:
             counts = check_same_run(args.out, record, may_change).get("counts")
             done = keep_rows(args.out)
             if done > 0:
@@ -254,12 +255,12 @@ def check_same_run(out, record, may_change):
     except (OSError, ValueError):
         fail(f"--out {out} exists but its record {path} is missing or damaged; {START_OVER}")
     now = json.loads(json.dumps(record))
-    for part in ("code", "args", "inputs", "models"):
+    for part in ("args", "inputs", "models", "code"):
         old, new = before.get(part, {}), now[part]
         changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
         for name in sorted(changed - {"out", "overwrite", *may_change}):
             what = f"{name} = {old.get(name)!r}, not {new.get(name)!r}"
-            what = f"another {name}" if part == "code" else what
+            what = f"other code ({name})" if part == "code" else what
             fail(f"--out {out} was written with {what}; {START_OVER}")
     return before
 

@@ -676,11 +676,11 @@ def read_pair(row, line):
         details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
         responses.append({"text": messages[-1]["content"], **details})
         prompts.append(messages[:-1] or prompt)
+    prompts = [as_messages(prompt, line) for prompt in prompts]
     if prompts[0] != prompts[1]:
         remedy = "data/import_responses.py --format pairs leaves such rows out"
         fail(f"{line}: chosen and rejected answer different prompts; {remedy}")
-    prompt = as_messages(prompts[0], line)
-    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompt]
+    prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompts[0]]
     pair_id = row.get("pair_id")
     named = pair_id is not None
     if not named:  # the role of a turn is first in this hash
@@ -706,7 +706,7 @@ def load_pairs(path, chat, config, args):
                 reason = "duplicate"
             pair_ids.add(row["pair_id"])
             rewards = row.get("chosen_reward"), row.get("rejected_reward")
-            if loss.rewards and None in rewards:
+            if loss.rewards and None in rewards and not reason:
                 fail(f"{line}: --loss {args.loss} needs chosen_reward and rejected_reward, found {rewards}")
             if not reason and max(len(ids) for ids, _ in sequences) > longest:
                 reason = "too long"

@@ -66,25 +66,22 @@ def test_other_code_is_refused_where_a_run_resumes(copy, tmp_path, policy, scrip
     flags, out = flags_of(script, tmp_path, policy)
     run_script(copy / script, *flags)
     record = Path(out).with_suffix(".meta.json")
-    files = {Path(name).name: copy / name for name in [script, *modules]}
-    code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    code = {name: hashlib.sha256((copy / name).read_bytes()).hexdigest() for name in [script, *modules]}
     assert json.loads(record.read_text())["code"] == code
 
     before = out.read_bytes(), record.read_bytes()
     _, err = run_script(copy / script, *flags)
     assert "is complete; nothing was done" in err
-    for name in (Path(script).name, modules[-1]):
-        original = files[name].read_text()
-        edit(files[name])
+    for name in (script, modules[-1]):
+        original = (copy / name).read_text()
+        edit(copy / name)
         _, err = run_script(copy / script, *flags, expect=2)
-        sentence = (
-            f"--out {out} was written with another {name}; use another --out, or --overwrite to start over"
-        )
-        assert sentence in err and (out.read_bytes(), record.read_bytes()) == before
-        files[name].write_text(original)
+        assert f"--out {out} was written with other code ({name}); use another --out, or --overwrite" in err
+        assert (out.read_bytes(), record.read_bytes()) == before
+        (copy / name).write_text(original)
     edit(copy / script)
     run_script(copy / script, *flags, "--overwrite")
-    code[Path(script).name] = hashlib.sha256((copy / script).read_bytes()).hexdigest()
+    code[script] = hashlib.sha256((copy / script).read_bytes()).hexdigest()
     assert json.loads(record.read_text())["code"] == code
 
 
@@ -130,4 +127,20 @@ def test_an_output_of_a_version_without_this_record(copy, tmp_path, policy):
     del record["code"]
     path.write_text(json.dumps(record))
     _, err = run_script(copy / "scorers/verify.py", *flags, expect=2)
-    assert "was written with another chat.py" in err
+    assert "was written with other code (chat.py)" in err
+
+
+def test_a_module_of_a_package_beside_the_script(copy, tmp_path, policy):
+    (copy / "mine").mkdir()
+    (copy / "mine/rule.py").write_text("RULE = 1\n")
+    script = copy / "my_train.py"
+    script.write_text(
+        (copy / "train_dpo.py").read_text().replace("import common\n", "import mine.rule\nimport common\n")
+    )
+    flags, out = flags_of("train_dpo.py", tmp_path, policy)
+    run_script(script, *flags)
+    assert "mine/rule.py" in json.loads(out.with_suffix(".meta.json").read_text())["code"]
+    edit(copy / "mine/rule.py")
+    assert (
+        f"--out {out} was written with other code (mine/rule.py)" in run_script(script, *flags, expect=2)[1]
+    )

@@ -683,15 +683,15 @@ def test_conversations_as_texts(tmp_path, tokenizer):
     as_text = [
         {"chosen": f"{text} good", "rejected": f"{text} bad"},
         {"prompt": text, "chosen": "good", "rejected": "bad"},
+        {"prompt": turns, "chosen": [*turns, {"role": "assistant", "content": "good"}], "rejected": "bad"},
+        {"prompt": f"{text} \n", "chosen": f"{text} good", "rejected": "bad"},
     ]
     for row in as_text:
         (pair,), _ = loaded(tmp_path, tokenizer, [row])
         (same,), _ = loaded(tmp_path, tokenizer, [{"prompt": turns, "chosen": "good", "rejected": "bad"}])
         assert pair == same
-    assert loaded(tmp_path, tokenizer, [*as_text, {**as_text[0], "chosen": text}])[1] == {
-        "duplicate": 1,
-        "empty": 1,
-    }
+    _, dropped = loaded(tmp_path, tokenizer, [*as_text, {**as_text[0], "chosen": text}])
+    assert dropped == {"duplicate": 3, "empty": 1}
 
 
 @pytest.mark.parametrize(
