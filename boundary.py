@@ -25,7 +25,7 @@ import argparse
 import json
 import math
 import time
-from typing import Annotated, Literal, Required, TypedDict
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Row(TypedDict, total=False):
     prompt_token_ids: TokenIds | None
     responses: Required[list[Response]]
     labeler: str | None  # what made the rewards, such as "rm:MODEL"
-    category: str | None
+    category: Any  # by_category has its name as text
     wins: Wins | None
     cosine: list[list[float | None]] | None
 
@@ -140,6 +140,7 @@ def boundary(comparisons, tie):
 
 def by_category(comparisons, categories, tie):
     """{category: Algorithm 1 on its prompts}, of those with a comparison; None if no prompt (P,) has one."""
+    categories = [None if category is None else str(category) for category in categories]
     names = sorted(set(categories) - {None})
     of_comparison = np.array(categories, object)[comparisons["prompt"]]
     results = {name: boundary(comparisons[of_comparison == name], tie) for name in names}

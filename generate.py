@@ -336,7 +336,7 @@ def read_prompts(paths):
             row = {name: value for name, value in row.items() if name not in EARLIER} | {"id": str(key)}
             first = lines.setdefault(str(key), line)
             if first != line and rows[first] != row:
-                fail(f"{line}: duplicate id {key}, that of {first}; give rows of one prompt an id each")
+                fail(f"{line}: duplicate id {key}, that of {first}; give each row an id of its own")
             dropped["repeated row"] += first != line
             rows[first] = row
     return rows, dropped

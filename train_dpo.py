@@ -673,6 +673,8 @@ def read_pair(row, line):
             messages = [{"role": role, "content": text}]
         if not messages or messages[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
+        if messages[:-1] and isinstance(prompt, list) and messages[:-1] != prompt:
+            fail(f"{line}: expected {side} to be an answer to the prompt, or to begin with its messages")
         details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
         responses.append({"text": messages[-1]["content"], **details})
         prompts.append(messages[:-1] or prompt)

@@ -136,6 +136,10 @@ def csv_rows(file, path):
                 if len(cells) != len(names):
                     advice = f"put a text with {delimiter!r} or line breaks in quotes"
                     fail(f"{path}:{line}: expected {len(names)} cells, found {len(cells)}; {advice}")
+                for name, cell in zip(names, cells, strict=True):
+                    if re.match(r"""\[\{["'](role|content)["']:""", cell):
+                        advice = "use --format pairs with JSONL or parquet"
+                        fail(f"{path}:{line}: expected text in the column {name}, found messages; {advice}")
                 row = dict(zip(names, cells, strict=True))
                 row["id"] = row.get("id") or None
                 yield line, row if row.keys() >= set(PAIR) else as_pair(row, f"{path}:{line}")
@@ -174,14 +178,15 @@ def as_pair(row, line):
 class Pair(TypedDict, total=False):
     id: str | int | None
     prompt: str | list[Message] | None  # None: chosen and rejected are conversations that begin with it
-    chosen: Required[str | list[Message]]
-    rejected: Required[str | list[Message]]
+    chosen: Required[str | list[Message] | None]  # None, as parquet has it, is an empty answer
+    rejected: Required[str | list[Message] | None]
 
 
 def from_pairs(row, line):
     prompt, prompts, responses = row.pop("prompt", None), [], []
     for side in ("chosen", "rejected"):
-        turns = conversation(row.pop(side), line)
+        text = row.pop(side)
+        turns = conversation("" if text is None else text, line)
         if not turns or turns[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
         if turns[:-1] and isinstance(prompt, list) and turns[:-1] != prompt:

@@ -321,8 +321,9 @@ def test_categories_add_nothing_else(tmp_path, capsys):
 
 
 def test_a_category_that_is_no_text(tmp_path, capsys):
-    rows = [prompt_row(0, [1.0], [0.0], category="math"), prompt_row(1, [1.0], [0.0], category=3)]
-    assert "category" in refused(tmp_path, capsys, rows).split("scored.jsonl:2: ")[1]
+    rows = [prompt_row(0, [1.0], [0.0], category="3"), prompt_row(1, [1.0], [0.0], category=3)]
+    groups = run(tmp_path, capsys, rows)["by_category"]
+    assert {name: group["v_on"] for name, group in groups.items()} == {"3": 2}
 
 
 # ----- length-matched score

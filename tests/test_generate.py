@@ -294,7 +294,7 @@ def test_several_prompt_files_are_read_as_one(tmp_path, capsys, policy):
     other = write_rows(tmp_path / "other.jsonl", [PROMPTS[10] | {"prompt": "another"}])
     with pytest.raises(SystemExit):
         generate.main(generate.parse_args([*flags[:-1], str(tmp_path / "x.jsonl"), "--prompts", rest, other]))
-    assert f"{other}:1: duplicate id p10, that of {rest}:7; give rows" in capsys.readouterr().err
+    assert f"{other}:1: duplicate id p10, that of {rest}:7; give each row" in capsys.readouterr().err
 
 
 def test_repeated_prompts_are_dropped_or_named(tmp_path, capsys, policy):
@@ -306,8 +306,7 @@ def test_repeated_prompts_are_dropped_or_named(tmp_path, capsys, policy):
         tmp_path, capsys, policy, [*rows, {"prompt": "hello", "answer": 2}], "--n", "1", out="x.jsonl"
     )
     assert (
-        "prompts.jsonl:6: duplicate id " in err
-        and "prompts.jsonl:2; give rows of one prompt an id each" in err
+        "prompts.jsonl:6: duplicate id " in err and "prompts.jsonl:2; give each row an id of its own" in err
     )
 
 

@@ -474,10 +474,9 @@ ENDS = "expected chosen to be text, or messages that end with the assistant's"
     "change, sentence",
     [
         ({"prompt": {"text": "q"}}, "Expected `str | array | null`, got `object` - at `$.prompt`" + HELP),
-        ({"chosen": 7}, "Expected `str | array`, got `int` - at `$.chosen`" + HELP),
+        ({"chosen": 7}, "Expected `str | array | null`, got `int` - at `$.chosen`" + HELP),
         ({"chosen": ["a"]}, "Expected `object`, got `str` - at `$.chosen[0]`" + HELP),
         ({"chosen": [["a"]]}, "Expected `object`, got `array` - at `$.chosen[0]`" + HELP),
-        ({"rejected": None}, "Expected `str | array`, got `null` - at `$.rejected`" + HELP),
         ({"id": 1.5}, "Expected `int | str | null`, got `float` - at `$.id`" + HELP),
         (
             {"chosen": [turn("assistant", None)]},
@@ -535,9 +534,24 @@ def test_a_file_that_is_cut(tmp_path, kind):
 
 def test_a_bad_row_in_a_later_batch(tmp_path):
     rows = [{**GOOD, "prompt": f"q{k}"} for k in range(700)]
-    rows[650]["chosen"] = None
+    rows[650] = {"prompt": None, "chosen": "a", "rejected": "b"}
     said = refused(tmp_path, "pairs", make_file(tmp_path / "data.parquet", rows))
-    assert said == ":651: Expected `str | array`, got `null` - at `$.chosen`" + HELP
+    assert said == ':651: expected "prompt", or chosen and rejected as conversations that begin with it'
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_answer_that_is_null_is_an_empty_one(tmp_path, kind):
+    rows = [{**GOOD, "prompt": f"q{k}"} for k in range(4)]
+    rows[1]["chosen"] = rows[2]["rejected"] = None
+    _, printed = run_import(tmp_path, "pairs", make_file(tmp_path / f"data.{kind}", rows))
+    assert printed["rows"] == 2 and printed["dropped"] == {"empty": 2}
+
+
+def test_messages_in_a_cell(tmp_path):
+    cell = """"[{""role"": ""user"", ""content"": ""q""}]\""""
+    said = refused(tmp_path, "csv", csv_file(tmp_path, f"prompt,chosen,rejected\nq,a,b\n{cell},a,b\n"))
+    advice = "use --format pairs with JSONL or parquet"
+    assert said == f":3: expected text in the column prompt, found messages; {advice}"
 
 
 def test_what_is_there_stays_when_a_run_is_refused(tmp_path):

@@ -805,6 +805,10 @@ def test_dropped_pairs_stand_in_the_summary(whole_run, pairs_file, tmp_path):
         ({"chosen": messages("Hi")}, "messages that end with the assistant's"),
         ({"rejected": []}, "expected rejected to be text, or messages"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "messages that end with the assistant's"),
+        (
+            {"prompt": messages("Q"), "chosen": messages("Hi", "yes"), "rejected": "no"},
+            "expected chosen to be an answer to the prompt, or to begin with its messages",
+        ),
         ({"prompt": None}, "a prompt that ends with a user turn"),
         ({"prompt": []}, "a prompt that ends with a user turn"),
         ({"prompt": messages("Hi", "yes")}, "a prompt that ends with a user turn"),
