@@ -34,7 +34,8 @@ setting() { # NAME PAPER [DEMO]: a default that is one for all that OUT has; see
 }
 
 case $SCALE in paper | demo) ;; *) stop "SCALE must be paper or demo, found $SCALE" ;; esac
-settings=(SCALE)
+settings=(recipe SCALE)
+recipe=${0##*/}
 setting PAIRS_SCRIPT build_pairs.py # or a copy
 setting TRAIN_SCRIPT train_dpo.py
 setting SCORE_SCRIPT score.py
@@ -88,13 +89,19 @@ needs() { # MODEL ...: ends the run, before anything is sampled, if what it need
 
 same_settings() { # or stop: OUT/settings.txt has those of its pairs and win rates; tables would mix or average both
   local name before now results
-  now=$(for name in "${settings[@]}"; do echo "$name=${!name}"; done | sort -u)
   mkdir -p "$OUT"
+  exec 9>"$OUT/.lock" # held until the recipe and what it started have ended
+  flock -n 9 || stop "another recipe runs in $OUT; wait for its end, or use another OUT"
+  now=$(for name in "${settings[@]}"; do echo "$name=${!name}$(code_of "$name")"; done | sort -u)
   results=$(find "$OUT/" -maxdepth 1 -name "*.pairs.meta.json" -o -name "*.winrate.json")
   if [ -z "$results" ] || [ ! -e "$OUT/settings.txt" ]; then echo "$now" >"$OUT/settings.txt"; fi
   before=$(grep -vxFe "$now" "$OUT/settings.txt" | paste -sd, | sed 's/,/, /g' || true)
   now=$(grep -vxFf "$OUT/settings.txt" <<<"$now" | paste -sd, | sed 's/,/, /g' || true)
   [ "$before" = "$now" ] || stop "$OUT/settings.txt has ${before:-none}, this run has ${now:-none}; use another OUT"
+}
+
+code_of() { # NAME: prints the beginning of the sha256 of a script that a name gives; an edited copy makes other results
+  case $1 in PAIRS_SCRIPT | TRAIN_SCRIPT | SCORE_SCRIPT) sha256sum "${!1}" | sed 's/^\(.\{12\}\).*/ \1/' ;; esac
 }
 
 model_of() { # WORDS: prints what follows --model, or nothing
@@ -148,7 +155,7 @@ win_rate() { # MODEL NAME: NAME.winrate.json; against GPT-4's answers by the jud
   else
     python data/import_responses.py --format alpaca_eval --data "$ALPACA/alpaca_eval_gpt4_baseline.json" \
       ${N_EVAL:+--limit "$N_EVAL"} --out "$prompts"
-    if [ "$LABELER" ]; then
+    if [ "${LABELER// /}" ]; then
       python scorers/category.py --model "$LABELER" --responses "$prompts" --out "$OUT/categories.jsonl"
       prompts=$OUT/categories.jsonl
     fi

@@ -8,6 +8,7 @@ Covers  every command is understood by the script that it names; every file that
 Run     python -m pytest tests/test_recipes.py
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -366,7 +367,7 @@ def test_every_name_can_be_set_from_outside(checkout, recipe, scale):
     if recipe not in ("s1_fig3.sh", "s1_fig7.sh"):  # which make everything again
         lines = (checkout / "my_out" / "settings.txt").read_text().splitlines()
         kept = {line.partition("=")[0] for line in lines} - {"JUDGE", "LABELER"}
-        assert kept == names_of(recipe, "setting") | {"SCALE"}
+        assert kept == names_of(recipe, "setting") | {"SCALE", "recipe"}
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
@@ -432,7 +433,6 @@ def test_two_models_have_start_answers_of_their_own(checkout):
             "N_PROMPTS=8, OFF_POLICY=--format rows --data data/train.jsonl --limit 8",
         ),
         ("MODEL", "my/model", "MODEL=out/models/policy, this run has MODEL=my/model"),
-        ("TRAIN_SCRIPT", "my_train.py", "TRAIN_SCRIPT=train_dpo.py, this run has TRAIN_SCRIPT=my_train.py"),
         ("SAMPLE", " ", "SAMPLE=--max-tokens 48 --dtype float32 --backend hf, this run has SAMPLE= "),
     ],
 )
@@ -448,13 +448,44 @@ def test_other_settings_are_not_mixed(checkout, name, value, found):
     assert again.count("--on-ratio 1") == 2  # other shares have names of their own: the table has all
 
 
+def test_an_edited_copy_and_another_recipe_are_not_mixed(checkout):
+    def said_of(recipe):
+        done = run(checkout, f"recipes/{recipe}", SCALE="demo", **values)
+        assert (done.returncode, done.stdout) == (2, "")
+        return done.stderr
+
+    values = {"OUT": "my_out", "SHARES": "0.5", "PAIRS_SCRIPT": "my_pairs.py"}
+    copy, code = checkout / "my_pairs.py", []
+    shutil.copyfile(REPO / "build_pairs.py", copy)
+    start(checkout, "s1_fig4.sh", "demo", values)
+    code.append(hashlib.sha256(copy.read_bytes()).hexdigest()[:12])
+    copy.write_text(copy.read_text() + "# a comment\n")
+    code.append(hashlib.sha256(copy.read_bytes()).hexdigest()[:12])
+    before, now = (f"PAIRS_SCRIPT=my_pairs.py {part}" for part in code)
+    sentence = f"s1_fig4.sh: my_out/settings.txt has {before}, this run has {now}; use another OUT\n"
+    assert said_of("s1_fig4.sh") == sentence
+    shutil.copyfile(REPO / "build_pairs.py", copy)
+    assert "recipe=s1_fig4.sh" in said_of("s1_fig6.sh")
+
+
+def test_two_recipes_at_once_in_one_folder(checkout):
+    values = {"OUT": "my_out", "SHARES": "0.5"}
+    start(checkout, "s1_fig4.sh", "demo", values)
+    with open(checkout / "my_out" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run(checkout, "recipes/s1_fig4.sh", SCALE="demo", **values)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "s1_fig4.sh: another recipe runs in my_out; wait for its end, or use another OUT\n"
+    start(checkout, "s1_fig4.sh", "demo", values)
+
+
 def test_settings_may_change_until_there_are_pairs(checkout):
     (checkout / "my_out").mkdir()
     (checkout / "my_out" / "settings.txt").write_text("PAIRS=--total 9\nSEEDS=0 1\n")
     start(checkout, "s1_fig4.sh", "demo", {"OUT": "my_out", "SHARES": "0.5"})
     lines = (checkout / "my_out" / "settings.txt").read_text().splitlines()
     assert "SEEDS=0" in lines and "PAIRS=--total 32" in lines
-    assert len(lines) == len(names_of("s1_fig4.sh", "setting") | {"SCALE"})
+    assert len(lines) == len(names_of("s1_fig4.sh", "setting") | {"SCALE", "recipe"})
 
 
 def test_a_script_that_does_not_exist(checkout):
