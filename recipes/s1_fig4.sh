@@ -4,7 +4,8 @@
 #     SCALE=demo bash recipes/s1_fig4.sh          (recipes/settings.sh tells what SCALE and the functions do)
 #
 # Not as in the paper: it prints neither its shares (here those of its code) nor where its error bars come from (here three
-# seeds, of the mixture and of the training; the figure draws their sd and the interval over prompts). 27 trainings on a node of 8 x 80 GB; not run there.
+# seeds, of the mixture and of the training; the figure draws their sd and the interval over prompts). 27 trainings on a
+# node of 8 x 80 GB; not run there.
 source "$(dirname "$0")/settings.sh" || exit
 setting MODEL meta-llama/Llama-3.1-8B-Instruct out/models/policy # and allenai/Llama-3.1-Tulu-3-8B-SFT
 default OUT "out/s1_fig4/${MODEL##*/}"
