@@ -669,7 +669,8 @@ def read_pair(row, line):
             role, text = "assistant", messages
             if text.startswith("\n\nHuman:"):  # a whole conversation, as hh-rlhf writes it
                 prompt, _, text = text.rpartition("\n\nAssistant:")
-                role, text = ("user" if "\n\nHuman:" in text else role), text.removeprefix(" ")
+                role = "user" if "\n\nHuman:" in text else role
+                text = text.removeprefix(" ")
             messages = [{"role": role, "content": text}]
         if not messages or messages[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
