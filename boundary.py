@@ -25,7 +25,7 @@ import argparse
 import json
 import math
 import time
-from typing import Annotated, Any, Literal, Required, TypedDict
+from typing import Annotated, Literal, Required, TypedDict
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Row(TypedDict, total=False):
     prompt_token_ids: TokenIds | None
     responses: Required[list[Response]]
     labeler: str | None  # what made the rewards, such as "rm:MODEL"
-    category: Any  # by_category has its name as text
+    category: str | float | None
     wins: Wins | None
     cosine: list[list[float | None]] | None
 

@@ -129,7 +129,7 @@ def select(row, source, args, dropped):
     responses = row["responses"]
     indices = [i for i, response in enumerate(responses) if response["source"] == source]
     if rule in DATA_SET_PAIR:
-        dropped["off: responses after the first two"] += len(indices[2:])
+        dropped["off: another pair of its prompt"] += len(indices[3::2])
         indices = indices[:2]
     reasons = {i: why_unusable(responses[i], rule, args.truncated) for i in indices}
     usable = [i for i in indices if not reasons[i]]

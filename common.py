@@ -112,8 +112,8 @@ def merged(first, second, paths):
     sampled = [entry for entry in (first, second) if entry.get("prompt_token_ids") and policies(entry)]
     differ = len(sampled) == 2 and first["prompt_token_ids"] != second["prompt_token_ids"]
     if differ and policies(first) & policies(second):
-        why = f"two forms of the prompt {first['id']}; sample with one --template-kwargs on one day"
-        fail(f"{' and '.join(paths)}: {why}")
+        why = f"the prompt {first['id']} has other prompt_token_ids"
+        fail(f"{' and '.join(paths)}: {why}; sample with the same --template-kwargs on one day")
     for name in ("prompt_token_ids", "prompt_tokenizer"):  # those that on-policy responses answer
         if name in row:
             row[name] = sampled[0].get(name) if sampled and not differ else None
@@ -155,13 +155,13 @@ def make_record(args, inputs, models=()):
 def code_of_run():
     """{path: sha256} of the script and the modules in its folder, in this one, or in packages of the two."""
     home = Path(__file__).resolve().parent
-    script = Path(getattr(sys.modules["__main__"], "__file__", __file__)).resolve().parent
+    script = Path(getattr(sys.modules["__main__"], "__file__", __file__))
+    folders = {home, script.parent, script.resolve().parent}
     code = {}
     for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
-        near = path.parents[:2]
-        if (home in near or script in near) and path.is_file():
-            code[os.path.relpath(path, home)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        path = Path(getattr(module, "__file__", None) or os.devnull)
+        if folders & set(path.parents[:2]) and path.is_file():
+            code[os.path.relpath(path.resolve(), home)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return code
 
 

@@ -674,8 +674,6 @@ def read_pair(row, line):
             messages = [{"role": role, "content": text}]
         if not messages or messages[-1]["role"] != "assistant":
             fail(f"{line}: expected {side} to be text, or messages that end with the assistant's")
-        if messages[:-1] and isinstance(prompt, list) and messages[:-1] != prompt:
-            fail(f"{line}: expected {side} to be an answer to the prompt, or to begin with its messages")
         details = {key: row.get(f"{side}_{key}") for key in ("finish", "token_ids", "tokenizer")}
         responses.append({"text": messages[-1]["content"], **details})
         prompts.append(messages[:-1] or prompt)
@@ -683,6 +681,8 @@ def read_pair(row, line):
     if prompts[0] != prompts[1]:
         remedy = "data/import_responses.py --format pairs leaves such rows out"
         fail(f"{line}: chosen and rejected answer different prompts; {remedy}")
+    if isinstance(row.get("prompt"), list) and row["prompt"] != prompts[0]:
+        fail(f"{line}: expected chosen and rejected to answer the prompt, or to begin with its messages")
     prompt = [{"role": turn["role"], "content": turn["content"], **turn} for turn in prompts[0]]
     pair_id = row.get("pair_id")
     named = pair_id is not None

@@ -34,9 +34,8 @@ from chat import answer  # noqa: E402
 def parse_args(argv=None):
     parser = score.make_parser(__doc__)
     parser.add_argument("--name", help='key in "scores" (default verify)')
-    args = parser.parse_args(argv)
-    args.model = args.revision = None  # there is none
-    return args
+    parser.set_defaults(model=None, revision=None)  # there is none
+    return parser.parse_args(argv)
 
 
 # ----- one way of writing
@@ -263,7 +262,8 @@ def final_answer(text, kind):
         return choice(content or text) if kind == "letter" else content
     text = plain(text)
     if kind == "number":
-        last = next((found for line in reversed(text.split("\n")) if (found := numbers(line))), [None])
+        last = next((found for line in reversed(text.split("\n")) if (found := numbers(line))), None)
+        last = last or re.findall(r"-?\d+", text) or [None]  # "x1" and the like, if there is no number
         return (HEADED.findall(text) or [stated_number(text) or last[-1]])[-1]
     clause = stated(text)
     formulas = re.findall(r"\$([^$]+)\$", clause or text)

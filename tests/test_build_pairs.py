@@ -386,14 +386,14 @@ def test_rows_without_rewards(tmp_path, capsys):
     assert "expected some pairs, found 0: " in err and '"on: without reward": 1' in err
 
 
-def test_responses_after_the_pair_of_a_data_set_are_counted(tmp_path, capsys):
+def test_pairs_after_the_first_of_a_prompt_are_counted(tmp_path, capsys):
     off = [{"text": text, "source": "off", "reward": k} for k, text in enumerate(("a", "b", "c", "d", "e"))]
     rows = [{"id": f"p{k}", "prompt": f"q{k}", "responses": off[: k + 2]} for k in range(4)]
     pairs, printed, _ = run(tmp_path, capsys, rows, "--select", "given", "--on-ratio", "0")
     assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [
         ("a", "b")
     ] * 4
-    assert printed["dropped"] == {"off: responses after the first two": 0 + 1 + 2 + 3}
+    assert printed["dropped"] == {"off: another pair of its prompt": 0 + 0 + 1 + 1}
     _, printed, _ = run(tmp_path, capsys, rows[:1], "--select", "given", "--on-ratio", "0")
     assert printed["dropped"] == {}
 

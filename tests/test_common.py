@@ -125,7 +125,7 @@ def test_the_ids_of_a_prompt_are_those_that_on_policy_responses_answer(tmp_path,
     assert len(common.read_responses([on, same], Row)["p"]["responses"]) == 2
     for paths in ([on, again], [again, off, on]):
         err = refusal(capsys, common.read_responses, paths, Row)
-        assert on in err and again in err and "two forms of the prompt p" in err
+        assert on in err and again in err and "the prompt p has other prompt_token_ids" in err
 
 
 def test_shards_take_whole_blocks_and_share_all_rows():

@@ -806,8 +806,8 @@ def test_dropped_pairs_stand_in_the_summary(whole_run, pairs_file, tmp_path):
         ({"rejected": []}, "expected rejected to be text, or messages"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "messages that end with the assistant's"),
         (
-            {"prompt": messages("Q"), "chosen": messages("Hi", "yes"), "rejected": "no"},
-            "expected chosen to be an answer to the prompt, or to begin with its messages",
+            {"prompt": messages("Q"), "chosen": messages("Hi", "yes"), "rejected": messages("Hi", "no")},
+            "expected chosen and rejected to answer the prompt, or to begin with its messages",
         ),
         ({"prompt": None}, "a prompt that ends with a user turn"),
         ({"prompt": []}, "a prompt that ends with a user turn"),
