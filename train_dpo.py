@@ -852,7 +852,10 @@ def save_checkpoint(folder, step, policy, optimizer):
         dcp.save({"model": model, "optim": optim}, storage_writer=writer)
     except dcp.CheckpointException as error:  # on all processes, if one of them could not write
         shutil.rmtree(folder / "saving", ignore_errors=True)
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        failure = next(iter(error.failures.values()))[0]
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure from error
+        reason = str(failure).splitlines()[0]
         fail(f"{folder}/saving cannot be written: full disk? {reason}; run the same command again to resume")
     if dist.get_rank() == 0:
         os.replace(folder / "saving", folder / f"{step:08d}")
