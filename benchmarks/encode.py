@@ -136,8 +136,10 @@ def measure(task, path, model):
         import generate
 
         args = generate.parse_args(["--model", model, "--prompts", path, "--out", "-", "--max-tokens", "64"])
-        rows, tokens = generate.read_prompts([path]), generate.read_tokens(args)
-        run = lambda: generate.encode_prompts(rows, args, tokens)[0]  # noqa: E731
+        inputs = generate.read_prompts([path])
+        rows, *dropped = inputs if isinstance(inputs, tuple) else [inputs]  # a27d8ec counts nothing there
+        tokens = generate.read_tokens(args)
+        run = lambda: generate.encode_prompts(rows, args, tokens, *dropped)[0]  # noqa: E731
     else:
         version = Version(model, path)
         run = version.load

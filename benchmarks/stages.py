@@ -114,8 +114,9 @@ def transformers_seconds(args):
         eos_token_id=tokens.stop_ids,
         pad_token_id=tokens.pad_id,
     )
-    rows = generate.read_prompts(args.prompts)[: args.limit]
-    ids = [generate.prompt_ids(tokens.tokenizer, row["prompt"]) for row in rows for _ in range(args.n)]
+    rows, dropped = generate.read_prompts(args.prompts)
+    prompts, _ = generate.encode_prompts(rows, args, tokens, dropped)
+    ids = [prompt for _, prompt in prompts for _ in range(args.n)]
     ids.sort(key=len)
     batches = [generate.pad_left(ids[i : i + 64], tokens.pad_id, "cpu") for i in range(0, len(ids), 64)]
 

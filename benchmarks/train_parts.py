@@ -157,8 +157,8 @@ def ready(args):
     with tempfile.TemporaryDirectory() as folder:
         path, *_ = train_vs_trl.write_pairs(args, Path(folder))
         run = train_dpo.parse_args([*train_vs_trl.our_flags(args, path), "--out", "x"])
-        tokenizer, config = train_dpo.load_tokenizer(args.model, None)
-        pairs, _ = train_dpo.load_pairs(str(path), tokenizer, config, run)
+        chat, config = train_dpo.read_chat(args.model)
+        pairs, _ = train_dpo.load_pairs(str(path), chat, config, run)
     train_dpo.start_processes(run)
     policy = train_dpo.load_policy(args.model, None, run)
     sequences = [sequence for pair in pairs for sequence in pair.sequences]

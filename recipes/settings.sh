@@ -101,7 +101,7 @@ same_settings() { # or stop: OUT/settings.txt has those of its pairs and win rat
 }
 
 code_of() { # NAME: prints the beginning of the sha256 of a script that a name gives; an edited copy makes other results
-  case $1 in PAIRS_SCRIPT | TRAIN_SCRIPT | SCORE_SCRIPT) sha256sum "${!1}" | sed 's/^\(.\{12\}\).*/ \1/' ;; esac
+  case $1 in PAIRS_SCRIPT | TRAIN_SCRIPT | SCORE_SCRIPT) echo " $(sha256sum "${!1}" | cut -c 1-12)" ;; esac
 }
 
 model_of() { # WORDS: prints what follows --model, or nothing
